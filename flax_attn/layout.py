@@ -1,0 +1,49 @@
+"""Array layouts other than NHWC."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class ChannelsFirst(nn.Module):
+    """Runs a module written for ``(..., H, W, C)`` on arrays ``(..., C, H, W)``.
+
+    The channels go last before ``module`` and back after it. Parameters are exactly
+    those of ``module``, without a level of their own, so that checkpoints move freely
+    between the layouts::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 64, 8, 8))
+      >>> block = flax_attn.ChannelsFirst(flax_attn.SE())
+      >>> params = block.init(jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}
+
+    What ``module`` sows, such as the gates, keeps the channels-last layout.
+
+    Attributes:
+      module: any module from ``(..., H, W, C)`` to ``(..., H', W', C')``.
+
+    Raises:
+      ValueError: at the first call, for an input of fewer than 3 axes.
+    """
+
+    module: nn.Module
+
+    def setup(self) -> None:
+        """Puts the parameters of ``module`` where they are without this wrapper."""
+        nn.share_scope(self, self.module)
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns ``module(x, *args, **kwargs)`` for ``x`` of shape (..., C, H, W)."""
+        x = jnp.asarray(x)
+        if x.ndim < 3:
+            raise ValueError(
+                "`x` must have at least 3 axes (..., C, H, W), got shape "
+                f"{x.shape}; add the missing axes, e.g. x[:, :, None, None] for a "
+                "batch of vectors."
+            )
+        y = self.module(jnp.moveaxis(x, -3, -1), *args, **kwargs)
+        return jnp.moveaxis(y, -1, -3)

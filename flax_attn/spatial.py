@@ -1,0 +1,92 @@
+"""Spatial attention: the second half of CBAM."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_attn import functional
+from flax_attn.channel import GateFn, apply_gate
+from flax_attn.functional import Array
+
+ModuleDef = Callable[..., nn.Module]
+
+
+class SpatialAttention(nn.Module):
+    """The spatial half of CBAM, https://arxiv.org/abs/1807.06521, eq. 3.
+
+    Scales position ``(h, w)`` of ``x`` by ``gate(conv([max_c(x), mean_c(x)]))[h, w]``,
+    where ``conv`` has a k x k kernel and pads with zeros::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.SpatialAttention().init(jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'conv': {'kernel': (7, 7, 2, 1)}}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
+    ``intermediates/spatial_gate``.
+
+    Attributes:
+      kernel_size: k, any odd size (default: 7).
+      norm: module between the convolution and the gate, such as
+        ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
+        official code (default: None).
+      gate: function from logits to the gate (default: nn.sigmoid).
+      use_bias: whether the convolution adds a bias (default: False).
+      dtype: the dtype of the result (default: infer from input and params). The mean
+        is accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the convolution, see ``jax.lax.Precision``.
+      kernel_init: initializer of the kernel, (k, k, 2, 1). Its input channels are
+        [max, mean], in this order.
+      bias_init: initializer of the bias, (1,).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
+    Elements that tie for the maximum share its gradient evenly, as ``torch.amax`` has
+    it; ``torch.max(x, dim)`` gives it to one of them.
+
+    References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
+    https://arxiv.org/abs/1807.06521, 2018.
+    """
+
+    kernel_size: int = 7
+    norm: ModuleDef | None = None
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    def __call__(self, x: Array) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
+        return apply_gate(self, x, self.spatial_gate(x))
+
+    @nn.compact
+    def spatial_gate(self, x: Array) -> Array:
+        """Returns the gate alone, ``(..., H, W, 1)``."""
+        x = functional.check_feature_map(x)
+        functional.check_odd("kernel_size", self.kernel_size)
+        squeezed = functional.squeeze_channels(x).astype(self.dtype or x.dtype)
+        logits = nn.Conv(
+            features=1,
+            kernel_size=(self.kernel_size, self.kernel_size),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name="conv",
+        )(squeezed)
+        if self.norm is not None:
+            logits = self.norm(name="norm")(logits)
+        gate = self.gate(logits)
+        self.sow("intermediates", "spatial_gate", gate)
+        return gate
