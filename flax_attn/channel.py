@@ -224,10 +224,10 @@ class ChannelAttention(nn.Module):
         return _channel_gate(self, x, pools=functional.POOLS, excite=excite)
 
 
-def apply_gate(module: Any, x: Array, *gates: Array) -> Array:
-    """Returns ``x`` times ``gates`` in the dtype that Linen's rule gives the result."""
-    x, *gates = promote_dtype(x, *gates, dtype=module.dtype)
-    return functional.scale(x, *gates)
+def apply_gate(module: Any, x: Array, gate: Array) -> Array:
+    """Returns ``x`` times ``gate`` in the dtype that Linen's rule gives the result."""
+    promoted: list[Array] = promote_dtype(x, gate, dtype=module.dtype)
+    return functional.scale(*promoted)
 
 
 def _channel_gate(

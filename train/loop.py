@@ -174,7 +174,8 @@ def _train_epoch(
         if before is not None:
             fetch(before)
         before = metrics
-    fetch(before)
+    if before is not None:
+        fetch(before)
     return (
         state,
         float(np.concatenate(losses).mean()),
@@ -266,13 +267,13 @@ def to_device(images: ImageSet) -> tuple[DeviceData, DeviceData]:
         mean[c] = np.average(values, weights=counts)
         std[c] = np.sqrt(np.average((values - mean[c]) ** 2, weights=counts))
     return (
-        DeviceData(
-            *map(jnp.asarray, (images.train_images, images.train_labels, mean, std))
-        ),
-        DeviceData(
-            *map(jnp.asarray, (images.test_images, images.test_labels, mean, std))
-        ),
+        _device_data(images.train_images, images.train_labels, mean, std),
+        _device_data(images.test_images, images.test_labels, mean, std),
     )
+
+
+def _device_data(*arrays: np.ndarray) -> DeviceData:
+    return DeviceData(*map(jnp.asarray, arrays))
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
