@@ -5,12 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.channel import ChannelAttention, GateFn
-from flax_attn.functional import Array, Excite
-from flax_attn.spatial import ModuleDef, SpatialAttention
+from flax_attn._linen import GateFn, ModuleDef
+from flax_attn.channel import ChannelAttention
+from flax_attn.functional import Array, Excite, Implementation
+from flax_attn.spatial import SpatialAttention
 
 
 class CBAM(nn.Module):
@@ -57,6 +59,8 @@ class CBAM(nn.Module):
       precision: numerical precision of the products, see ``jax.lax.Precision``.
       kernel_init: initializer of all kernels.
       bias_init: initializer of all biases.
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -83,6 +87,7 @@ class CBAM(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -96,6 +101,7 @@ class CBAM(nn.Module):
             "precision": self.precision,
             "kernel_init": self.kernel_init,
             "bias_init": self.bias_init,
+            "implementation": self.implementation,
         }
         channel = ChannelAttention(
             reduction=self.reduction,
@@ -116,4 +122,10 @@ class CBAM(nn.Module):
             **common,
             name="spatial",
         )
-        return spatial(channel(x))
+        # spatial(channel(x)), but for the squeeze that is taken with the first product.
+        x = functional.check_feature_map(x)
+        x, gate = promote_dtype(x, channel.channel_gate(x), dtype=self.dtype)
+        y, maps = functional.scale_and_squeeze(
+            x, gate, implementation=self.implementation
+        )
+        return spatial.scale(y, spatial.gate_of(maps.astype(y.dtype)))

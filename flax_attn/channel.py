@@ -10,13 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.functional import Array, Excite, Padding, Pool
-
-GateFn = Callable[[Array], Array]
+from flax_attn._linen import Conv, GateFn, apply_gate
+from flax_attn.functional import Array, Excite, Implementation, Padding, Pool
 
 
 class SE(nn.Module):
@@ -47,6 +45,8 @@ class SE(nn.Module):
       precision: numerical precision of the products, see ``jax.lax.Precision``.
       kernel_init: initializer of both kernels, (C, h) and (h, C).
       bias_init: initializer of both biases, (h,) and (C,).
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -69,10 +69,11 @@ class SE(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return apply_gate(self, x, self.channel_gate(x))
+        return _scale(self, x, self.channel_gate(x))
 
     @nn.compact
     def channel_gate(self, x: Array) -> Array:
@@ -112,6 +113,8 @@ class ECA(nn.Module):
       precision: numerical precision of the convolution, see ``jax.lax.Precision``.
       kernel_init: initializer of the kernel, (k, 1, 1).
       bias_init: initializer of the bias, (1,).
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -134,10 +137,11 @@ class ECA(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return apply_gate(self, x, self.channel_gate(x))
+        return _scale(self, x, self.channel_gate(x))
 
     @nn.compact
     def channel_gate(self, x: Array) -> Array:
@@ -184,6 +188,8 @@ class ChannelAttention(nn.Module):
       precision: numerical precision of the products, see ``jax.lax.Precision``.
       kernel_init: initializer of the kernels, (C, h) and (h, C), or (k, 1, 1).
       bias_init: initializer of the biases, (h,) and (C,), or (1,).
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -211,10 +217,11 @@ class ChannelAttention(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return apply_gate(self, x, self.channel_gate(x))
+        return _scale(self, x, self.channel_gate(x))
 
     @nn.compact
     def channel_gate(self, x: Array) -> Array:
@@ -224,10 +231,14 @@ class ChannelAttention(nn.Module):
         return _channel_gate(self, x, pools=functional.POOLS, excite=excite)
 
 
-def apply_gate(module: Any, x: Array, gate: Array) -> Array:
-    """Returns ``x`` times ``gate`` in the dtype that Linen's rule gives the result."""
-    promoted: list[Array] = promote_dtype(x, gate, dtype=module.dtype)
-    return functional.scale(*promoted)
+def _scale(module: Any, x: Array, gate: Array) -> Array:
+    return apply_gate(
+        x,
+        gate,
+        functional.SPATIAL,
+        dtype=module.dtype,
+        implementation=module.implementation,
+    )
 
 
 def _channel_gate(
@@ -236,9 +247,12 @@ def _channel_gate(
     """Squeezes by each of ``pools``, excites all alike, sums the logits, gates."""
     x = functional.check_feature_map(x)
     logits_of = excite(module, x.shape[-1])
-    squeezed = jnp.stack([functional.squeeze_spatial(x, pool=p) for p in pools])
-    # Back to the dtype that Linen's promotion starts from: the mean comes in float32.
-    logits = logits_of(squeezed.astype(module.dtype or x.dtype)).sum(axis=0)
+    squeeze = partial(
+        functional.squeeze_spatial, x, implementation=module.implementation
+    )
+    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
+    squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
+    logits = logits_of(jnp.stack(squeezed)).sum(axis=0)
     gate = module.gate(logits)
     module.sow("intermediates", "channel_gate", gate)
     return gate
@@ -271,16 +285,18 @@ def _conv(module: Any, features: int) -> Callable[[Array], Array]:
     if width is None:
         width = functional.eca_kernel_size(features, gamma=module.gamma, b=module.b)
     functional.check_odd("kernel_size", width)
-    conv = nn.Conv(
-        features=1,
-        kernel_size=(width,),
-        padding="SAME" if module.padding == "zeros" else "CIRCULAR",
+    return Conv(
+        partial(
+            functional.conv_channels,
+            padding=module.padding,
+            precision=module.precision,
+            implementation=module.implementation,
+        ),
+        kernel_shape=(width, 1, 1),
         use_bias=module.use_bias,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
-        precision=module.precision,
         kernel_init=module.kernel_init,
         bias_init=module.bias_init,
         name="conv",
     )
-    return lambda s: conv(s[..., None])[..., 0]

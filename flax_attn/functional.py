@@ -5,6 +5,11 @@ excites them to logits, turns the logits into a gate and multiplies. The squeeze
 two convolutions and the multiplication are defined here and nowhere else; the modules
 add parameters, an activation and a gate function.
 
+Each function has two implementations. ``"plain"`` is the definition, in the obvious
+operations, differentiated automatically. ``"fast"`` computes the same with fewer passes
+over the map, forward and backward, but only in reverse mode: ``jax.jvp``,
+``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``.
+
 Options are keyword-only. Bad arguments raise ``ValueError``.
 """
 
@@ -15,15 +20,21 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from flax_attn import _kernels
+from flax_attn._kernels import CHANNEL, SPATIAL
 
 Array = jax.Array
 Pool = Literal["avg", "max"]
 Excite = Literal["mlp", "conv"]
 Padding = Literal["zeros", "circular"]
+Implementation = Literal["fast", "plain"]
 
 POOLS: tuple[Pool, ...] = ("avg", "max")
 EXCITES: tuple[Excite, ...] = ("mlp", "conv")
 PADDINGS: tuple[Padding, ...] = ("zeros", "circular")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("fast", "plain")
 
 
 def check_choice(field: str, value: Any, choices: Sequence[str]) -> None:
@@ -114,7 +125,9 @@ def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
     return t if t % 2 else t + 1
 
 
-def squeeze_spatial(x: Array, *, pool: Pool = "avg") -> Array:
+def squeeze_spatial(
+    x: Array, *, pool: Pool = "avg", implementation: Implementation = "fast"
+) -> Array:
     """Reduces H and W: ``(..., H, W, C)`` to ``(..., 1, 1, C)``.
 
     The mean is accumulated in float32 or wider and *returned* so; the maximum keeps the
@@ -126,12 +139,16 @@ def squeeze_spatial(x: Array, *, pool: Pool = "avg") -> Array:
     Args:
       x: floating-point array ``(..., H, W, C)``.
       pool: ``"avg"`` or ``"max"`` (default: ``"avg"``).
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("pool", pool, POOLS)
-    return _mean(x, (-3, -2)) if pool == "avg" else x.max((-3, -2), keepdims=True)
+    if _is_fast(implementation):
+        squeeze = _kernels.mean if pool == "avg" else _kernels.maximum
+        return squeeze(x, SPATIAL)
+    return _mean(x, SPATIAL) if pool == "avg" else x.max(SPATIAL, keepdims=True)
 
 
-def squeeze_channels(x: Array) -> Array:
+def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
     """Reduces C by maximum and mean: ``(..., H, W, C)`` to ``(..., H, W, 2)``.
 
     The order is ``[max, mean]``, as in the article and the official code (timm has it
@@ -139,20 +156,124 @@ def squeeze_channels(x: Array) -> Array:
 
       >>> squeeze_channels(jnp.array([[[1.0, 2.0, 6.0]]])).tolist()
       [[[6.0, 3.0]]]
+
+    Args:
+      x: floating-point array ``(..., H, W, C)``.
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
-    mean = _mean(x, -1)
-    return jnp.concatenate([x.max(-1, keepdims=True).astype(mean.dtype), mean], axis=-1)
+    if _is_fast(implementation):
+        maximum, mean = _kernels.maximum(x, CHANNEL), _kernels.mean(x, CHANNEL)
+    else:
+        maximum, mean = x.max(CHANNEL, keepdims=True), _mean(x, CHANNEL)
+    return jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
 
 
-def scale(x: Array, gate: Array) -> Array:
-    """Multiplies a feature map by a gate that broadcasts against it."""
-    return x * gate
+def scale(
+    x: Array,
+    gate: Array,
+    *,
+    axes: tuple[int, ...],
+    implementation: Implementation = "fast",
+) -> Array:
+    """Multiplies a feature map by a gate: ``x * gate``.
+
+    Args:
+      x: array ``(..., H, W, C)``.
+      gate: array of the dtype and shape of ``x``, but for size 1 along ``axes``.
+      axes: ``SPATIAL`` for a channel gate, ``CHANNEL`` for a spatial one.
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
+    """
+    return _kernels.scale(x, gate, axes) if _is_fast(implementation) else x * gate
 
 
-def _mean(x: Array, axis: int | tuple[int, ...]) -> Array:
+def scale_and_squeeze(
+    x: Array, gate: Array, *, implementation: Implementation = "fast"
+) -> tuple[Array, Array]:
+    """``y = scale(x, gate)`` for a channel gate, and ``squeeze_channels(y)``.
+
+    Args:
+      x: array ``(..., H, W, C)``.
+      gate: array ``(..., 1, 1, C)`` of the same dtype.
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``). The fast form
+        squeezes the product before it is rounded to a half-precision dtype.
+    """
+    if _is_fast(implementation):
+        y, maximum, mean = _kernels.scale_and_squeeze(x, gate)
+        return y, jnp.concatenate([maximum, mean], axis=-1)
+    y = x * gate
+    return y, squeeze_channels(y, implementation=implementation)
+
+
+def conv_spatial(
+    maps: Array,
+    kernel: Array,
+    *,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation = "fast",
+) -> Array:
+    """A convolution that keeps H and W, with zeros outside.
+
+    Args:
+      maps: array ``(..., H, W, M)`` of few channels.
+      kernel: array ``(kh, kw, M, O)`` of odd sizes.
+      precision: see ``jax.lax.Precision``.
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
+
+    Returns:
+      Array ``(..., H, W, O)``.
+    """
+    if _is_fast(implementation):
+        return _kernels.conv(maps, kernel, precision)
+    flat = maps.reshape(-1, *maps.shape[-3:])
+    y = lax.conv_general_dilated(
+        flat,
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+    return y.reshape(*maps.shape[:-1], kernel.shape[-1])
+
+
+def conv_channels(
+    s: Array,
+    kernel: Array,
+    *,
+    padding: Padding = "zeros",
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation = "fast",
+) -> Array:
+    """A 1-D convolution along the last axis with one kernel, which keeps its size.
+
+    Args:
+      s: array ``(..., C)``.
+      kernel: array ``(k, 1, 1)``, k odd.
+      padding: what stands beyond the ends, ``"zeros"`` or ``"circular"`` (default:
+        ``"zeros"``).
+      precision: see ``jax.lax.Precision``.
+      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
+    """
+    check_choice("padding", padding, PADDINGS)
+    p = kernel.shape[0] // 2 if padding == "circular" else 0
+    row = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(p, p)], mode="wrap")
+    y = conv_spatial(
+        row[..., None, :, None],
+        kernel[None],
+        precision=precision,
+        implementation=implementation,
+    )
+    return y[..., 0, p : p + s.shape[-1], 0]
+
+
+def _mean(x: Array, axes: tuple[int, ...]) -> Array:
     # A half-precision accumulator overflows (float16) or stalls (bfloat16).
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.mean(x, axis, dtype=wide, keepdims=True)
+    return jnp.mean(x, axes, dtype=_kernels.wide(x), keepdims=True)
+
+
+def _is_fast(implementation: Any) -> bool:
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    return implementation == "fast"
 
 
 def _is_int(value: Any) -> bool:

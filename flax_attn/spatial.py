@@ -1,16 +1,14 @@
 """Spatial attention: the second half of CBAM."""
 
-from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.channel import GateFn, apply_gate
-from flax_attn.functional import Array
-
-ModuleDef = Callable[..., nn.Module]
+from flax_attn._linen import Conv, GateFn, ModuleDef, apply_gate
+from flax_attn.functional import Array, Implementation
 
 
 class SpatialAttention(nn.Module):
@@ -42,6 +40,8 @@ class SpatialAttention(nn.Module):
       kernel_init: initializer of the kernel, (k, k, 2, 1). Its input channels are
         [max, mean], in this order.
       bias_init: initializer of the bias, (1,).
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -63,30 +63,48 @@ class SpatialAttention(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return apply_gate(self, x, self.spatial_gate(x))
+        return self.scale(x, self.spatial_gate(x))
 
-    @nn.compact
     def spatial_gate(self, x: Array) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""
         x = functional.check_feature_map(x)
+        maps = functional.squeeze_channels(x, implementation=self.implementation)
+        return self.gate_of(maps.astype(self.dtype or x.dtype))
+
+    @nn.compact
+    def gate_of(self, maps: Array) -> Array:
+        """Returns the gate for squeezed maps [max, mean], ``(..., H, W, 2)``."""
         functional.check_odd("kernel_size", self.kernel_size)
-        squeezed = functional.squeeze_channels(x).astype(self.dtype or x.dtype)
-        logits = nn.Conv(
-            features=1,
-            kernel_size=(self.kernel_size, self.kernel_size),
+        logits = Conv(
+            partial(
+                functional.conv_spatial,
+                precision=self.precision,
+                implementation=self.implementation,
+            ),
+            kernel_shape=(self.kernel_size, self.kernel_size, 2, 1),
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=self.precision,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             name="conv",
-        )(squeezed)
+        )(maps)
         if self.norm is not None:
             logits = self.norm(name="norm")(logits)
         gate = self.gate(logits)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
+
+    def scale(self, x: Array, gate: Array) -> Array:
+        """Returns ``x`` times a spatial gate."""
+        return apply_gate(
+            x,
+            gate,
+            functional.CHANNEL,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
