@@ -1,0 +1,6 @@
+import jax
+
+# Eight devices, for the tests of sharding; before the first use of a device.
+jax.config.update("jax_num_cpu_devices", 8)
+# A broadcast that nobody wrote down is a bug here.
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,65 @@
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from tests.cases import BLOCKS, normal, variables_for
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_same_variables_in_both_layouts(block):
+    module = BLOCKS[block]()
+    first = flax_attn.ChannelsFirst(module)
+    x, cotangent = normal((2, 5, 4, 16), 0), normal((2, 5, 4, 16), 1)
+    variables = variables_for(module, x)
+    x_first = np.moveaxis(x, -1, 1)
+    same = jax.tree.map(np.shape, first.init(jax.random.key(0), x_first))
+    assert same == jax.tree.map(np.shape, variables)
+
+    y, pullback = jax.vjp(module.apply, variables, x)
+    d_variables, d_x = pullback(cotangent)
+    y_first, pullback = jax.vjp(first.apply, variables, x_first)
+    d_same, d_x_first = pullback(np.moveaxis(cotangent, -1, 1))
+    np.testing.assert_allclose(y_first, np.moveaxis(y, -1, 1), atol=1e-6)
+    np.testing.assert_allclose(d_x_first, np.moveaxis(d_x, -1, 1), atol=1e-6)
+    for a, b in zip(jax.tree.leaves(d_same), jax.tree.leaves(d_variables), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_any_leading_axes():
+    module = flax_attn.ChannelsFirst(flax_attn.SE())
+    x = normal((3, 2, 16, 5, 4), 0)
+    variables = module.init(jax.random.key(0), x)
+    y = module.apply(variables, x)
+    np.testing.assert_allclose(module.apply(variables, x[0, 0]), y[0, 0], atol=1e-6)
+
+
+def test_any_module_and_its_arguments():
+    x = normal((4, 3, 5, 6), 0)
+    wrapped = flax_attn.ChannelsFirst(nn.BatchNorm())
+    variables = wrapped.init(jax.random.key(0), x, use_running_average=False)
+    y, _ = wrapped.apply(
+        variables, x, use_running_average=False, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(y.mean((0, 2, 3)), 0, atol=1e-6)
+    resized = flax_attn.ChannelsFirst(nn.Conv(8, (3, 3), strides=2))
+    assert resized.init_with_output(jax.random.key(0), x)[0].shape == (4, 8, 3, 3)
+
+
+def test_inside_a_model():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = flax_attn.ChannelsFirst(flax_attn.SE(name="first"))(x)
+            return flax_attn.ChannelsFirst(flax_attn.CBAM(), name="second")(x)
+
+    params = Model().init(jax.random.key(0), normal((1, 16, 4, 4), 0))["params"]
+    assert len(params) == 2 and set(params["second"]) == {"channel", "spatial"}
+
+
+def test_too_few_axes():
+    with pytest.raises(ValueError, match=r"3 axes \(..., C, H, W\), got shape \(4, 16"):
+        flax_attn.ChannelsFirst(flax_attn.SE()).init(
+            jax.random.key(0), np.ones((4, 16), np.float32)
+        )
