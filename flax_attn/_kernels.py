@@ -140,11 +140,11 @@ def conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     windows, tile = _windows(maps, kw)
     matrix = _einsum("ijmo,jvt->vmito", kernel, _band(kw, tile, kernel.dtype))
     matrix = matrix.reshape(windows.shape[-1], kh * tile * o)
-    rows = jnp.matmul(windows, matrix, precision=precision)
+    rows = _matmul(windows, matrix, precision)
     rows = rows.reshape(*batch, h, -1, kh, tile * o)
     rows = _pad(rows, -4, kh // 2, kh // 2)
     out = reduce(jnp.add, [rows[..., i : i + h, :, i, :] for i in range(kh)])
-    return out.reshape(*batch, h, -1, o)[..., :w, :]
+    return out.reshape(*batch, h, -1, o)[..., :w, :].astype(maps.dtype)
 
 
 def _conv_fwd(
@@ -168,14 +168,17 @@ def _conv_bwd(
     d_rows = jnp.stack([ct[..., i : i + h, :, :] for i in reversed(range(kh))], -4)
     d_rows = d_rows.reshape(*ct.shape[:-3], kh, h, -1, tile * o)
     d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
-    d_matrix = jnp.matmul(
-        windows.reshape(-1, windows.shape[-1]).T, d_rows, precision=precision
-    ).reshape(-1, m, kh, tile, o)
-    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, kernel.dtype))
-    return d_maps, d_kernel
+    windows = windows.reshape(-1, windows.shape[-1])
+    d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
+    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
+    return d_maps, d_kernel.astype(kernel.dtype)
 
 
 conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _matmul(x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=wide(x))
 
 
 def _windows(maps: Array, k: int) -> tuple[Array, int]:

@@ -21,7 +21,9 @@ class ChannelsFirst(nn.Module):
       >>> jax.tree.map(jnp.shape, params)
       {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}
 
-    What ``module`` sows, such as the gates, keeps the channels-last layout.
+    In a model they lie under the name of ``module``, so that is the one to name:
+    ``ChannelsFirst(SE(name="attention"))``. What ``module`` sows, such as the gates,
+    keeps the channels-last layout.
 
     Attributes:
       module: any module from ``(..., H, W, C)`` to ``(..., H', W', C')``.

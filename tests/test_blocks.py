@@ -192,6 +192,8 @@ def test_result_dtype_is_linens(block, implementation):
 def test_half_precision_is_near_float32(block, dtype, atol, implementation):
     case = Case(block, (2, 12, 11, 32), k=7)
     variables, x, cotangent = case.arrays()
+    # Of one sign, or the sums over a map would cancel down to the rounding.
+    cotangent = np.abs(cotangent)
     exact = forward_and_gradients(case.module(), variables, x, cotangent)
     module = case.module(dtype=jnp.dtype(dtype), implementation=implementation)
     half = forward_and_gradients(
@@ -199,8 +201,7 @@ def test_half_precision_is_near_float32(block, dtype, atol, implementation):
     )
     for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
         scale = max(np.abs(b).max(), 1)
-        worst = np.abs(np.asarray(a, np.float32) - b).mean() / scale
-        assert worst < atol
+        assert np.abs(np.asarray(a, np.float32) - b).mean() / scale < atol
 
 
 @both
@@ -292,34 +293,34 @@ def test_sharded_over_eight_devices(block):
 @blocks
 def test_masks_hold_inside_a_larger_program(block):
     """Whatever XLA fuses before the block, no maximum may lose its gradient."""
-    module, plain = (BLOCKS[block](implementation=i) for i in IMPLEMENTATIONS)
     u = normal((8, 14, 15, 33), 0)
-    scale, shift = normal((33,), 1), normal((33,), 2)
-    variables = variables_for(module, u)
+    factor, shift = normal((1, 1, 1, 33), 1), normal((1, 1, 1, 33), 2)
+    variables = variables_for(BLOCKS[block](), u)
+    before = {
+        "affine": lambda u: u * factor + shift,
+        "normalised": lambda u: (u - u.mean()) * jax.lax.rsqrt(u.var() + 1e-5) * factor,
+        "relu": lambda u: nn.relu(u * factor + shift),
+        "gelu": lambda u: nn.gelu(u * factor + shift),
+    }
 
-    def before(kind, u, scale, shift):
-        x = u * scale[None, None, None] + shift[None, None, None]
-        if kind == "normalised":
-            x = (x - x.mean((0, 1, 2), keepdims=True)) * jax.lax.rsqrt(
-                x.var((0, 1, 2), keepdims=True) + 1e-5
+    def gradient(implementation, kind, dtype):
+        module = BLOCKS[block](dtype=dtype, implementation=implementation)
+
+        def loss(u):
+            y = module.apply(variables, before[kind](u).astype(dtype))
+            return (nn.tanh(y.astype(jnp.float32)) * u).sum()
+
+        return jax.jit(jax.grad(loss))(u)
+
+    for kind in before:
+        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.1)):
+            fast = gradient("fast", kind, dtype)
+            plain = gradient("plain", kind, dtype)
+            chex.assert_tree_all_finite(fast)
+            size = np.abs(plain).max()
+            np.testing.assert_allclose(
+                fast / size, plain / size, rtol=0, atol=tolerance, err_msg=kind
             )
-        return {"relu": nn.relu, "gelu": nn.gelu}.get(kind, lambda x: x)(x)
-
-    for kind in ("affine", "normalised", "relu", "gelu"):
-        for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.15)):
-            grads = []
-            for m in (module, plain):
-
-                def loss(u, scale, shift, m=m, kind=kind, dtype=dtype):
-                    x = before(kind, u, scale, shift).astype(dtype)
-                    y = m.clone(dtype=dtype).apply(variables, x)
-                    return (nn.tanh(y.astype(jnp.float32)) * u).sum()
-
-                grads.append(jax.jit(jax.grad(loss, (0, 1, 2)))(u, scale, shift))
-            chex.assert_tree_all_finite(grads[0])
-            for a, b in zip(*grads, strict=True):
-                size = np.abs(b).max()
-                np.testing.assert_allclose(a / size, b / size, rtol=0, atol=tolerance)
 
 
 ATTENTION = ("se", "eca", "channel", "spatial", "cbam")
@@ -328,7 +329,7 @@ ATTENTION = ("se", "eca", "channel", "spatial", "cbam")
 @pytest.mark.parametrize(
     "x, message",
     [
-        (np.ones((4, 16), np.float32), r"at least 3 axes \(..., H, W, C\), got .4, 16"),
+        (np.ones((4, 16), np.float32), r"at least 3 axes .* got shape \(4, 16\)"),
         (np.ones((0, 4, 4, 16), np.float32), r"no empty axis, got shape \(0, 4, 4, 16"),
         (np.ones((4, 0, 16), np.float32), "no empty axis"),
         (np.ones((4, 4, 16), np.int32), "floating-point array, got dtype int32"),

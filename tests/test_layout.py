@@ -52,10 +52,11 @@ def test_inside_a_model():
         @nn.compact
         def __call__(self, x):
             x = flax_attn.ChannelsFirst(flax_attn.SE(name="first"))(x)
-            return flax_attn.ChannelsFirst(flax_attn.CBAM(), name="second")(x)
+            return flax_attn.ChannelsFirst(flax_attn.CBAM())(x)
 
     params = Model().init(jax.random.key(0), normal((1, 16, 4, 4), 0))["params"]
-    assert len(params) == 2 and set(params["second"]) == {"channel", "spatial"}
+    assert set(params) == {"first", "CBAM_0"}
+    assert set(params["CBAM_0"]) == {"channel", "spatial"}
 
 
 def test_too_few_axes():

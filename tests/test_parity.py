@@ -1,4 +1,4 @@
-"""The blocks against PyTorch: live where torch is installed, and golden files always."""
+"""The blocks against PyTorch: by golden files, and live where torch is installed."""
 
 import importlib.util
 
