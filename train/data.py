@@ -153,9 +153,10 @@ def download(archive: Archive, path: Path) -> None:
         _check_whole(archive, partial)
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, DataError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
-            f"found neither; downloading {archive.url} failed ({error}). Pass "
+            f"found neither; downloading {archive.url} failed ({reason}). Pass "
             "--data-dir, or --dataset digits, which needs no network."
         ) from error
     finally:

@@ -261,11 +261,12 @@ def make_state(
 def to_device(images: ImageSet) -> tuple[DeviceData, DeviceData]:
     """Both parts on the device, to be normalised by the training part's statistics."""
     values = np.arange(256) / 255
-    mean, std = np.empty((2, 3), np.float32)
+    mean, std = np.empty((2, 1, 1, 1, 3), np.float32)
     for c in range(3):
         counts = np.bincount(images.train_images[..., c].ravel(), minlength=256)
-        mean[c] = np.average(values, weights=counts)
-        std[c] = np.sqrt(np.average((values - mean[c]) ** 2, weights=counts))
+        mean[..., c] = np.average(values, weights=counts)
+        variance = np.average((values - mean[..., c].item()) ** 2, weights=counts)
+        std[..., c] = np.sqrt(variance)
     return (
         _device_data(images.train_images, images.train_labels, mean, std),
         _device_data(images.test_images, images.test_labels, mean, std),

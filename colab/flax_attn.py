@@ -1,0 +1,147 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Attention blocks for convolutional networks in Flax
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/flax-attn/flax_attn/blob/main/colab/flax_attn.ipynb)
+#
+# Puts SE, ECA and CBAM on an array, inserts CBAM into a ResNet, trains it and looks at
+# where it attends. On Colab choose *Runtime → Change runtime type* for a TPU or GPU;
+# without one everything runs on the CPU, slower.
+
+# %% [markdown]
+# ## Install
+# The versions of jax and flax that are here stay: another jax would lose the TPU.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+REPOSITORY = "https://github.com/flax-attn/flax_attn"
+
+if importlib.util.find_spec("flax_attn") is None or not Path("../train").exists():
+    if not Path("flax_attn").exists():
+        subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
+    keep = Path("keep.txt")
+    keep.write_text("".join(f"{p}=={version(p)}\n" for p in ("jax", "jaxlib", "flax")))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "-e", "flax_attn[train]"]
+        + ["-c", str(keep)],
+        check=True,
+    )
+    os.chdir("flax_attn/colab")
+sys.path.insert(0, "..")
+
+# %%
+import jax
+
+print("backend:", jax.default_backend())
+print("devices:", *jax.devices())
+if jax.default_backend() == "cpu":
+    print(
+        "WARNING: no accelerator. Everything below runs, but training is slow: choose "
+        "a TPU or GPU runtime, or stay with the digits."
+    )
+
+# %% [markdown]
+# ## Every block maps a feature map to one of the same shape
+
+# %%
+import jax.numpy as jnp
+
+import flax_attn
+
+x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
+blocks = {
+    "SE": flax_attn.SE(),
+    "ECA": flax_attn.ECA(),
+    "ChannelAttention": flax_attn.ChannelAttention(),
+    "ChannelAttention, conv": flax_attn.ChannelAttention(excite="conv"),
+    "SpatialAttention": flax_attn.SpatialAttention(),
+    "CBAM": flax_attn.CBAM(),
+    "CBAM, conv": flax_attn.CBAM(excite="conv"),
+}
+for name, block in blocks.items():
+    variables = block.init(jax.random.key(1), x)
+    y = block.apply(variables, x)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    print(f"{name:24} {x.shape} -> {y.shape}  {parameters:5} parameters")
+
+# %% [markdown]
+# ## Train a ResNet with a block in every residual branch
+# Digits are 1,797 scans that come with scikit-learn. CIFAR-10 is downloaded.
+
+# %%
+# @title What to train { display-mode: "form" }
+dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
+attention = "cbam"  # @param ["none", "se", "se-max", "eca", "channel", "channel-conv", "spatial", "cbam", "cbam-conv"]
+depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
+epochs = 6  # @param {type:"integer"}
+
+# %%
+from train import data, loop
+from train.config import Config
+
+config = Config(dataset=dataset, attention=attention, depth=depth, epochs=epochs)
+images = data.load(config.dataset, config.data_dir)
+run = loop.train(config, images)
+print(run.summary())
+
+# %%
+# %matplotlib inline
+from IPython.display import display
+from matplotlib import pyplot as plt
+
+from train.report import plot_curves
+
+display(plot_curves({attention: run.history}))
+plt.close("all")
+
+# %% [markdown]
+# ## Where it attends
+# The blocks sow their gates; ask for the collection `intermediates` to read them. Shown
+# is the spatial gate of the first residual block over test images (`spatial` and `cbam`
+# blocks have one).
+
+# %%
+shown = images.test_images[:8]
+mean = images.train_images.mean((0, 1, 2)) / 255
+std = (images.train_images / 255).std((0, 1, 2))
+_, state = run.model.apply(
+    run.variables, jnp.float32((shown / 255 - mean) / std), mutable=["intermediates"]
+)
+gates = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): gate
+    for path, gate in jax.tree_util.tree_leaves_with_path(
+        state.get("intermediates", {})
+    )
+}
+spatial = [name for name in gates if "spatial_gate" in name]
+for name in spatial[:1]:
+    figure, axes = plt.subplots(2, 8, figsize=(12, 3.4), layout="constrained")
+    figure.suptitle(name)
+    for image, gate, column in zip(shown, gates[name], axes.T, strict=True):
+        column[0].imshow(image)
+        last = column[1].imshow(gate[..., 0], cmap="magma", vmin=0, vmax=1)
+        for axis in column:
+            axis.axis("off")
+    figure.colorbar(last, ax=axes[1, :], label="gate")
+    display(figure)
+    plt.close("all")
+if not spatial:
+    print(f"`{attention}` has no spatial gate; it has {', '.join(gates) or 'none'}.")

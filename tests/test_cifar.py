@@ -1,0 +1,103 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.resnet import ATTENTIONS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-m", "train.cifar", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def test_help_is_instant_and_whole():
+    start = time.perf_counter()
+    result = run("--help")
+    # Below a second on an idle machine; importing jax would take longer than this.
+    assert time.perf_counter() - start < 2
+    assert result.returncode == 0
+    text = result.stdout
+    for name in (*ATTENTIONS, "cifar10", "cifar100", "digits", "--workdir", "bfloat16"):
+        assert name in text
+
+
+def test_help_imports_neither_jax_nor_flax():
+    code = "import sys, train.cifar; print({'jax', 'flax', 'numpy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+def test_digits(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1)
+    arguments += ("--attention", "cbam", "--workdir", workdir)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
+    accuracy = json.loads(line)["test_accuracy"]
+    assert "ResNet-8, attention cbam, on digits" in result.stdout
+    assert f"test accuracy {accuracy:.2%} after 1 epochs" in result.stdout
+    assert "epoch 1/1" in result.stderr
+    # The same folder again: nothing is overwritten.
+    again = run(*arguments)
+    assert again.returncode == 2 and "holds an earlier run" in again.stderr
+    assert (workdir / "metrics.jsonl").read_text() == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--attention", "cbm"], "`attention` must be one of none, se,"),
+        (["--dataset", "mnist"], "`dataset` must be one of cifar10, cifar100, digits"),
+        (["--depth", "19"], "`depth` must be 6n+2"),
+        (["--batch-size", "1438"], "`batch_size` must be at most the 1,437"),
+        (["--dtype", "half"], "`dtype` must be one of float32, bfloat16"),
+        (["--workdir", "{file}/run"], "cannot be written to (Not a directory)"),
+        (["--workdir", "{file}"], "holds an earlier run or is a file"),
+        (["--dataset", "cifar10", "--data-dir", "{bad}"], "is corrupt or truncated"),
+        (["--dataset", "cifar100", "--data-dir", "{file}"], "Not a directory"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    """One line, exit code 2, no traceback, nothing left behind."""
+    file, bad = tmp_path / "file", tmp_path / "bad"
+    file.touch()
+    bad.mkdir()
+    (bad / "cifar-10-binary.tar.gz").write_bytes(b"not an archive")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [a.format(file=file, bad=bad) for a in arguments]
+    if "--dataset" not in arguments:
+        arguments += ["--dataset", "digits"]
+    if "--workdir" not in arguments:
+        arguments += ["--workdir", tmp_path / "run"]
+    result = run(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    arguments = ("--dataset", "digits", "--depth", 8, "--learning-rate", 1e30)
+    result = run(*arguments, "--workdir", tmp_path / "run", "--batch-size", 32)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "The loss is" in last and "at epoch 1, step" in last
+    assert "Traceback" not in result.stderr

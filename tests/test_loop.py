@@ -1,0 +1,212 @@
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.cases import normal
+from train import config as config_lib
+from train import loop
+from train.config import Config
+from train.data import ImageSet
+from train.resnet import ATTENTIONS
+
+TINY = Config(depth=8, dataset="digits", epochs=2, batch_size=16, attention="se")
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.RandomState(0)
+    labels = rng.randint(0, 3, 77).astype(np.int32)
+    # Each class has a shade of its own.
+    pixels = rng.randint(0, 60, (77, 32, 32, 3)) + 80 * labels[:, None, None, None]
+    pixels = pixels.astype(np.uint8)
+    return ImageSet(pixels[:50], labels[:50], pixels[50:], labels[50:], 3, flip=True)
+
+
+def test_a_run(images, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run = loop.train(TINY, images, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == run.history
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert list(lines[0]) == [
+        "epoch",
+        "step",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "learning_rate",
+        "images_per_second",
+        "seconds",
+    ]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert int(run.state.step) == 6
+    logits = run.model.apply(run.variables, jnp.zeros((1, 32, 32, 3)))
+    assert logits.shape == (1, 3)
+    total, attention = loop.count_parameters(run.state.params)
+    # SE at 16, 32 and 64 channels with r = 16: C * h twice.
+    assert attention == 2 * (16 * 1 + 32 * 2 + 64 * 4)
+    assert f"{total:,} parameters ({attention:,} of them attention)" in run.summary()
+    assert "ResNet-8, attention se, on digits" in run.summary()
+
+
+def test_the_same_seed_gives_the_same_run(images):
+    runs = [loop.train(TINY, images) for _ in range(2)]
+    chex.assert_trees_all_equal(runs[0].state.params, runs[1].state.params)
+    other = loop.train(dataclasses.replace(TINY, seed=1), images)
+    assert other.history[-1]["train_loss"] != runs[0].history[-1]["train_loss"]
+
+
+def test_steps_in_one_call_are_the_same_steps(images):
+    one = loop.train(dataclasses.replace(TINY, epochs=1, steps_per_call=1), images)
+    for n in (2, 3):
+        many = loop.train(dataclasses.replace(TINY, epochs=1, steps_per_call=n), images)
+        chex.assert_trees_all_close(
+            many.state.params, one.state.params, rtol=1e-3, atol=1e-4
+        )
+        np.testing.assert_allclose(
+            many.history[0]["train_loss"], one.history[0]["train_loss"], rtol=1e-4
+        )
+        assert int(many.state.step) == 3
+
+
+def test_steps_per_call_suits_the_backend(monkeypatch):
+    assert loop.steps_per_call(TINY, 390) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert loop.steps_per_call(TINY, 390) == 78
+    assert loop.steps_per_call(TINY, 11) == 11
+    assert loop.steps_per_call(dataclasses.replace(TINY, steps_per_call=50), 11) == 11
+
+
+def test_an_epoch_shows_every_image_once():
+    key = jax.random.key(0)
+    orders = [np.asarray(loop.epoch_order(key, epoch, 50)) for epoch in (1, 2, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    np.testing.assert_array_equal(orders[0], orders[2])
+    assert (orders[0] != orders[1]).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 27, 64])
+def test_evaluation_counts_each_image_once(images, batch_size):
+    config = dataclasses.replace(TINY, epochs=1)
+    model = loop.make_model(config, 3)
+    optimizer = loop.make_optimizer(config, optax.constant_schedule(0.1))
+    state = loop.make_state(model, optimizer, jax.random.key(1))
+    train_data, test_data = loop.to_device(images)
+    loss, accuracy = loop.evaluate(state, test_data, batch_size)
+    pixels = images.train_images / 255
+    x = images.test_images / 255 - pixels.mean((0, 1, 2))
+    x = np.float32(x / pixels.std((0, 1, 2)))
+    logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, x)
+    logits = np.float64(logits)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -logp[np.arange(27), images.test_labels].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        accuracy, (logits.argmax(-1) == images.test_labels).mean(), rtol=1e-6
+    )
+
+
+def test_augmentation_draws_for_each_image():
+    image = normal((1, 32, 32, 3), 0)
+    images = jnp.asarray(np.repeat(image, 200, axis=0))
+    moved = np.asarray(loop.augment(images, jax.random.key(0), flip=True))
+    padded = np.pad(image[0], ((4, 4), (4, 4), (0, 0)))
+    seen = set()
+    for one in moved:
+        for i in range(9):
+            for j in range(9):
+                crop = padded[i : i + 32, j : j + 32]
+                for flip, candidate in enumerate((crop, crop[:, ::-1])):
+                    if np.array_equal(one, candidate):
+                        seen.add((i, j, flip))
+    rows, columns, flips = map(set, zip(*seen, strict=True))
+    assert rows == columns == set(range(9)) and flips == {0, 1}
+    assert len(seen) > 100
+    still = loop.augment(images, jax.random.key(0), flip=False)
+    mirrored = np.asarray(still)[:, :, ::-1]
+    assert (moved == np.asarray(still)).all((1, 2, 3)).sum() in range(60, 140)
+    assert (moved == mirrored).all((1, 2, 3)).sum() in range(60, 140)
+
+
+def test_only_kernels_decay():
+    config = dataclasses.replace(TINY, attention="cbam", weight_decay=0.5)
+    model = loop.make_model(config, 3)
+    optimizer = loop.make_optimizer(config, optax.constant_schedule(1.0))
+    params = loop.make_state(model, optimizer, jax.random.key(0)).params
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(update.any()) == (path[-1].key == "kernel"), path
+
+
+def test_the_schedule():
+    config = dataclasses.replace(TINY, learning_rate=0.4, warmup_epochs=2)
+    schedule = loop.make_schedule(config, per_epoch=10, total=400)
+    assert schedule(0) == 0 and schedule(400) == 0
+    np.testing.assert_allclose([schedule(10), schedule(20)], [0.2, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(schedule(210), 0.2, rtol=1e-6)
+    # A short run warms up for a tenth of it.
+    assert loop.make_schedule(config, per_epoch=10, total=100)(10) == np.float32(0.4)
+
+
+def test_label_smoothing_changes_the_loss(images):
+    plain, smooth = (
+        loop.train(dataclasses.replace(TINY, epochs=1, label_smoothing=s), images)
+        for s in (0.0, 0.3)
+    )
+    assert plain.history[0]["train_loss"] != smooth.history[0]["train_loss"]
+
+
+def test_bfloat16(images):
+    run = loop.train(dataclasses.replace(TINY, epochs=1, dtype="bfloat16"), images)
+    assert np.isfinite(run.history[0]["test_loss"])
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(run.state.params)}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run(images, steps_per_call, tmp_path):
+    config = dataclasses.replace(
+        TINY, learning_rate=1e30, warmup_epochs=0, steps_per_call=steps_per_call
+    )
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is (nan|inf) at epoch \d, step \d;"
+    ):
+        loop.train(config, images, path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"attention": "cbm"}, "`attention` must be one of none, se, .* got 'cbm'"),
+        ({"dataset": "mnist"}, "`dataset` must be one of cifar10, .* got 'mnist'"),
+        ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, got 'float8'"),
+        ({"depth": 18}, "`depth` must be 6n.2 .* got 18; the nearest are 14 and 20"),
+        ({"batch_size": 51}, "`batch_size` must be at most the 50 training images"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be finite and at least 0"),
+        ({"weight_decay": float("nan")}, "`weight_decay` must be finite"),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
+        ({"seed": -1}, r"`seed` must be in \[0, 2\*\*32\), got -1"),
+    ],
+)
+def test_bad_configurations(images, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        loop.train(dataclasses.replace(TINY, **fields), images)
+    assert "\n" not in str(error.value)
+
+
+def test_epochs_by_data_set():
+    assert config_lib.epochs(Config(dataset="digits")) == 15
+    assert config_lib.epochs(Config(epochs=3)) == 3
+    assert "cbam-conv" in ATTENTIONS and len(ATTENTIONS) == 9
