@@ -72,7 +72,7 @@ def test_digits(tmp_path):
         (["--workdir", "{file}/run"], "cannot be written to (Not a directory)"),
         (["--workdir", "{file}"], "holds an earlier run or is a file"),
         (["--dataset", "cifar10", "--data-dir", "{bad}"], "is corrupt or truncated"),
-        (["--dataset", "cifar100", "--data-dir", "{file}"], "Not a directory"),
+        (["--dataset", "cifar100", "--data-dir", "{file}"], "--dataset digits, which"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

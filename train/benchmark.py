@@ -1,0 +1,473 @@
+"""``python -m train.benchmark``: what the blocks cost, in copies of the feature map.
+
+The blocks do almost no arithmetic; what they cost is passes over memory. So every time
+is divided by that of ``copy``, ``x * 1.0001`` on the same array in the same run. The
+contenders take turns, and of each the fastest of many rounds counts, since a busy
+machine can only add time.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+# The TPU compiler needs no TPU, and must not look for one. Before jax is imported.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from tqdm.auto import tqdm
+
+from train import config as config_lib
+from train import loop
+from train.data import ImageSet
+from train.resnet import ATTENTIONS, imagenet_resnet
+
+Shape = tuple[int, int, int, int]
+Against = Literal["plain", "torch"]
+
+BLOCKS = tuple(name for name in ATTENTIONS if name not in ("none", "se-max"))
+SHAPES: tuple[Shape, ...] = (
+    (128, 32, 32, 16),
+    (32, 32, 32, 64),
+    (16, 28, 28, 512),
+    (32, 14, 14, 1024),
+    (128, 7, 7, 512),
+)
+GPU_SHAPES: tuple[Shape, ...] = (*SHAPES, (128, 56, 56, 256), (256, 28, 28, 512))
+TPU_SHAPES: tuple[Shape, ...] = (
+    (128, 32, 32, 64),
+    (128, 56, 56, 256),
+    (128, 14, 14, 1024),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure the attention blocks in copies of the feature map."""
+
+    blocks: tuple[str, ...] = BLOCKS
+    """Blocks to measure."""
+    shapes: tuple[Shape, ...] = ()
+    """Shapes N H W C; by default five, on a GPU two more, for a TPU three."""
+    dtypes: tuple[str, ...] = ()
+    """Dtypes; by default float32, on a GPU also bfloat16, for a TPU only that."""
+    against: tuple[Against, ...] = ()
+    """What to measure beside: the plain implementation, PyTorch eager and compiled."""
+    network: bool = False
+    """Time training steps of whole networks with and without each block instead."""
+    compile_for: str | None = None
+    """Compile for a TPU topology such as v5e:2x2 instead; needs the extra tpu-aot."""
+    rounds: int = 20
+    """How often each contender has its turn."""
+    json: Path | None = None
+    """Where to write the rows as JSON."""
+    plot: Path | None = None
+    """Where to draw a bar chart."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One contender on one shape; times and temporaries are in copies of x."""
+
+    block: str
+    contender: str
+    shape: Shape
+    dtype: str
+    forward: float
+    forward_backward: float
+    temporaries: float | None
+    """Of forward + backward, in multiples of x."""
+    compile_seconds: float
+    """Of forward + backward."""
+    copy_ms: float
+
+
+Call = Callable[[], Any]
+
+
+def fastest(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Seconds of each call, the least of ``rounds`` turns, after one for warming up."""
+    for call in calls.values():
+        call()
+    best = dict.fromkeys(calls, math.inf)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def with_backward(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the output of ``apply`` and all gradients for a given cotangent."""
+
+    def run(variables: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, pullback = jax.vjp(apply, variables, x)
+        return y, pullback(cotangent)
+
+    return run
+
+
+def make_block(block: str, dtype: str, contender: str) -> Any:
+    """The flax module behind a contender, ``"fast"`` or ``"plain"``."""
+    attention = ATTENTIONS[block]
+    if attention is None:
+        raise ValueError("`blocks` must name attention blocks, got 'none'.")
+    return attention(dtype=jnp.dtype(dtype), implementation=contender)
+
+
+def measure_block(
+    block: str, shape: Shape, dtype: str, against: tuple[Against, ...], rounds: int
+) -> Iterator[Row]:
+    """Measures the contenders on one block and shape, in turns."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], shape, dtype)
+    cotangent = jax.random.normal(keys[1], shape, dtype)
+    copy = jax.jit(lambda x: x * jnp.asarray(1.0001, dtype))
+    calls: dict[str, Call] = {"copy": lambda: jax.block_until_ready(copy(x))}
+    seconds: dict[str, float] = {}
+    temporaries: dict[str, float] = {}
+    contenders = ["fast", *(["plain"] if "plain" in against else [])]
+    variables = jax.jit(make_block(block, dtype, "fast").init)(keys[2], x)
+    for contender in contenders:
+        apply = make_block(block, dtype, contender).apply
+        forward = jax.jit(apply).lower(variables, x).compile()
+        start = time.perf_counter()
+        both = jax.jit(with_backward(apply)).lower(variables, x, cotangent).compile()
+        seconds[contender] = time.perf_counter() - start
+        temporaries[contender] = _temporaries(both) / x.nbytes
+        calls[f"{contender} forward"] = partial(_wait, forward, variables, x)
+        calls[f"{contender} both"] = partial(_wait, both, variables, x, cotangent)
+    if "torch" in against:
+        for contender, *pair, compiling in _torch_calls(block, shape, dtype):
+            contenders.append(contender)
+            seconds[contender] = compiling
+            calls[f"{contender} forward"], calls[f"{contender} both"] = pair
+    best = fastest(calls, rounds)
+    for contender in contenders:
+        yield Row(
+            block,
+            contender,
+            shape,
+            dtype,
+            best[f"{contender} forward"] / best["copy"],
+            best[f"{contender} both"] / best["copy"],
+            temporaries.get(contender),
+            seconds[contender],
+            best["copy"] * 1e3,
+        )
+
+
+def _wait(function: Callable[..., Any], *arguments: Any) -> Any:
+    return jax.block_until_ready(function(*arguments))
+
+
+def _temporaries(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _torch_calls(
+    block: str, shape: Shape, dtype: str
+) -> Iterator[tuple[str, Call, Call, float]]:
+    """The article's block in PyTorch, eager and compiled, in its better layout."""
+    import torch
+
+    from tests import torch_article
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    n, h, w, c = shape
+    module = torch_article.build(block, c, ratio=16 if c >= 16 else c, k=7)
+    module = module.to(device, getattr(torch, dtype))
+
+    def calls(function: Any, layout: torch.memory_format) -> tuple[Call, Call]:
+        x, cotangent = (
+            torch.randn(n, c, h, w, device=device, dtype=getattr(torch, dtype)).to(
+                memory_format=layout
+            )
+            for _ in range(2)
+        )
+        x.requires_grad_()
+        wanted = [x, *module.parameters()]
+        sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+        def forward() -> None:
+            with torch.no_grad():
+                function(x)
+            sync()
+
+        def both() -> None:
+            torch.autograd.grad(function(x), wanted, cotangent)
+            sync()
+
+        return forward, both
+
+    layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+    eager = {name: calls(module, layout) for name, layout in layouts.items()}
+    times = fastest({name: both for name, (_, both) in eager.items()}, rounds=3)
+    better = min(times, key=lambda name: times[name])
+    yield "torch eager", *eager[better], 0.0
+    torch.compiler.reset()
+    forward, both = calls(torch.compile(module, dynamic=False), layouts[better])
+    start = time.perf_counter()
+    forward()
+    both()
+    yield "torch compiled", forward, both, time.perf_counter() - start
+
+
+def compile_for_tpu(
+    block: str, shape: Shape, dtype: str, topology: str
+) -> Iterator[Any]:
+    """Compiles forward and gradient of both implementations for a TPU."""
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    sharding = jax.sharding.SingleDeviceSharding(description.devices[0])
+
+    def compile_(function: Any, *arguments: Any) -> tuple[Any, float]:
+        jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
+        start = time.perf_counter()
+        compiled = jitted.lower(*arguments).compile()
+        return compiled, time.perf_counter() - start
+
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    copy, _ = compile_(lambda x: x * jnp.asarray(1.0001, dtype), x)
+    copied = copy.cost_analysis()["bytes accessed"]
+    for contender in ("fast", "plain"):
+        module = make_block(block, dtype, contender)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        forward, forward_seconds = compile_(module.apply, variables, x)
+        both, both_seconds = compile_(with_backward(module.apply), variables, x, x)
+        yield {
+            "block": block,
+            "contender": contender,
+            "shape": shape,
+            "dtype": dtype,
+            "forward_seconds": forward_seconds,
+            "seconds": both_seconds,
+            "forward_bytes": forward.cost_analysis()["bytes accessed"] / copied,
+            "bytes": both.cost_analysis()["bytes accessed"] / copied,
+            "temporaries": _temporaries(both)
+            / (math.prod(shape) * jnp.dtype(dtype).itemsize),
+        }
+
+
+def measure_network(
+    name: str, blocks: tuple[str, ...], against: tuple[Against, ...], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Times a training step of a network with each block, all of them in turns."""
+    on_cifar = name == "ResNet-20"
+    size = 32 if on_cifar else 224
+    dtype = "float32" if on_cifar else "bfloat16"
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (128, size, size, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, 128).astype(np.int32)
+    data, _ = loop.to_device(ImageSet(pixels, labels, pixels, labels, 10, flip=True))
+    indices = jnp.arange(128)[None]
+    contenders = ["fast", *(["plain"] if "plain" in against else [])]
+    variants = [("none", "")] + [(b, c) for b in blocks for c in contenders]
+    calls: dict[str, Call] = {}
+    for block, contender in tqdm(variants, desc=f"compiling {name}", unit="network"):
+        attention = ATTENTIONS[block]
+        if attention is not None:
+            attention = partial(attention, implementation=contender)
+        config = config_lib.Config(attention=block, dtype=dtype)
+        make = (
+            partial(loop.cifar_resnet, 20) if on_cifar else partial(imagenet_resnet, 50)
+        )
+        model = make(num_classes=10, attention=attention, dtype=jnp.dtype(dtype))
+        optimizer = loop.make_optimizer(config, loop.make_schedule(config, 1, 100))
+        state = loop.make_state(model, optimizer, jax.random.key(0))
+        train_steps = loop.make_train_steps(config, jax.random.key(1), flip=True)
+
+        def call(states: list[Any] = [state], train_steps: Any = train_steps) -> None:  # noqa: B006
+            # The step takes the old state's buffers, so the new one replaces it here.
+            states[0], _ = train_steps(states[0], data, indices)
+            jax.block_until_ready(states[0])
+
+        call()
+        calls[f"{block} {contender}".strip()] = call
+    best = fastest(calls, rounds)
+    for variant, seconds in best.items():
+        yield {
+            "network": name,
+            "dtype": dtype,
+            "batch": 128,
+            "block": variant,
+            "step_ms": seconds * 1e3,
+            "overhead_percent": 100 * (seconds / best["none"] - 1),
+        }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned columns under their names."""
+    if not rows:
+        return "Nothing was measured."
+
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, tuple | list):
+            return "x".join(map(str, value))
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [list(rows[0]), *([text(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def geometric_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each block, contender and dtype, over its shapes."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["block"], row["contender"], row["dtype"])
+        groups.setdefault(key, []).append(row)
+
+    def mean(group: list[dict[str, Any]], field: str) -> float:
+        return math.exp(sum(math.log(row[field]) for row in group) / len(group))
+
+    return [
+        {
+            "block": block,
+            "contender": contender,
+            "dtype": dtype,
+            "shapes": len(group),
+            "forward": mean(group, "forward"),
+            "forward_backward": mean(group, "forward_backward"),
+        }
+        for (block, contender, dtype), group in groups.items()
+    ]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the geometric means as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    means = geometric_means(rows)
+    blocks = list(dict.fromkeys(row["block"] for row in means))
+    kinds = list(dict.fromkeys((row["contender"], row["dtype"]) for row in means))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    for axis, field in zip(axes, ("forward", "forward_backward"), strict=True):
+        for i, (contender, dtype) in enumerate(kinds):
+            bars = {
+                row["block"]: row[field]
+                for row in means
+                if (row["contender"], row["dtype"]) == (contender, dtype)
+            }
+            places = [
+                blocks.index(b) + (i + 0.5) * 0.8 / len(kinds) - 0.4 for b in bars
+            ]
+            axis.bar(
+                places,
+                list(bars.values()),
+                0.8 / len(kinds),
+                label=f"{contender}, {dtype}",
+            )
+        axis.set_xticks(range(len(blocks)), blocks, rotation=20)
+        axis.set(title=field.replace("_", " + "), ylabel="time / copy")
+        axis.set_yscale("log")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def machine() -> str:
+    """What this ran on, in one line."""
+    device = jax.devices()[0]
+    where = (
+        f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    )
+    return f"{where}, Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def measure(options: Options, rows: list[dict[str, Any]]) -> None:
+    """Appends rows to ``rows`` as they are done, so that an interrupt loses none."""
+    on_gpu = jax.default_backend() == "gpu"
+    if options.network:
+        for name in ("ResNet-20", *(["ResNet-50"] if on_gpu else [])):
+            rows += measure_network(
+                name, options.blocks, options.against, options.rounds
+            )
+        return
+    shapes = options.shapes or (
+        TPU_SHAPES if options.compile_for else GPU_SHAPES if on_gpu else SHAPES
+    )
+    dtypes = options.dtypes or (
+        ("bfloat16",)
+        if options.compile_for
+        else ("float32", "bfloat16")
+        if on_gpu
+        else ("float32",)
+    )
+    tasks = [(b, s, d) for d in dtypes for b in options.blocks for s in shapes]
+    for block, shape, dtype in (bar := tqdm(tasks, unit="case")):
+        bar.set_postfix_str(f"{block} {shape} {dtype}")
+        if options.compile_for:
+            rows += compile_for_tpu(block, shape, dtype, options.compile_for)
+        else:
+            rows += map(
+                dataclasses.asdict,
+                measure_block(block, shape, dtype, options.against, options.rounds),
+            )
+
+
+def check(options: Options) -> None:
+    """Raises ``ValueError`` for options that cannot be measured."""
+    for block in options.blocks:
+        config_lib.check_choice("blocks", block, BLOCKS)
+    for dtype in options.dtypes:
+        config_lib.check_choice("dtypes", dtype, ("float32", "bfloat16", "float16"))
+    for shape in options.shapes:
+        if min(shape) < 1:
+            raise ValueError(f"`shapes` must have axes of at least 1, got {shape}.")
+    if options.rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {options.rounds}.")
+
+
+def main() -> None:
+    """Measures as the command line says; an interrupt prints what is done."""
+    options = tyro.cli(Options, prog="python -m train.benchmark", description=__doc__)
+    try:
+        check(options)
+    except ValueError as error:
+        print(f"train.benchmark: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    rows: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        measure(options, rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(machine())
+    print(table(rows))
+    timed = bool(rows) and "copy_ms" in rows[0]
+    if timed:
+        print("\nGeometric means over the shapes, in copies of x:")
+        print(table(geometric_means(rows)))
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n"
+        )
+    if options.plot and timed:
+        draw(rows, options.plot)
+    if interrupted:
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    main()
