@@ -91,7 +91,7 @@ for name, block in blocks.items():
 dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
 attention = "cbam"  # @param ["none", "se", "se-max", "eca", "channel", "channel-conv", "spatial", "cbam", "cbam-conv"]
 depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
-epochs = 6  # @param {type:"integer"}
+epochs = 5  # @param {type:"integer"}
 
 # %%
 from train import data, loop

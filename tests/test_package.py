@@ -98,7 +98,7 @@ def public_functions():
                 yield pytest.param(value, id=name)
 
 
-@pytest.mark.parametrize("function", public_functions())
+@pytest.mark.parametrize("function", list(public_functions()))
 def test_options_are_keyword_only(function):
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty:

@@ -10,9 +10,10 @@ import http.client
 import os
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -166,7 +167,7 @@ def download(archive: Archive, path: Path) -> None:
 
 def _fetch(archive: Archive, file: IO[bytes]) -> None:
     with (
-        urllib.request.urlopen(archive.url, timeout=TIMEOUT_SECONDS) as response,
+        _open(archive.url) as response,
         tqdm(
             total=archive.size, unit="B", unit_scale=True, desc=archive.name
         ) as progress,
@@ -176,6 +177,14 @@ def _fetch(archive: Archive, file: IO[bytes]) -> None:
             progress.update(len(block))
             if progress.n > archive.size:
                 raise DataError(f"more than the published {archive.size:,} bytes came")
+
+
+def _open(url: str) -> Any:
+    try:
+        return urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()  # It is a response too, and holds the connection.
+        raise
 
 
 def _check_whole(archive: Archive, path: Path) -> None:
