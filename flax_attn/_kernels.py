@@ -10,10 +10,11 @@ Each function is equivalent to its plain counterpart in ``functional`` and is te
 that counterpart is. ``jax.custom_vjp`` rules out forward-mode differentiation of these;
 the plain ones have it.
 
-Two rules keep the recomputed masks true. The compared product is taken in float32 or
-wider, where that of two half-precision factors is exact, so no compiler may round it
-here and not there. And the mask multiplies ``cotangent / count``: should it ever miss
-its maximum, the gradient is NaN, which is seen, and not zero, which is not.
+Two rules keep the recomputed masks true. What is compared is a float32 or wider value
+on which all programs agree: XLA may leave out the rounding to a half-precision dtype
+here and not there, so ``_exact`` states it, and the product of two such is exact in
+float32. And the mask multiplies ``cotangent / count``: should it ever miss its maximum,
+the gradient is NaN, which is seen, and not zero, which is not.
 """
 
 import math
@@ -60,17 +61,17 @@ mean.defvjp(_mean_fwd, _mean_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def maximum(x: Array, axes: Axes) -> Array:
     """The maximum over ``axes``, which stay with size 1; ties share the gradient."""
-    return x.max(axes, keepdims=True)
+    return _exact(x).max(axes, keepdims=True).astype(x.dtype)
 
 
 def _maximum_fwd(x: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
-    m = maximum(x, axes)
-    return m, (x, m)
+    m = _exact(x).max(axes, keepdims=True)
+    return m.astype(x.dtype), (x, m)
 
 
 def _maximum_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array]:
     x, m = res
-    return (_to_ties(x, m, ct.astype(wide(x)), axes).astype(x.dtype),)
+    return (_to_ties(_exact(x), m, ct.astype(m.dtype), axes).astype(x.dtype),)
 
 
 maximum.defvjp(_maximum_fwd, _maximum_bwd)
@@ -213,8 +214,16 @@ def _pad(x: Array, axis: int, before: int, after: int) -> Array:
     return jnp.pad(x, pads)
 
 
+def _exact(x: Array) -> Array:
+    """``x`` in ``wide(x)``, rounded to what its own dtype can hold."""
+    info = jnp.finfo(x.dtype)
+    if info.bits >= 32:
+        return x
+    return lax.reduce_precision(x.astype(wide(x)), info.nexp, info.nmant)
+
+
 def _product(x: Array, gate: Array) -> Array:
-    return x.astype(wide(x)) * gate.astype(wide(x))
+    return _exact(x) * _exact(gate)
 
 
 def _to_ties(y: Array, m: Array, ct: Array, axes: Axes) -> Array:

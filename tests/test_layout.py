@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -64,3 +67,29 @@ def test_too_few_axes():
         flax_attn.ChannelsFirst(flax_attn.SE()).init(
             jax.random.key(0), np.ones((4, 16), np.float32)
         )
+
+
+def test_transposes_between_wrapped_blocks_cancel():
+    class Chain(nn.Module):
+        length: int
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(self.length):
+                x = flax_attn.ChannelsFirst(flax_attn.CBAM())(x)
+            return x
+
+    x = normal((2, 16, 12, 10), 0)
+
+    def transposes_to_channels_first(length):
+        module = Chain(length)
+        variables = jax.jit(module.init)(jax.random.key(0), x)
+        text = jax.jit(module.apply).lower(variables, x).compile().as_text()
+        moved = re.findall(
+            r"f32\[([\d,]+)\]\S* transpose\(.*dimensions=\{0,3,1,2\}", text
+        )
+        return sum(math.prod(map(int, s.split(","))) == x.size for s in moved)
+
+    # That of the result. A pair that survived would add one per block.
+    assert transposes_to_channels_first(1) == 1
+    assert transposes_to_channels_first(3) == 1

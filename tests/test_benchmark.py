@@ -1,0 +1,103 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train import benchmark
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "train.benchmark", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        **kwargs,
+    )
+
+
+def test_blocks_against_the_plain_ones(tmp_path):
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    result = run(
+        *("--blocks", "se", "cbam", "--shapes", 2, 8, 8, 16, 1, 4, 4, 32),
+        *("--rounds", 2, "--against", "plain", "--json", out, "--plot", plot),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    cases = {(r["block"], r["contender"], tuple(r["shape"])) for r in rows}
+    assert len(rows) == len(cases) == 2 * 2 * 2
+    for row in rows:
+        assert row["forward"] > 0 and row["forward_backward"] > 0
+        assert row["temporaries"] >= 0 and row["compile_seconds"] > 0
+    assert "2x8x8x16" in result.stdout and "Geometric means" in result.stdout
+    assert plot.stat().st_size > 5000
+
+
+def test_geometric_means():
+    rows = [
+        {
+            "block": "se",
+            "contender": "fast",
+            "dtype": "float32",
+            "forward": forward,
+            "forward_backward": 5.0,
+        }
+        for forward in (1.0, 4.0)
+    ]
+    (mean,) = benchmark.geometric_means(rows)
+    assert mean["shapes"] == 2
+    assert math.isclose(mean["forward"], 2) and math.isclose(
+        mean["forward_backward"], 5
+    )
+
+
+def test_the_fastest_turn_counts():
+    turns = {"a": iter([0, 0.02, 0.001]), "b": iter([0, 0.01, 0.03])}
+    calls = {name: lambda t=t: time.sleep(next(t)) for name, t in turns.items()}
+    best = benchmark.fastest(calls, rounds=2)
+    assert 0.001 <= best["a"] < 0.01 <= best["b"] < 0.03
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path):
+    out = tmp_path / "out.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.benchmark", "--blocks", "se", "eca", "cbam"]
+        + ["--shapes", "1", "4", "4", "16", "--rounds", "1000000", "--json", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    seen = ""
+    while "se (1, 4, 4, 16)" not in seen:
+        seen += process.stderr.read(1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Nothing was measured." in stdout
+    assert json.loads(out.read_text())["rows"] == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--blocks", "none"], "`blocks` must be one of se, eca,"),
+        (["--dtypes", "int8"], "`dtypes` must be one of float32,"),
+        (["--shapes", "1", "0", "4", "16"], "`shapes` must have axes of at least 1"),
+        (["--rounds", "0"], "`rounds` must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
