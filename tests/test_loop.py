@@ -197,7 +197,8 @@ def test_bad_configurations(images, fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_epochs_by_data_set():
-    assert config_lib.epochs(Config(dataset="digits")) == 15
-    assert config_lib.epochs(Config(epochs=3)) == 3
+def test_defaults_by_data_set():
+    assert config_lib.length(Config(dataset="digits")) == (10, 64)
+    assert config_lib.length(Config(dataset="cifar100")) == (100, 128)
+    assert config_lib.length(Config(epochs=3, batch_size=7)) == (3, 7)
     assert "cbam-conv" in ATTENTIONS and len(ATTENTIONS) == 9

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
-# Epochs that each set deserves: a published recipe's length is long for small digits.
-EPOCHS = {"cifar10": 100, "cifar100": 100, "digits": 15}
+# (epochs, batch size) where the user names none: small sets want small batches.
+DEFAULTS = {"cifar10": (100, 128), "cifar100": (100, 128), "digits": (10, 64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Config:
     depth: int = 20
     """Layers of the network, 6n+2: 8, 20, 32, 44, 56, 110."""
     epochs: int | None = None
-    """Passes over the training images; by default 100, for digits 15."""
-    batch_size: int = 128
-    """Images per step."""
+    """Passes over the training images; by default 100, for digits 10."""
+    batch_size: int | None = None
+    """Images per step; by default 128, for digits 64."""
     learning_rate: float = 0.1
     """Peak of the schedule: a linear warm-up, then half a cosine down to 0."""
     warmup_epochs: float = 1.0
@@ -51,7 +51,7 @@ class Config:
 def check(config: Config) -> None:
     """Raises ``ValueError``, with one line that says the way out, for a bad field."""
     for field, names in (
-        ("dataset", EPOCHS),
+        ("dataset", DEFAULTS),
         ("dtype", DTYPES),
     ):
         check_choice(field, getattr(config, field), names)
@@ -77,6 +77,10 @@ def check_choice(field: str, value: str, names: Collection[str]) -> None:
         raise ValueError(f"`{field}` must be one of {', '.join(names)}, got {value!r}.")
 
 
-def epochs(config: Config) -> int:
-    """The number of epochs: what was asked for, or what the data set deserves."""
-    return EPOCHS[config.dataset] if config.epochs is None else config.epochs
+def length(config: Config) -> tuple[int, int]:
+    """The epochs and the batch size: what was asked for, or what suits the data set."""
+    epochs, batch_size = DEFAULTS[config.dataset]
+    return (
+        epochs if config.epochs is None else config.epochs,
+        batch_size if config.batch_size is None else config.batch_size,
+    )

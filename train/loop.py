@@ -77,10 +77,11 @@ def check(config: Config, images: ImageSet) -> None:
     config_lib.check(config)
     config_lib.check_choice("attention", config.attention, ATTENTIONS)
     check_cifar_depth(config.depth)
-    if config.batch_size > len(images.train_images):
+    _, batch_size = config_lib.length(config)
+    if batch_size > len(images.train_images):
         raise ValueError(
             f"`batch_size` must be at most the {len(images.train_images):,} training "
-            f"images of {config.dataset}, got {config.batch_size:,}."
+            f"images of {config.dataset}, got {batch_size:,}."
         )
 
 
@@ -97,9 +98,9 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
       FloatingPointError: the loss is not finite any more.
     """
     check(config, images)
+    epochs, batch_size = config_lib.length(config)
     train_data, test_data = to_device(images)
-    per_epoch = len(images.train_images) // config.batch_size
-    epochs = config_lib.epochs(config)
+    per_epoch = len(images.train_images) // batch_size
     schedule = make_schedule(config, per_epoch, epochs * per_epoch)
     init_key, order_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
     model = make_model(config, images.num_classes)
@@ -109,7 +110,7 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         order = epoch_order(order_key, epoch, len(images.train_images))
-        order = order[: per_epoch * config.batch_size].reshape(per_epoch, -1)
+        order = order[: per_epoch * batch_size].reshape(per_epoch, -1)
         with tqdm(
             total=per_epoch, desc=f"epoch {epoch}/{epochs}", unit="step", mininterval=1
         ) as bar:
@@ -117,7 +118,7 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
                 train_steps, state, train_data, order, config, epoch, bar
             )
             trained = time.perf_counter()
-            test_loss, test_accuracy = evaluate(state, test_data, config.batch_size)
+            test_loss, test_accuracy = evaluate(state, test_data, batch_size)
             bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
         line = {
             "epoch": epoch,
