@@ -254,16 +254,18 @@ def _sum(x: Array, axes: Axes) -> Array:
 
 
 def _sum_of_product(x: Array, y: Array, axes: Axes) -> Array:
-    """``(x * y).sum(axes, keepdims=True)`` for two feature maps."""
-    if axes == SPATIAL:
-        return _sum(x * y, axes)
+    """``(x * y).sum(axes, keepdims=True)`` for two feature maps in memory."""
 
-    def by_product(x: Array, y: Array) -> Array:
-        z = _einsum("nkc,nkc->nk", _rows(x), _rows(y))
+    def on_cpu(x: Array, y: Array) -> Array:
+        x_rows, y_rows = _rows(x), _rows(y)
+        if axes == SPATIAL:  # The one sum of a computed operand that is fast.
+            z = (x_rows * y_rows).sum(1)
+        else:
+            z = _einsum("nkc,nkc->nk", x_rows, y_rows)
         return z.reshape(_reduced(x, axes))
 
     return lax.platform_dependent(
-        x, y, cpu=by_product, default=lambda x, y: (x * y).sum(axes, keepdims=True)
+        x, y, cpu=on_cpu, default=lambda x, y: (x * y).sum(axes, keepdims=True)
     )
 
 
