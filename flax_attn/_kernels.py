@@ -33,7 +33,7 @@ CHANNEL: Axes = (-1,)
 
 # Columns that a window of the banded product makes: it does (TILE + k - 1) / k times
 # the convolution's arithmetic, at the speed of a product.
-TILE = 8
+TILE = 16
 
 
 def wide(*arrays: Array) -> jnp.dtype:
@@ -77,19 +77,19 @@ def _maximum_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array
 maximum.defvjp(_maximum_fwd, _maximum_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scale(x: Array, gate: Array, axes: Axes) -> Array:
-    """``x * gate``, where ``gate`` has size 1 along ``axes`` and is as ``x`` beside."""
+@jax.custom_vjp
+def scale(x: Array, gate: Array) -> Array:
+    """``x * gate`` for a spatial gate, ``(..., H, W, 1)``."""
     return x * gate
 
 
-def _scale_fwd(x: Array, gate: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
+def _scale_fwd(x: Array, gate: Array) -> tuple[Array, tuple[Array, Array]]:
     return x * gate, (x, gate)
 
 
-def _scale_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+def _scale_bwd(res: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     x, gate = res
-    d_gate = _sum_of_product(x.astype(wide(x)), ct.astype(wide(x)), axes)
+    d_gate = _sum_of_product(x.astype(wide(x)), ct.astype(wide(x)))
     return ct * gate, d_gate.astype(gate.dtype)
 
 
@@ -253,19 +253,15 @@ def _sum(x: Array, axes: Axes) -> Array:
     )
 
 
-def _sum_of_product(x: Array, y: Array, axes: Axes) -> Array:
-    """``(x * y).sum(axes, keepdims=True)`` for two feature maps in memory."""
+def _sum_of_product(x: Array, y: Array) -> Array:
+    """``(x * y).sum(-1, keepdims=True)`` for two feature maps."""
 
-    def on_cpu(x: Array, y: Array) -> Array:
-        x_rows, y_rows = _rows(x), _rows(y)
-        if axes == SPATIAL:  # The one sum of a computed operand that is fast.
-            z = (x_rows * y_rows).sum(1)
-        else:
-            z = _einsum("nkc,nkc->nk", x_rows, y_rows)
-        return z.reshape(_reduced(x, axes))
+    def by_product(x: Array, y: Array) -> Array:
+        z = _einsum("nkc,nkc->nk", _rows(x), _rows(y))
+        return z.reshape(_reduced(x, CHANNEL))
 
     return lax.platform_dependent(
-        x, y, cpu=on_cpu, default=lambda x, y: (x * y).sum(axes, keepdims=True)
+        x, y, cpu=by_product, default=lambda x, y: (x * y).sum(-1, keepdims=True)
     )
 
 

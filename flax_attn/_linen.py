@@ -1,15 +1,13 @@
-"""What the modules share beside the arithmetic: a convolution's parameters, dtypes."""
+"""What the modules share beside the arithmetic: types, a convolution's parameters."""
 
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
-from flax_attn import functional
-from flax_attn.functional import Array, Implementation
+from flax_attn.functional import Array
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
@@ -48,16 +46,3 @@ class Conv(nn.Module):
         x, kernel, *bias = promote_dtype(*arrays, dtype=self.dtype)
         y = self.compute(x, kernel)
         return y + bias[0][0] if bias else y
-
-
-def apply_gate(
-    x: Array,
-    gate: Array,
-    axes: tuple[int, ...],
-    *,
-    dtype: Dtype | None,
-    implementation: Implementation,
-) -> Array:
-    """Returns ``x * gate`` in the dtype that Linen's rule gives the result."""
-    x, gate = promote_dtype(jnp.asarray(x), gate, dtype=dtype)
-    return functional.scale(x, gate, axes=axes, implementation=implementation)

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn, apply_gate
+from flax_attn._linen import Conv, GateFn
 from flax_attn.functional import Array, Excite, Implementation, Padding, Pool
 
 
@@ -232,13 +233,8 @@ class ChannelAttention(nn.Module):
 
 
 def _scale(module: Any, x: Array, gate: Array) -> Array:
-    return apply_gate(
-        x,
-        gate,
-        functional.SPATIAL,
-        dtype=module.dtype,
-        implementation=module.implementation,
-    )
+    x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
+    return x * gate
 
 
 def _channel_gate(

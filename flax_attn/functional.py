@@ -168,28 +168,23 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
     return jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
 
 
-def scale(
-    x: Array,
-    gate: Array,
-    *,
-    axes: tuple[int, ...],
-    implementation: Implementation = "fast",
-) -> Array:
-    """Multiplies a feature map by a gate: ``x * gate``.
+def scale(x: Array, gate: Array, *, implementation: Implementation = "fast") -> Array:
+    """Multiplies a feature map by a spatial gate: ``x * gate``.
+
+    For a channel gate the plain product is the fast one.
 
     Args:
       x: array ``(..., H, W, C)``.
-      gate: array of the dtype and shape of ``x``, but for size 1 along ``axes``.
-      axes: ``SPATIAL`` for a channel gate, ``CHANNEL`` for a spatial one.
+      gate: array ``(..., H, W, 1)`` of the same dtype.
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
-    return _kernels.scale(x, gate, axes) if _is_fast(implementation) else x * gate
+    return _kernels.scale(x, gate) if _is_fast(implementation) else x * gate
 
 
 def scale_and_squeeze(
     x: Array, gate: Array, *, implementation: Implementation = "fast"
 ) -> tuple[Array, Array]:
-    """``y = scale(x, gate)`` for a channel gate, and ``squeeze_channels(y)``.
+    """``y = x * gate`` for a channel gate, and ``squeeze_channels(y)``.
 
     Args:
       x: array ``(..., H, W, C)``.

@@ -4,10 +4,11 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn, ModuleDef, apply_gate
+from flax_attn._linen import Conv, GateFn, ModuleDef
 from flax_attn.functional import Array, Implementation
 
 
@@ -101,10 +102,5 @@ class SpatialAttention(nn.Module):
 
     def scale(self, x: Array, gate: Array) -> Array:
         """Returns ``x`` times a spatial gate."""
-        return apply_gate(
-            x,
-            gate,
-            functional.CHANNEL,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
+        return functional.scale(x, gate, implementation=self.implementation)
