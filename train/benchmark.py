@@ -383,7 +383,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             )
         axis.set_xticks(range(len(blocks)), blocks, rotation=20)
         axis.set(title=field.replace("_", " + "), ylabel="time / copy")
-        axis.set_yscale("log")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=150)
