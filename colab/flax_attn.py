@@ -62,7 +62,6 @@ if jax.default_backend() == "cpu":
 # ## Every block maps a feature map to one of the same shape
 
 # %%
-import jax.numpy as jnp
 
 import flax_attn
 
@@ -120,11 +119,9 @@ plt.close("all")
 
 # %%
 shown = images.test_images[:8]
-mean = images.train_images.mean((0, 1, 2)) / 255
-std = (images.train_images / 255).std((0, 1, 2))
-_, state = run.model.apply(
-    run.variables, jnp.float32((shown / 255 - mean) / std), mutable=["intermediates"]
-)
+_, test_data = loop.to_device(images)
+inputs = loop.normalise(test_data.images[:8], test_data)
+_, state = run.model.apply(run.variables, inputs, mutable=["intermediates"])
 gates = {
     jax.tree_util.keystr(path, simple=True, separator="/"): gate
     for path, gate in jax.tree_util.tree_leaves_with_path(

@@ -2,18 +2,20 @@
 
 Each block squeezes a feature map ``x`` of shape ``(..., H, W, C)`` to descriptors,
 excites them to logits, turns the logits into a gate and multiplies. The squeezes, the
-two convolutions and the multiplication are defined here and nowhere else; the modules
-add parameters, an activation and a gate function.
+two convolutions and the product with a spatial gate are defined here and nowhere else;
+the modules add parameters, an activation and a gate function.
 
-Each function has two implementations. ``"plain"`` is the definition, in the obvious
-operations, differentiated automatically. ``"fast"`` computes the same with fewer passes
-over the map, forward and backward, but only in reverse mode: ``jax.jvp``,
+What works on feature maps has two implementations. ``"plain"`` is the definition, in
+the obvious operations, differentiated automatically. ``"fast"`` computes the same with
+fewer passes over the map, forward and backward, but only in reverse mode: ``jax.jvp``,
 ``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``.
 
-Options are keyword-only. Bad arguments raise ``ValueError``.
+Options are keyword-only. A bad option raises ``ValueError``; arrays are checked by
+``check_feature_map``, once, where they enter a module.
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -66,17 +68,16 @@ def check_odd(field: str, value: Any) -> None:
         )
 
 
-def check_feature_map(x: Any, *, axes: str = "H, W, C") -> Array:
+def check_feature_map(x: Any) -> Array:
     """Returns ``x`` as an array, or raises ``ValueError`` where no block is defined.
 
     Args:
       x: floating-point array ``(..., H, W, C)`` without empty axes.
-      axes: the names of the last three axes, for the message.
     """
     x = jnp.asarray(x)
     if x.ndim < 3:
         raise ValueError(
-            f"`x` must have at least 3 axes (..., {axes}), got shape {x.shape}; add "
+            f"`x` must have at least 3 axes (..., H, W, C), got shape {x.shape}; add "
             "the missing axes, e.g. x[:, None, None, :] for a batch of vectors."
         )
     if 0 in x.shape:
@@ -116,7 +117,7 @@ def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
     """
     check_positive("features", features)
     for field, value in (("gamma", gamma), ("b", b)):
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError(f"`{field}` must be a finite number, got {value!r}.")
     if gamma == 0:
         raise ValueError("`gamma` must not be 0: it divides; the article has 2.")

@@ -11,7 +11,7 @@ import numpy as np
 PATH = Path(__file__).with_name("golden.npz")
 
 
-def to_torch(name, kernel):
+def to_torch(kernel):
     """A flax kernel in PyTorch's layout."""
     import torch
 
@@ -43,7 +43,7 @@ def run(case):
     assert len(names) == len(set(names)) == len(weights)
     with torch.no_grad():
         for name, (_, leaf) in zip(names, leaves, strict=True):
-            weights[name].copy_(to_torch(name, leaf))
+            weights[name].copy_(to_torch(leaf))
     x = torch.tensor(np.moveaxis(x, -1, 1)).requires_grad_()
     y = block(x)
     y.backward(torch.tensor(np.moveaxis(cotangent, -1, 1)))

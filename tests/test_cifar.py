@@ -53,7 +53,7 @@ def test_digits(tmp_path):
     (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
     accuracy = json.loads(line)["test_accuracy"]
     assert "ResNet-8, attention cbam, on digits" in result.stdout
-    assert f"test accuracy {accuracy:.2%} after 1 epochs" in result.stdout
+    assert f"test accuracy {accuracy:.2%} after 1 epoch in" in result.stdout
     assert "epoch 1/1" in result.stderr
     # The same folder again: nothing is overwritten.
     again = run(*arguments)
@@ -67,10 +67,13 @@ def test_digits(tmp_path):
         (["--attention", "cbm"], "`attention` must be one of none, se,"),
         (["--dataset", "mnist"], "`dataset` must be one of cifar10, cifar100, digits"),
         (["--depth", "19"], "`depth` must be 6n+2"),
+        # Before any data is fetched.
+        (["--attention", "cbm", "--dataset", "cifar10"], "`attention` must be one of"),
+        (["--depth", "19", "--dataset", "cifar10"], "`depth` must be 6n+2"),
         (["--batch-size", "1438"], "`batch_size` must be at most the 1,437"),
         (["--dtype", "half"], "`dtype` must be one of float32, bfloat16"),
         (["--workdir", "{file}/run"], "cannot be written to (Not a directory)"),
-        (["--workdir", "{file}"], "holds an earlier run or is a file"),
+        (["--workdir", "{file}"], "cannot be written to (File exists)"),
         (["--dataset", "cifar10", "--data-dir", "{bad}"], "is corrupt or truncated"),
         (["--dataset", "cifar100", "--data-dir", "{file}"], "--dataset digits, which"),
     ],

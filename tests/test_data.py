@@ -148,7 +148,7 @@ def test_a_download_that_fails(tiny, tmp_path, server, answer, reason):
     content = tar_bytes()
     tiny(known(content, url=server(answer(content))))
     with pytest.raises(data.DataError, match=reason) as error:
-        data.load("tiny", tmp_path)
+        data.load("tiny", tmp_path / "new")
     message = str(error.value)
     assert "--dataset digits" in message and str(tmp_path) in message
     assert "\n" not in message

@@ -94,6 +94,8 @@ def test_steps_per_call_suits_the_backend(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert loop.steps_per_call(TINY, 390) == 78
     assert loop.steps_per_call(TINY, 11) == 11
+    # No divisor to speak of: five calls of 87, 87, 87, 87 and 83 steps.
+    assert loop.steps_per_call(TINY, 431) == 87
     assert loop.steps_per_call(dataclasses.replace(TINY, steps_per_call=50), 11) == 11
 
 

@@ -56,9 +56,9 @@ def test_import_is_light():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
-    assert set(result.stdout.split()) <= {"flax_attn", "flax", "jax"}, result
-    forbidden = {"torch", "matplotlib", "orbax", "tyro", "tqdm", "sklearn", "train"}
-    assert not forbidden & set(result.stdout.split())
+    assert result.returncode == 0, result.stderr
+    new = set(result.stdout.split())
+    assert "flax_attn" in new and new <= {"flax_attn", "flax", "jax"}, new
 
 
 def test_the_public_names():

@@ -1,4 +1,4 @@
-"""The README's Python blocks run, and what it says of the options is true."""
+"""The README's Python blocks run and its links lead somewhere."""
 
 import re
 import subprocess

@@ -11,21 +11,19 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-# The TPU compiler needs no TPU, and must not look for one. Before jax is imported.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.experimental import topologies
 from tqdm.auto import tqdm
 
@@ -100,14 +98,30 @@ Call = Callable[[], Any]
 def fastest(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     """Seconds of each call, the least of ``rounds`` turns, after one for warming up."""
     for call in calls.values():
-        call()
+        _take_turn(call)
     best = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            call()
+            _take_turn(call)
             best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+def _take_turn(call: Call) -> None:
+    call()
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _note_interrupt(*_: Any) -> None:
+    # Raised between two turns, since one inside XLA can bring the process down. A
+    # second Ctrl-C is raised at once.
+    _interrupted.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_interrupted = threading.Event()
 
 
 def with_backward(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -354,40 +368,6 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the geometric means as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    means = geometric_means(rows)
-    blocks = list(dict.fromkeys(row["block"] for row in means))
-    kinds = list(dict.fromkeys((row["contender"], row["dtype"]) for row in means))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for axis, field in zip(axes, ("forward", "forward_backward"), strict=True):
-        for i, (contender, dtype) in enumerate(kinds):
-            bars = {
-                row["block"]: row[field]
-                for row in means
-                if (row["contender"], row["dtype"]) == (contender, dtype)
-            }
-            places = [
-                blocks.index(b) + (i + 0.5) * 0.8 / len(kinds) - 0.4 for b in bars
-            ]
-            axis.bar(
-                places,
-                list(bars.values()),
-                0.8 / len(kinds),
-                label=f"{contender}, {dtype}",
-            )
-        axis.set_xticks(range(len(blocks)), blocks, rotation=20)
-        axis.set(title=field.replace("_", " + "), ylabel="time / copy")
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
-
-
 def machine() -> str:
     """What this ran on, in one line."""
     device = jax.devices()[0]
@@ -419,6 +399,8 @@ def measure(options: Options, rows: list[dict[str, Any]]) -> None:
     tasks = [(b, s, d) for d in dtypes for b in options.blocks for s in shapes]
     for block, shape, dtype in (bar := tqdm(tasks, unit="case")):
         bar.set_postfix_str(f"{block} {shape} {dtype}")
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
         if options.compile_for:
             rows += compile_for_tpu(
                 block, shape, dtype, options.against, options.compile_for
@@ -453,7 +435,9 @@ def main() -> None:
         raise SystemExit(2) from None
     if options.compile_for:
         # The TPU library would look for a TPU here; only its compiler is wanted.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         jax.config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, _note_interrupt)
     rows: list[dict[str, Any]] = []
     interrupted = False
     try:
@@ -471,7 +455,9 @@ def main() -> None:
             json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n"
         )
     if options.plot and timed:
-        draw(rows, options.plot)
+        from train.report import plot_bars
+
+        plot_bars(geometric_means(rows)).savefig(options.plot, dpi=150)
     if interrupted:
         raise SystemExit(130)
 

@@ -17,13 +17,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
     config = tyro.cli(Config, prog="python -m train.cifar", args=args)
     # Only now, so that --help and a mistyped option answer at once.
-    from train import config as config_lib
     from train import data, loop
 
     try:
-        config_lib.check(config)
+        loop.check(config)
         images = data.load(config.dataset, config.data_dir)
-        loop.check(config, images)
+        loop.check_batch(config, images)
         workdir = make_workdir(config)
     except (ValueError, OSError, data.DataError) as error:
         _stop(error, 2)
@@ -36,11 +35,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def make_workdir(config: Config) -> Path:
-    """Makes the run's folder and an empty metrics.jsonl in it.
+    """Makes the run's folder and, if there is none, an empty metrics.jsonl in it.
 
     Raises:
-      ValueError: another run's metrics are there.
-      OSError: the folder cannot be written to.
+      ValueError: another run's metrics are there, or it cannot be written to.
     """
     workdir = config.workdir
     if workdir is None:
@@ -49,12 +47,12 @@ def make_workdir(config: Config) -> Path:
         workdir = Path("runs") / name
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "metrics.jsonl").open("x").close()
-    except FileExistsError as error:
-        raise ValueError(
-            f"`workdir` {workdir} holds an earlier run or is a file; pass another "
-            "--workdir."
-        ) from error
+        metrics = workdir / "metrics.jsonl"
+        metrics.touch()
+        if metrics.stat().st_size:
+            raise ValueError(
+                f"`workdir` {workdir} holds an earlier run; pass another --workdir."
+            )
     except OSError as error:
         raise ValueError(
             f"`workdir` {workdir} cannot be written to ({error.strerror}); pass "

@@ -144,6 +144,7 @@ def download(archive: Archive, path: Path) -> None:
       DataError: it cannot be fetched, or what came is not the published archive.
     """
     partial = None
+    made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -152,9 +153,10 @@ def download(archive: Archive, path: Path) -> None:
             partial = Path(file.name)
             _fetch(archive, file)
         _check_whole(archive, partial)
+        partial.chmod(0o644)  # A temporary file is for its owner alone.
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, DataError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
             f"found neither; downloading {archive.url} failed ({reason}). Pass "
@@ -163,6 +165,8 @@ def download(archive: Archive, path: Path) -> None:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+        if made and path.parent.exists() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _fetch(archive: Archive, file: IO[bytes]) -> None:
@@ -189,18 +193,19 @@ def _open(url: str) -> Any:
 
 def _check_whole(archive: Archive, path: Path) -> None:
     """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
+    way_out = "" if path.suffix == ".part" else "; delete it to download it again"
     size = path.stat().st_size
     if size != archive.size:
         raise DataError(
             f"{path} is corrupt or truncated: {size:,} bytes, not the published "
-            f"{archive.size:,}; delete it to download it again."
+            f"{archive.size:,}{way_out}."
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != archive.sha256:
         raise DataError(
             f"{path} is corrupt: its SHA-256 is {digest}, not the published "
-            f"{archive.sha256}; delete it to download it again."
+            f"{archive.sha256}{way_out}."
         )
 
 
@@ -227,7 +232,9 @@ def _from_folder(archive: Archive, folder: Path) -> ImageSet:
         names = (*archive.train_files, *archive.test_files)
         return _decode(archive, folder, {n: (folder / n).read_bytes() for n in names})
     except OSError as error:
-        raise DataError(f"{folder} is incomplete: {error}.") from error
+        raise DataError(
+            f"{folder} is incomplete: {error}; unpack the archive again."
+        ) from error
 
 
 def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
@@ -237,7 +244,7 @@ def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet
             if size != expected:
                 raise DataError(
                     f"{source} is corrupt or truncated: {name} has {size:,} bytes, "
-                    f"not {expected:,}."
+                    f"not {expected:,}; put the published file there."
                 )
         data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
         data = data.reshape(-1, archive.label_bytes + 3072)
@@ -245,7 +252,7 @@ def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet
         if labels.max() >= archive.num_classes:
             raise DataError(
                 f"{source} is corrupt: it has the label {labels.max()}, but only "
-                f"{archive.num_classes} classes exist."
+                f"{archive.num_classes} classes exist; put the published files there."
             )
         planes = data[:, archive.label_bytes :].reshape(-1, 3, 32, 32)
         return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from train.resnet import ATTENTIONS, check_cifar_depth, cifar_resnet
 PAD = 4
 # Long enough to hide the dispatch of a call, short enough for a bar that moves.
 MAX_STEPS_PER_CALL = 100
+NAN_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 
 
 class TrainState(train_state.TrainState):
@@ -68,15 +70,20 @@ class Run:
             f"ResNet-{config.depth}, attention {config.attention}, on "
             f"{config.dataset}: {total:,} parameters ({attention:,} of them "
             f"attention), test accuracy {last['test_accuracy']:.2%} after "
-            f"{len(self.history)} epochs in {minutes} min {seconds} s."
+            f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
+            f"{minutes} min {seconds} s."
         )
 
 
-def check(config: Config, images: ImageSet) -> None:
-    """Raises ``ValueError`` for a configuration that cannot train on ``images``."""
+def check(config: Config) -> None:
+    """Raises ``ValueError`` for a configuration that nothing can be trained by."""
     config_lib.check(config)
     config_lib.check_choice("attention", config.attention, ATTENTIONS)
     check_cifar_depth(config.depth)
+
+
+def check_batch(config: Config, images: ImageSet) -> None:
+    """Raises ``ValueError`` for a batch that ``images`` cannot fill."""
     _, batch_size = config_lib.length(config)
     if batch_size > len(images.train_images):
         raise ValueError(
@@ -97,7 +104,8 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
       ValueError: the configuration cannot be trained.
       FloatingPointError: the loss is not finite any more.
     """
-    check(config, images)
+    check(config)
+    check_batch(config, images)
     epochs, batch_size = config_lib.length(config)
     train_data, test_data = to_device(images)
     per_epoch = len(images.train_images) // batch_size
@@ -119,6 +127,11 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
             )
             trained = time.perf_counter()
             test_loss, test_accuracy = evaluate(state, test_data, batch_size)
+            if not math.isfinite(test_loss):
+                raise FloatingPointError(
+                    f"The test loss is {test_loss} at epoch {epoch}, step "
+                    f"{epoch * per_epoch}; training stopped. {NAN_ADVICE}"
+                )
             bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
         line = {
             "epoch": epoch,
@@ -134,7 +147,7 @@ def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
         history.append(line)
         if metrics is not None:
             with metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
     return Run(config, model, state, history)
 
 
@@ -162,7 +175,7 @@ def _train_epoch(
             step = (epoch - 1) * len(order) + bar.n + int(bad[0]) + 1
             raise FloatingPointError(
                 f"The loss is {loss[bad[0]]} at epoch {epoch}, step {step}; training "
-                "stopped. A lower --learning-rate or a longer --warmup-epochs may help."
+                f"stopped. {NAN_ADVICE}"
             )
         losses.append(loss)
         accuracies.append(accuracy)
@@ -195,8 +208,11 @@ def steps_per_call(config: Config, per_epoch: int) -> int:
     # On CPU, a convolution's gradient inside a loop leaves XLA's fast path.
     if jax.default_backend() == "cpu":
         return 1
-    # A divisor, so that one program serves all calls of an epoch.
-    return max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
+    # A divisor, so that one program serves all calls of an epoch; where there is none
+    # of some length, the last call is shorter.
+    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
+    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
+    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
 
 
 def make_model(config: Config, num_classes: int) -> nn.Module:
@@ -322,7 +338,7 @@ def make_train_steps(
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             logits, updates = state.apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
-                _normalise(images, data),
+                normalise(images, data),
                 train=True,
                 mutable=["batch_stats"],
             )
@@ -371,13 +387,14 @@ def evaluate(
 def _evaluate_batch(
     state: TrainState, data: DeviceData, indices: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    logits = state.apply_fn(_variables(state), _normalise(data.images[indices], data))
+    logits = state.apply_fn(_variables(state), normalise(data.images[indices], data))
     logits, labels = logits.astype(jnp.float32), data.labels[indices]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
 
 
-def _normalise(images: jax.Array, data: DeviceData) -> jax.Array:
+def normalise(images: jax.Array, data: DeviceData) -> jax.Array:
+    """Pixels 0..255 to mean 0 and variance 1 per channel, by the training images."""
     return (images.astype(jnp.float32) / 255 - data.mean) / data.std
 
 
