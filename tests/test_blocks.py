@@ -222,16 +222,22 @@ def test_large_half_precision_maps_do_not_overflow(block, implementation):
     assert jnp.isfinite(y).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_float64(implementation):
-    with jax.enable_x64(True):
-        module = flax_attn.CBAM(param_dtype=jnp.float64, implementation=implementation)
-        x = jnp.asarray(np.float64(normal((1, 6, 5, 16), 0)))
-        variables = as_float64(variables_for(module, x))
-        y = module.apply(variables, x)
-        assert y.dtype == jnp.float64
-        expected = REFERENCES["cbam"](variables["params"], np.float64(x))
-        np.testing.assert_allclose(y, expected, rtol=1e-12)
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@both
+def test_float64(implementation, x64):
+    module = flax_attn.CBAM(param_dtype=jnp.float64, implementation=implementation)
+    x = np.float64(normal((1, 6, 5, 16), 0))
+    variables = as_float64(variables_for(module, x))
+    y = module.apply(variables, x)
+    assert y.dtype == jnp.float64
+    expected = REFERENCES["cbam"](variables["params"], x)
+    np.testing.assert_allclose(y, expected, rtol=1e-12)
 
 
 @blocks
