@@ -7,19 +7,10 @@ from functools import partial
 import jax
 import numpy as np
 
-import flax_attn
 from tests import references
+from train.resnet import ATTENTIONS
 
-BLOCKS = {
-    "se": flax_attn.SE,
-    "se-max": partial(flax_attn.SE, pool="max"),
-    "eca": flax_attn.ECA,
-    "channel": flax_attn.ChannelAttention,
-    "channel-conv": partial(flax_attn.ChannelAttention, excite="conv"),
-    "spatial": flax_attn.SpatialAttention,
-    "cbam": flax_attn.CBAM,
-    "cbam-conv": partial(flax_attn.CBAM, excite="conv"),
-}
+BLOCKS = {name: make for name, make in ATTENTIONS.items() if make is not None}
 IMPLEMENTATIONS = ("fast", "plain")
 
 REFERENCES = {
