@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -161,9 +161,9 @@ def measure_block(
         start = time.perf_counter()
         both = jax.jit(with_backward(apply)).lower(variables, x, cotangent).compile()
         seconds[contender] = time.perf_counter() - start
-        temporaries[contender] = _temporaries(both) / x.nbytes
-        calls[f"{contender} forward"] = partial(_wait, forward, variables, x)
-        calls[f"{contender} both"] = partial(_wait, both, variables, x, cotangent)
+        temporaries[contender] = temporaries_of(both) / x.nbytes
+        calls[f"{contender} forward"] = partial(wait, forward, variables, x)
+        calls[f"{contender} both"] = partial(wait, both, variables, x, cotangent)
     if "torch" in against:
         for contender, *pair, compiling in _torch_calls(block, shape, dtype):
             contenders.append(contender)
@@ -184,11 +184,13 @@ def measure_block(
         )
 
 
-def _wait(function: Callable[..., Any], *arguments: Any) -> Any:
+def wait(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ``function`` and waits for its result."""
     return jax.block_until_ready(function(*arguments))
 
 
-def _temporaries(compiled: Any) -> int:
+def temporaries_of(compiled: Any) -> int:
+    """Bytes that a compiled program needs beside its arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -273,7 +275,7 @@ def compile_for_tpu(
             "seconds": both_seconds,
             "forward_bytes": forward.cost_analysis()["bytes accessed"] / copied,
             "bytes": both.cost_analysis()["bytes accessed"] / copied,
-            "temporaries": _temporaries(both)
+            "temporaries": temporaries_of(both)
             / (math.prod(shape) * jnp.dtype(dtype).itemsize),
         }
 
@@ -418,11 +420,21 @@ def check(options: Options) -> None:
         config_lib.check_choice("blocks", block, BLOCKS)
     for dtype in options.dtypes:
         config_lib.check_choice("dtypes", dtype, ("float32", "bfloat16", "float16"))
-    for shape in options.shapes:
+    check_measurement(options.shapes, options.rounds)
+
+
+def check_measurement(shapes: Sequence[Shape], rounds: int) -> None:
+    """Raises ``ValueError`` for shapes or a number of rounds that mean nothing."""
+    for shape in shapes:
         if min(shape) < 1:
             raise ValueError(f"`shapes` must have axes of at least 1, got {shape}.")
-    if options.rounds < 1:
-        raise ValueError(f"`rounds` must be at least 1, got {options.rounds}.")
+    if rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {rounds}.")
+
+
+def write_json(path: Path, tables: dict[str, Any]) -> None:
+    """Writes tables and what they were measured on."""
+    path.write_text(json.dumps({"machine": machine()} | tables, indent=1) + "\n")
 
 
 def main() -> None:
@@ -451,9 +463,7 @@ def main() -> None:
         print("\nGeometric means over the shapes, in copies of x:")
         print(table(geometric_means(rows)))
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n"
-        )
+        write_json(options.json, {"rows": rows})
     if options.plot and timed:
         from train.report import plot_bars
 
