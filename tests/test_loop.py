@@ -10,12 +10,14 @@ import pytest
 
 from tests.cases import normal
 from train import config as config_lib
-from train import loop
+from train import devices, inputs, loop
 from train.config import Config
 from train.data import ImageSet
 from train.resnet import ATTENTIONS
 
-TINY = Config(depth=8, dataset="digits", epochs=2, batch_size=16, attention="cbam")
+TINY = Config(
+    depth=8, dataset="digits", epochs=2, batch_size=16, attention="cbam", devices=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,18 @@ def images():
 @pytest.fixture(scope="module")
 def done(images, tmp_path_factory):
     """One run that several tests look at, and its metrics."""
-    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
-    run = loop.train(TINY, images, path)
-    return run, [json.loads(line) for line in path.read_text().splitlines()]
+    folder = tmp_path_factory.mktemp("run")
+    run = loop.train(TINY, images, folder)
+    return run, read(folder / "metrics.jsonl"), read(folder / "timing.jsonl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_run(done):
-    run, lines = done
-    assert lines == run.history
+    run, lines, timing = done
+    assert lines == run.history and timing == run.timing
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["step"] for line in lines] == [3, 6]
     assert list(lines[0]) == [
@@ -49,10 +55,21 @@ def test_a_run(done):
         "test_loss",
         "test_accuracy",
         "learning_rate",
+    ]
+    assert list(timing[0]) == [
+        "epoch",
+        "steps",
+        "compiled",
+        "step_seconds",
         "images_per_second",
         "seconds",
     ]
-    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert [line["compiled"] for line in timing] == [True, False]
+    for line in lines + timing:
+        assert np.isfinite(list(line.values())).all()
+    for line in timing:
+        assert line["steps"] * line["step_seconds"] < line["seconds"]
+        assert np.isclose(line["images_per_second"] * line["step_seconds"], 16)
     assert int(run.state.step) == 6
     total, attention = loop.count_parameters(run.state.params)
     # At 16, 32 and 64 channels, r = 16: the MLP's C * h twice, and the 7x7's 98.
@@ -101,16 +118,17 @@ def test_steps_per_call_suits_the_backend(monkeypatch):
 
 def test_an_epoch_shows_every_image_once():
     key = jax.random.key(0)
-    orders = [np.asarray(loop.epoch_order(key, epoch, 50)) for epoch in (1, 2, 1)]
+    orders = [np.asarray(inputs.epoch_order(key, epoch, 50)) for epoch in (1, 2, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     np.testing.assert_array_equal(orders[0], orders[2])
     assert (orders[0] != orders[1]).any()
 
 
-@pytest.mark.parametrize("batch_size", [4, 27, 64])
+@pytest.mark.parametrize("batch_size", [4, 27, 50])
 def test_evaluation_counts_each_image_once(images, done, batch_size):
-    _, test_data = loop.to_device(images)
-    loss, accuracy = loop.evaluate(done[0].state, test_data, batch_size)
+    config = dataclasses.replace(TINY, batch_size=batch_size)
+    fed = inputs.DeviceInputs(images, config, devices.make_mesh(1))
+    loss, accuracy = loop.make_evaluate(fed)(done[0].state)
     pixels = images.train_images / 255
     x = images.test_images / 255 - pixels.mean((0, 1, 2))
     x = np.float32(x / pixels.std((0, 1, 2)))
@@ -126,7 +144,7 @@ def test_evaluation_counts_each_image_once(images, done, batch_size):
 def test_augmentation_draws_for_each_image():
     image = normal((1, 32, 32, 3), 0)
     images = jnp.asarray(np.repeat(image, 200, axis=0))
-    moved = np.asarray(loop.augment(images, jax.random.key(0), flip=True))
+    moved = np.asarray(inputs.augment(images, jax.random.key(0), flip=True))
     padded = np.pad(image[0], ((4, 4), (4, 4), (0, 0)))
     seen = set()
     for one in moved:
@@ -139,7 +157,7 @@ def test_augmentation_draws_for_each_image():
     rows, columns, flips = map(set, zip(*seen, strict=True))
     assert rows == columns == set(range(9)) and flips == {0, 1}
     assert len(seen) > 100
-    still = loop.augment(images, jax.random.key(0), flip=False)
+    still = inputs.augment(images, jax.random.key(0), flip=False)
     mirrored = np.asarray(still)[:, :, ::-1]
     assert (moved == np.asarray(still)).all((1, 2, 3)).sum() in range(60, 140)
     assert (moved == mirrored).all((1, 2, 3)).sum() in range(60, 140)
@@ -170,11 +188,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
     config = dataclasses.replace(
         TINY, learning_rate=1e30, warmup_epochs=0, steps_per_call=3
     )
-    path = tmp_path / "metrics.jsonl"
-    with pytest.raises(
-        FloatingPointError, match=r"The loss is (nan|inf) at epoch \d, step \d;"
-    ):
-        loop.train(config, images, path)
+    match = r"The loss is (nan|inf) at epoch \d, step \d; .* There is no checkpoint"
+    with pytest.raises(FloatingPointError, match=match):
+        loop.train(config, images, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +207,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
         ({"weight_decay": float("nan")}, "`weight_decay` must be finite"),
         ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
         ({"seed": -1}, r"`seed` must be in \[0, 2\*\*32\), got -1"),
+        ({"keep": 0}, "`keep` must be at least 1, got 0"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1, got 0"),
+        ({"resume": "yes"}, "`resume` must be one of auto, never, got 'yes'"),
+        ({"loader": "grain"}, "`dataset` folder and `loader` grain go together"),
+        ({"image_size": 64}, "`image_size` must be 32 for digits, got 64"),
+        ({"family": "imagenet"}, "`depth` must be one of 18, 34, 50, 101, 152, got 8"),
+        ({"num_processes": 2}, "`coordinator` is missing: pass --coordinator, --num-"),
+        ({"devices": 99}, "`devices` must be at most 8, what cpu has, got 99"),
+        ({"devices": 6}, "`batch_size` must be a multiple of the 6 devices, got 16; t"),
     ],
 )
 def test_bad_configurations(images, fields, message):
@@ -200,7 +225,17 @@ def test_bad_configurations(images, fields, message):
 
 
 def test_defaults_by_data_set():
-    assert config_lib.length(Config(dataset="digits")) == (10, 64)
-    assert config_lib.length(Config(dataset="cifar100")) == (100, 128)
-    assert config_lib.length(Config(epochs=3, batch_size=7)) == (3, 7)
+    for fields, expected in (
+        ({"dataset": "digits"}, ("digits", 10, 64, 32)),
+        ({"dataset": "cifar100"}, ("cifar100", 100, 128, 32)),
+        ({"epochs": 3, "batch_size": 7}, ("cifar10", 3, 7, 32)),
+        ({"loader": "grain", "family": "imagenet"}, ("folder", 90, 256, 224)),
+    ):
+        config = config_lib.resolve(Config(**fields))
+        assert (
+            config.dataset,
+            config.epochs,
+            config.batch_size,
+            config.image_size,
+        ) == expected
     assert "cbam-conv" in ATTENTIONS and len(ATTENTIONS) == 9

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import threading
@@ -28,8 +27,9 @@ from jax.experimental import topologies
 from tqdm.auto import tqdm
 
 from train import config as config_lib
-from train import loop
+from train import devices, loop
 from train.data import ImageSet
+from train.inputs import DeviceInputs
 from train.resnet import ATTENTIONS, imagenet_resnet
 
 Shape = tuple[int, int, int, int]
@@ -290,8 +290,11 @@ def measure_network(
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (128, size, size, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, 128).astype(np.int32)
-    data, _ = loop.to_device(ImageSet(pixels, labels, pixels, labels, 10, flip=True))
-    indices = jnp.arange(128)[None]
+    images = ImageSet(pixels, labels, pixels, labels, 10, flip=True)
+    inputs = DeviceInputs(
+        images, config_lib.Config(batch_size=128), devices.make_mesh(1)
+    )
+    indices = devices.share(np.arange(128)[None], inputs.mesh, axis=1)
     contenders = ["fast", *(["plain"] if "plain" in against else [])]
     variants = [("none", "")] + [(b, c) for b in blocks for c in contenders]
     calls: dict[str, Call] = {}
@@ -305,12 +308,13 @@ def measure_network(
         )
         model = make(num_classes=10, attention=attention, dtype=jnp.dtype(dtype))
         optimizer = loop.make_optimizer(config, loop.make_schedule(config, 1, 100))
-        state = loop.make_state(model, optimizer, jax.random.key(0))
-        train_steps = loop.make_train_steps(config, jax.random.key(1), flip=True)
+        state = loop.make_state(model, optimizer, jax.random.key(0), size)
+        state = devices.replicate(state, inputs.mesh)
+        train_steps = loop.make_train_steps(config, inputs, jax.random.key(1))
 
         def call(states: list[Any] = [state], train_steps: Any = train_steps) -> None:  # noqa: B006
             # The step takes the old state's buffers, so the new one replaces it here.
-            states[0], _ = train_steps(states[0], data, indices)
+            states[0], _ = train_steps(states[0], inputs.data, indices)
             jax.block_until_ready(states[0])
 
         call()
@@ -370,15 +374,6 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> str:
-    """What this ran on, in one line."""
-    device = jax.devices()[0]
-    where = (
-        f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    )
-    return f"{where}, Python {platform.python_version()}, jax {jax.__version__}"
-
-
 def measure(options: Options, rows: list[dict[str, Any]]) -> None:
     """Appends rows to ``rows`` as they are done, so that an interrupt loses none."""
     on_gpu = jax.default_backend() == "gpu"
@@ -434,7 +429,9 @@ def check_measurement(shapes: Sequence[Shape], rounds: int) -> None:
 
 def write_json(path: Path, tables: dict[str, Any]) -> None:
     """Writes tables and what they were measured on."""
-    path.write_text(json.dumps({"machine": machine()} | tables, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": devices.describe()} | tables, indent=1) + "\n"
+    )
 
 
 def main() -> None:
@@ -456,7 +453,7 @@ def main() -> None:
         measure(options, rows)
     except KeyboardInterrupt:
         interrupted = True
-    print(machine())
+    print(devices.describe())
     print(table(rows))
     timed = bool(rows) and "copy_ms" in rows[0]
     if timed:

@@ -1,68 +1,70 @@
 """``python -m train.cifar``: trains a residual network with an attention block.
 
-Exit codes: 0 trained, 1 the loss is not finite, 2 the command line or the data is bad.
+Exit codes: 0 trained, 1 the loss is not finite, 2 the command line, the data or the
+workdir is bad, 3 another process of the run is gone, 130 and 143 stopped by SIGINT and
+SIGTERM.
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
 from train.config import Config
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(
+    args: Sequence[str] | None = None,
+    *,
+    prog: str = "train.cifar",
+    default: Config | None = None,
+) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    config = tyro.cli(Config, prog="python -m train.cifar", args=args)
+    config = tyro.cli(
+        Config, prog=f"python -m {prog}", args=args, default=default or Config()
+    )
+    try:
+        _run(config, prog)
+    except KeyboardInterrupt:
+        _stop(prog, "stopped by SIGINT before the first step.", 130)
+
+
+def _run(config: Config, prog: str) -> None:
     # Only now, so that --help and a mistyped option answer at once.
-    from train import data, loop
+    import jax
+
+    from train import data, devices, interrupt, loop, workdir
+    from train.checkpoint import CheckpointError
 
     try:
         loop.check(config)
-        images = data.load(config.dataset, config.data_dir)
+        devices.join(config)
+        folder = workdir.choose(config)
+        if devices.is_main():
+            workdir.check(folder, config)
+        images = loop.load(config)
         loop.check_batch(config, images)
-        workdir = make_workdir(config)
-    except (ValueError, OSError, data.DataError) as error:
-        _stop(error, 2)
-    print(f"Writing to {workdir / 'metrics.jsonl'}.", file=sys.stderr)
-    try:
-        run = loop.train(config, images, workdir / "metrics.jsonl")
+        with interrupt.listening():
+            if devices.is_main():
+                print(f"Writing to {folder / workdir.METRICS}.", file=sys.stderr)
+            run = loop.train(config, images, folder)
+    except (ValueError, OSError, data.DataError, CheckpointError) as error:
+        _stop(prog, error, 2)
     except FloatingPointError as error:
-        _stop(error, 1)
-    print(run.summary())
+        _stop(prog, error, 1)
+    except interrupt.Interrupted as error:
+        _stop(prog, error, error.exit_code)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        _stop(prog, f"another process of the run is gone ({error}).", 3)
+    if devices.is_main():
+        print(run.summary())
 
 
-def make_workdir(config: Config) -> Path:
-    """Makes the run's folder and, if there is none, an empty metrics.jsonl in it.
-
-    Raises:
-      ValueError: another run's metrics are there, or it cannot be written to.
-    """
-    workdir = config.workdir
-    if workdir is None:
-        now = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{now}-{config.dataset}-resnet{config.depth}-{config.attention}"
-        workdir = Path("runs") / name
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics = workdir / "metrics.jsonl"
-        metrics.touch()
-        if metrics.stat().st_size:
-            raise ValueError(
-                f"`workdir` {workdir} holds an earlier run; pass another --workdir."
-            )
-    except OSError as error:
-        raise ValueError(
-            f"`workdir` {workdir} cannot be written to ({error.strerror}); pass "
-            "another --workdir."
-        ) from error
-    return workdir
-
-
-def _stop(error: Exception, code: int) -> None:
-    print(f"train.cifar: {error}", file=sys.stderr)
+def _stop(prog: str, error: object, code: int) -> NoReturn:
+    print(f"{prog}: {error}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -4,27 +4,49 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 # (epochs, batch size) where the user names none: small sets want small batches.
-DEFAULTS = {"cifar10": (100, 128), "cifar100": (100, 128), "digits": (10, 64)}
+DEFAULTS = {
+    "cifar10": (100, 128),
+    "cifar100": (100, 128),
+    "digits": (10, 64),
+    "folder": (90, 256),
+}
+LOADERS = ("device", "grain")
+FAMILIES = ("cifar", "imagenet")
+IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
+RESUMES = ("auto", "never")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a residual network with an attention block on small images."""
+    """Train a residual network with an attention block on images."""
 
     attention: str = "none"
     """Block in every residual branch: none, se, se-max, eca, channel, channel-conv,
     spatial, cbam or cbam-conv."""
-    dataset: str = "cifar10"
-    """cifar10, cifar100 or digits (1,797 scans that need no network)."""
+    dataset: str | None = None
+    """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
+    folder of images per class); by default cifar10, with the grain loader folder."""
+    loader: str = "device"
+    """Where the images are: device (all of them on it) or grain (read from folders as
+    training goes; needs the extra grain)."""
+    family: str = "cifar"
+    """Which residual networks: cifar (6n+2 layers, small images) or imagenet."""
     depth: int = 20
-    """Layers of the network, 6n+2: 8, 20, 32, 44, 56, 110."""
+    """Layers of the network: 8, 20, 32, 44, 56, 110; of the imagenet family 18, 34, 50,
+    101, 152."""
+    image_size: int | None = None
+    """Height and width that images of a folder are cropped to; by default 32, of the
+    imagenet family 224."""
     epochs: int | None = None
-    """Passes over the training images; by default 100, for digits 10."""
+    """Passes over the training images; by default 100, for digits 10, for folders
+    90."""
     batch_size: int | None = None
-    """Images per step; by default 128, for digits 64."""
+    """Images per step, over all devices; by default 128, for digits 64, for folders
+    256."""
     learning_rate: float = 0.1
     """Peak of the schedule: a linear warm-up, then half a cosine down to 0."""
     warmup_epochs: float = 1.0
@@ -43,22 +65,85 @@ class Config:
     """Steps compiled into one program; by default many on accelerators and 1 on CPU,
     where convolutions inside loops are slow."""
     data_dir: Path = Path("~/.cache/flax_attn")
-    """Where the CIFAR archive or its unpacked folder lies, or is downloaded to."""
+    """Where the CIFAR archive or its unpacked folder lies, or is downloaded to; for
+    folders, what holds train/ and val/."""
+    data_url: tuple[str, ...] = ()
+    """Addresses of the CIFAR archive to try instead of the published one."""
     workdir: Path | None = None
-    """Where metrics.jsonl goes; by default a new folder under runs/."""
+    """Where metrics and checkpoints go; by default a new folder under runs/."""
+    resume: str = "auto"
+    """What to do with a workdir that holds this very run: go on with it (auto) or
+    refuse (never)."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; there is always one at the end."""
+    keep: int = 3
+    """How many checkpoints are kept, the newest."""
+    devices: int | None = None
+    """How many devices share each batch; by default all there are."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes; the same for all of them. Where a
+    cluster (Slurm, Open MPI, a TPU pod) starts the processes, it and the next two are
+    found out."""
+    num_processes: int | None = None
+    """How many processes train together."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    peer_timeout: int = 100
+    """Seconds of silence after which another process counts as dead, which ends the
+    run."""
+
+
+# What may differ between a run and its continuation: where and how, not what.
+PLACE = frozenset(
+    {
+        *("steps_per_call", "data_dir", "data_url", "workdir", "resume"),
+        *("checkpoint_every", "keep", "devices", "coordinator", "num_processes"),
+        *("process_id", "peer_timeout"),
+    }
+)
+
+
+def resolve(config: Config) -> Config:
+    """Returns ``config`` with what depends on the data set or the family filled in."""
+    dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
+    epochs, batch_size = DEFAULTS.get(dataset, (None, None))
+    return dataclasses.replace(
+        config,
+        dataset=dataset,
+        epochs=epochs if config.epochs is None else config.epochs,
+        batch_size=batch_size if config.batch_size is None else config.batch_size,
+        image_size=(
+            IMAGE_SIZES.get(config.family if dataset == "folder" else "cifar")
+            if config.image_size is None
+            else config.image_size
+        ),
+    )
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """What decides the result of a run, of JSON types; two runs of it are the same."""
+    fields = dataclasses.asdict(resolve(config))
+    return {name: value for name, value in fields.items() if name not in PLACE}
 
 
 def check(config: Config) -> None:
     """Raises ``ValueError``, with one line that says the way out, for a bad field."""
+    config = resolve(config)
     for field, names in (
         ("dataset", DEFAULTS),
+        ("loader", LOADERS),
+        ("family", FAMILIES),
         ("dtype", DTYPES),
+        ("resume", RESUMES),
     ):
         check_choice(field, getattr(config, field), names)
-    for field in ("epochs", "batch_size", "steps_per_call"):
-        value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ValueError(f"`{field}` must be at least 1, got {value}.")
+    _check_loader(config)
+    for field in ("epochs", "batch_size", "steps_per_call", "image_size"):
+        check_count(field, getattr(config, field))
+    for field in ("checkpoint_every", "keep", "devices", "num_processes"):
+        check_count(field, getattr(config, field))
+    # Less would take a process for dead that is only busy.
+    check_count("peer_timeout", config.peer_timeout, least=5)
     for field in ("learning_rate", "warmup_epochs", "weight_decay"):
         value = getattr(config, field)
         if not (value >= 0 and math.isfinite(value)):
@@ -69,18 +154,52 @@ def check(config: Config) -> None:
             raise ValueError(f"`{field}` must be in [0, 1), got {value}.")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"`seed` must be in [0, 2**32), got {config.seed}.")
+    _check_processes(config)
 
 
-def check_choice(field: str, value: str, names: Collection[str]) -> None:
+def _check_loader(config: Config) -> None:
+    if (config.loader == "grain") != (config.dataset == "folder"):
+        raise ValueError(
+            "`dataset` folder and `loader` grain go together, got "
+            f"{config.dataset} and {config.loader}; pass --loader grain alone for "
+            "folders of images."
+        )
+    if config.dataset != "folder" and config.image_size != IMAGE_SIZES["cifar"]:
+        raise ValueError(
+            f"`image_size` must be 32 for {config.dataset}, got {config.image_size}; "
+            "pass --image-size 32, or --loader grain for folders of images."
+        )
+
+
+def _check_processes(config: Config) -> None:
+    """The three that name a process come together, or not at all."""
+    fields = ("coordinator", "num_processes", "process_id")
+    missing = [field for field in fields if getattr(config, field) is None]
+    if 0 < len(missing) < len(fields):
+        raise ValueError(
+            f"`{missing[0]}` is missing: pass --coordinator, --num-processes and "
+            "--process-id together, or none of them."
+        )
+    if config.process_id is not None and config.num_processes is not None:
+        if not 0 <= config.process_id < config.num_processes:
+            raise ValueError(
+                f"`process_id` must be in [0, {config.num_processes}), the number of "
+                f"processes, got {config.process_id}."
+            )
+        if config.devices is not None and config.num_processes > 1:
+            raise ValueError(
+                "`devices` cannot be chosen for several processes, which share all "
+                f"they have, got {config.devices}; leave --devices out."
+            )
+
+
+def check_count(field: str, value: int | None, least: int = 1) -> None:
+    """Raises ``ValueError`` for a number below ``least``; None is none."""
+    if value is not None and value < least:
+        raise ValueError(f"`{field}` must be at least {least}, got {value}.")
+
+
+def check_choice(field: str, value: str | None, names: Collection[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``names``."""
     if value not in names:
         raise ValueError(f"`{field}` must be one of {', '.join(names)}, got {value!r}.")
-
-
-def length(config: Config) -> tuple[int, int]:
-    """The epochs and the batch size: what was asked for, or what suits the data set."""
-    epochs, batch_size = DEFAULTS[config.dataset]
-    return (
-        epochs if config.epochs is None else config.epochs,
-        batch_size if config.batch_size is None else config.batch_size,
-    )

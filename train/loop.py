@@ -1,15 +1,18 @@
-"""The training loop: one jitted step over data that lies whole on the device."""
+"""The training loop: jitted steps, metrics, and checkpoints to go on from."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import signal
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +23,19 @@ from jax import lax
 from tqdm.auto import tqdm
 
 from train import config as config_lib
+from train import data, devices, interrupt, workdir
+from train.checkpoint import Checkpoints
 from train.config import Config
 from train.data import ImageSet
-from train.resnet import ATTENTIONS, check_cifar_depth, cifar_resnet
+from train.inputs import DeviceInputs, Inputs, check_fills
+from train.resnet import (
+    ATTENTIONS,
+    check_cifar_depth,
+    check_imagenet_depth,
+    cifar_resnet,
+    imagenet_resnet,
+)
 
-PAD = 4
 # Long enough to hide the dispatch of a call, short enough for a bar that moves.
 MAX_STEPS_PER_CALL = 100
 NAN_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
@@ -36,16 +47,6 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-@flax.struct.dataclass
-class DeviceData:
-    """One part of an image set on the device, with what normalises its pixels."""
-
-    images: jax.Array
-    labels: jax.Array
-    mean: jax.Array
-    std: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What came of a run."""
@@ -55,6 +56,8 @@ class Run:
     state: TrainState
     history: list[dict[str, float]]
     """One entry for each line of metrics.jsonl."""
+    timing: list[dict[str, Any]]
+    """One entry for each line of timing.jsonl."""
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -65,7 +68,7 @@ class Run:
         """What was trained and how well it did, in one line."""
         config, last = self.config, self.history[-1]
         total, attention = count_parameters(self.state.params)
-        minutes, seconds = divmod(round(sum(h["seconds"] for h in self.history)), 60)
+        minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
         return (
             f"ResNet-{config.depth}, attention {config.attention}, on "
             f"{config.dataset}: {total:,} parameters ({attention:,} of them "
@@ -75,130 +78,345 @@ class Run:
         )
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: with the configuration, all that its rest depends on."""
+
+    state: TrainState
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of the steps of the epoch under way."""
+    accuracies: list[float] = dataclasses.field(default_factory=list)
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class _Stop(Exception):
+    """A signal asked for the end."""
+
+
 def check(config: Config) -> None:
     """Raises ``ValueError`` for a configuration that nothing can be trained by."""
     config_lib.check(config)
     config_lib.check_choice("attention", config.attention, ATTENTIONS)
-    check_cifar_depth(config.depth)
+    if config.family == "cifar":
+        check_cifar_depth(config.depth)
+    else:
+        check_imagenet_depth(config.depth)
 
 
 def check_batch(config: Config, images: ImageSet) -> None:
-    """Raises ``ValueError`` for a batch that ``images`` cannot fill."""
-    _, batch_size = config_lib.length(config)
-    if batch_size > len(images.train_images):
-        raise ValueError(
-            f"`batch_size` must be at most the {len(images.train_images):,} training "
-            f"images of {config.dataset}, got {batch_size:,}."
-        )
+    """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
+    config = config_lib.resolve(config)
+    check_fills(config, len(images.train_images))
+    assert config.batch_size is not None  # For the type checker: it is resolved.
+    devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
 
 
-def train(config: Config, images: ImageSet, metrics: Path | None = None) -> Run:
-    """Trains as ``config`` says and returns the result.
-
-    Args:
-      config: what to train.
-      images: what to train and evaluate on.
-      metrics: a file that gets one line of JSON after each epoch, or None.
+def load(config: Config) -> ImageSet:
+    """The images that ``config`` names.
 
     Raises:
-      ValueError: the configuration cannot be trained.
+      DataError: they cannot be had.
+    """
+    config = config_lib.resolve(config)
+    assert config.dataset is not None  # For the type checker: it is resolved.
+    return data.load(config.dataset, config.data_dir)
+
+
+def train(config: Config, images: ImageSet, folder: Path | None = None) -> Run:
+    """Trains as ``config`` says, or goes on with that run, and returns the result.
+
+    Args:
+      config: what to train; ``workdir`` is not looked at.
+      images: what to train and evaluate on.
+      folder: where metrics.jsonl, timing.jsonl, run.json and checkpoints go, and where
+        a run of the same configuration is gone on with; None to write nothing.
+
+    Raises:
+      ValueError: the configuration cannot be trained, or the folder is another's.
+      CheckpointError: all checkpoints in the folder are damaged.
       FloatingPointError: the loss is not finite any more.
+      Interrupted: a signal came; what was done is saved.
     """
     check(config)
     check_batch(config, images)
-    epochs, batch_size = config_lib.length(config)
-    train_data, test_data = to_device(images)
-    per_epoch = len(images.train_images) // batch_size
-    schedule = make_schedule(config, per_epoch, epochs * per_epoch)
-    init_key, order_key, augment_key = jax.random.split(jax.random.key(config.seed), 3)
-    model = make_model(config, images.num_classes)
-    state = make_state(model, make_optimizer(config, schedule), init_key)
-    train_steps = make_train_steps(config, augment_key, flip=images.flip)
-    history: list[dict[str, float]] = []
-    for epoch in range(1, epochs + 1):
+    config = config_lib.resolve(config)
+    mesh = devices.make_mesh(config.devices)
+    training = Training(config, DeviceInputs(images, config, mesh))
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            training.open(folder, stack)
+        return training.run()
+
+
+def tell(line: str) -> None:
+    """Prints a line where a bar may be."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class Training:
+    """One run: its programs, its progress and its folder."""
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        """Makes the model, its first state and the jitted steps."""
+        assert config.epochs is not None  # For the type checker: it is resolved.
+        self.config, self.inputs, self.epochs = config, inputs, config.epochs
+        self.schedule = make_schedule(
+            config, inputs.per_epoch, self.epochs * inputs.per_epoch
+        )
+        self.key = jax.random.key(config.seed)
+        self.model = make_model(config, inputs.num_classes)
+        # The keys of parameters, order (see `DeviceInputs`) and augmentation.
+        init_key, _, augment_key = jax.random.split(self.key, 3)
+        state = make_state(
+            self.model,
+            make_optimizer(config, self.schedule),
+            init_key,
+            inputs.image_size,
+        )
+        self.progress = Progress(devices.replicate(state, inputs.mesh))
+        self.train_steps = make_train_steps(config, inputs, augment_key)
+        self.evaluate = make_evaluate(inputs)
+        self.folder: Path | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.compiled = False
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        progress = self.progress
+        return len(progress.history) * self.inputs.per_epoch + len(progress.losses)
+
+    def run(self) -> Run:
+        """Trains until the last epoch is done."""
+        progress = self.progress
+        try:
+            while len(progress.history) < self.epochs:
+                self._run_epoch()
+        except _Stop:
+            raise self._stopped() from None
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} {self._last_good()} {NAN_ADVICE}"
+            ) from None
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        return Run(
+            self.config, self.model, progress.state, progress.history, progress.timing
+        )
+
+    def _run_epoch(self) -> None:
+        progress, per_epoch = self.progress, self.inputs.per_epoch
+        epoch, done = len(progress.history) + 1, len(progress.losses)
         start = time.perf_counter()
-        order = epoch_order(order_key, epoch, len(images.train_images))
-        order = order[: per_epoch * batch_size].reshape(per_epoch, -1)
         with tqdm(
-            total=per_epoch, desc=f"epoch {epoch}/{epochs}", unit="step", mininterval=1
+            total=per_epoch,
+            initial=done,
+            desc=f"epoch {epoch}/{self.epochs}",
+            unit="step",
+            mininterval=1,
+            disable=not devices.is_main(),
         ) as bar:
-            state, loss, accuracy = _train_epoch(
-                train_steps, state, train_data, order, config, epoch, bar
-            )
+            self._train_epoch(epoch, bar)
             trained = time.perf_counter()
-            test_loss, test_accuracy = evaluate(state, test_data, batch_size)
+            test_loss, test_accuracy = self.evaluate(progress.state, self._check_stop)
             if not math.isfinite(test_loss):
                 raise FloatingPointError(
-                    f"The test loss is {test_loss} at epoch {epoch}, step "
-                    f"{epoch * per_epoch}; training stopped. {NAN_ADVICE}"
+                    f"The test loss is {test_loss} at epoch {epoch}, step {self.step}; "
+                    "training stopped."
                 )
+            loss = statistics.fmean(progress.losses)
             bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
         line = {
             "epoch": epoch,
-            "step": epoch * per_epoch,
+            "step": self.step,
             "train_loss": loss,
-            "train_accuracy": accuracy,
+            "train_accuracy": statistics.fmean(progress.accuracies),
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "learning_rate": float(schedule(epoch * per_epoch - 1)),
-            "images_per_second": order.size / (trained - start),
+            "learning_rate": float(self.schedule(self.step - 1)),
+        }
+        progress.timing.append(
+            self._time(epoch, per_epoch - done, trained - start, start)
+        )
+        progress.losses, progress.accuracies = [], []
+        progress.history.append(line)
+        self._write_metrics()
+        if epoch % self.config.checkpoint_every == 0 or epoch == self.epochs:
+            self._save()
+
+    def _time(
+        self, epoch: int, steps: int, seconds: float, start: float
+    ) -> dict[str, Any]:
+        """A line of timing.jsonl: the clock's, so no two runs share it."""
+        first, self.compiled = not self.compiled, True
+        images = steps * (self.config.batch_size or 0)
+        return {
+            "epoch": epoch,
+            "steps": steps,
+            "compiled": first,
+            "step_seconds": seconds / steps if steps else None,
+            "images_per_second": images / seconds if steps else None,
             "seconds": time.perf_counter() - start,
         }
-        history.append(line)
-        if metrics is not None:
-            with metrics.open("a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-    return Run(config, model, state, history)
 
+    def _train_epoch(self, epoch: int, bar: tqdm) -> None:
+        """Runs the steps that the epoch still lacks.
 
-def _train_epoch(
-    train_steps: Callable[..., Any],
-    state: TrainState,
-    data: DeviceData,
-    order: jax.Array,
-    config: Config,
-    epoch: int,
-    bar: tqdm,
-) -> tuple[TrainState, float, float]:
-    """Runs one epoch; returns the state, and the mean loss and accuracy of its steps.
+        The metrics of a call are fetched when the next one is under way, so that the
+        device never waits for the host.
+        """
+        progress, inputs = self.progress, self.inputs
+        size = steps_per_call(self.config, inputs.per_epoch)
 
-    The metrics of a call are fetched when the next one is under way, so that the device
-    never waits for the host.
-    """
-    losses: list[np.ndarray] = []
-    accuracies: list[np.ndarray] = []
+        def fetch(metrics: tuple[jax.Array, jax.Array]) -> None:
+            loss, accuracy = (np.asarray(m, np.float64) for m in metrics)
+            bad = np.flatnonzero(~np.isfinite(loss))
+            if bad.size:
+                raise FloatingPointError(
+                    f"The loss is {loss[bad[0]]} at epoch {epoch}, step "
+                    f"{self.step + int(bad[0]) + 1}; training stopped."
+                )
+            progress.losses += loss.tolist()
+            progress.accuracies += accuracy.tolist()
+            bar.set_postfix(loss=f"{loss[-1]:.4f}", refresh=False)
+            bar.update(len(loss))
 
-    def fetch(metrics: tuple[jax.Array, jax.Array]) -> None:
-        loss, accuracy = (np.asarray(m, np.float64) for m in metrics)
-        bad = np.flatnonzero(~np.isfinite(loss))
-        if bad.size:
-            step = (epoch - 1) * len(order) + bar.n + int(bad[0]) + 1
-            raise FloatingPointError(
-                f"The loss is {loss[bad[0]]} at epoch {epoch}, step {step}; training "
-                f"stopped. {NAN_ADVICE}"
+        before = None
+        for item in inputs.calls(epoch, len(progress.losses), size):
+            progress.state, metrics = self.train_steps(
+                progress.state, inputs.data, item
             )
-        losses.append(loss)
-        accuracies.append(accuracy)
-        bar.set_postfix(loss=f"{loss[-1]:.4f}", refresh=False)
-        bar.update(len(loss))
-
-    before = None
-    for indices in _chunks(order, steps_per_call(config, len(order))):
-        state, metrics = train_steps(state, data, indices)
+            if before is not None:
+                fetch(before)
+            before = metrics
+            if self._stop_requested():
+                fetch(metrics)
+                raise _Stop
         if before is not None:
             fetch(before)
-        before = metrics
-    if before is not None:
-        fetch(before)
-    return (
-        state,
-        float(np.concatenate(losses).mean()),
-        float(np.concatenate(accuracies).mean()),
-    )
 
+    def _stop_requested(self) -> bool:
+        return devices.highest(interrupt.requested() or 0) > 0
 
-def _chunks(order: jax.Array, size: int) -> Iterator[jax.Array]:
-    return (order[i : i + size] for i in range(0, len(order), size))
+    def _check_stop(self) -> None:
+        if self._stop_requested():
+            raise _Stop
+
+    # The folder.
+
+    def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        """Claims ``folder`` until ``stack`` ends, and goes on with the run in it."""
+        template = devices.to_host(self._tree())
+
+        def claim() -> tuple[Any, dict[str, Any]] | None:
+            stack.enter_context(workdir.claimed(folder))
+            workdir.check(folder, self.config)
+            self.folder = folder
+            self.checkpoints = Checkpoints(
+                folder / workdir.CHECKPOINTS, self.config.keep, tell
+            )
+            stack.callback(self.checkpoints.close)
+            found = self.checkpoints.restore(template)
+            total, attention = count_parameters(self.progress.state.params)
+            text = workdir.describe(self.config, total, attention, devices.describe())
+            workdir.write(folder / workdir.RUN, text)
+            return found
+
+        found = devices.from_main(devices.on_main(claim), template)
+        if found is not None:
+            self._go_on(*found)
+        self._write_metrics()
+
+    def _go_on(self, tree: Any, record: dict[str, Any]) -> None:
+        state = self.progress.state.replace(
+            **devices.replicate(
+                {name: tree[name] for name in tree if name != "key"}, self.inputs.mesh
+            )
+        )
+        self.progress = Progress(
+            state, **{f: record[f] for f in record if f != "position"}
+        )
+        self.inputs.go_to(record["position"])
+        if devices.is_main():
+            tell(f"Going on from step {self.step} of {self._total()}.")
+
+    def _total(self) -> int:
+        return self.epochs * self.inputs.per_epoch
+
+    def _tree(self) -> dict[str, Any]:
+        state = self.progress.state
+        return {
+            "step": state.step,
+            "params": state.params,
+            "batch_stats": state.batch_stats,
+            "opt_state": state.opt_state,
+            "key": jax.random.key_data(self.key),
+        }
+
+    def _save(self) -> None:
+        """Begins to save all of the progress; it must be finite."""
+        if self.folder is None and jax.process_count() == 1:
+            return
+        tree = devices.to_host(self._tree())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.step}, whose loss is "
+                    f"{self._last_loss()}; training stopped."
+                )
+        if self.checkpoints is not None:
+            progress = self.progress
+            record = {
+                "losses": progress.losses,
+                "accuracies": progress.accuracies,
+                "history": progress.history,
+                "timing": progress.timing,
+                "position": self.inputs.position(),
+            }
+            # A copy, since the lists go on growing while this is being written.
+            self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
+
+    def _last_loss(self) -> float:
+        progress = self.progress
+        return (progress.losses or [progress.history[-1]["train_loss"]])[-1]
+
+    def _write_metrics(self) -> None:
+        if self.folder is None:
+            return
+        try:
+            workdir.write_lines(self.folder / workdir.METRICS, self.progress.history)
+            workdir.write_lines(self.folder / workdir.TIMING, self.progress.timing)
+        except OSError as error:
+            tell(
+                f"{workdir.METRICS} in {self.folder} could not be written "
+                f"({error.strerror}); its last lines wait for the next epoch."
+            )
+
+    def _stopped(self) -> interrupt.Interrupted:
+        """Saves, and says what is saved."""
+        which = signal.Signals(devices.highest(interrupt.requested() or 0))
+        self._save()
+        where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
+        if self.folder is None:
+            return interrupt.Interrupted(which, f"{where}nothing is saved.")
+        return interrupt.Interrupted(
+            which, f"{where}{self._newest()}; the same command goes on from there."
+        )
+
+    def _newest(self) -> str:
+        assert self.checkpoints is not None
+        self.checkpoints.wait()
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return "there is no checkpoint"
+        return f"the checkpoint of step {newest} is in {self.checkpoints.directory}"
+
+    def _last_good(self) -> str:
+        if self.checkpoints is None:
+            return "There is no checkpoint."
+        return f"{self._newest().capitalize()}."
 
 
 def steps_per_call(config: Config, per_epoch: int) -> int:
@@ -217,7 +435,8 @@ def steps_per_call(config: Config, per_epoch: int) -> int:
 
 def make_model(config: Config, num_classes: int) -> nn.Module:
     """The network that ``config`` asks for."""
-    return cifar_resnet(
+    make = cifar_resnet if config.family == "cifar" else imagenet_resnet
+    return make(
         config.depth,
         num_classes=num_classes,
         attention=ATTENTIONS[config.attention],
@@ -262,11 +481,14 @@ def count_parameters(params: Any) -> tuple[int, int]:
 
 
 def make_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, key: jax.Array
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    image_size: int,
 ) -> TrainState:
     """The state before the first step."""
     init = jax.jit(partial(model.init, train=True))
-    variables = init(key, jnp.zeros((1, 32, 32, 3)))
+    variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
     return TrainState.create(
         apply_fn=model.apply,
         params=variables["params"],
@@ -275,70 +497,25 @@ def make_state(
     )
 
 
-def to_device(images: ImageSet) -> tuple[DeviceData, DeviceData]:
-    """Both parts on the device, to be normalised by the training part's statistics."""
-    values = np.arange(256) / 255
-    mean, std = np.empty((2, 1, 1, 1, 3), np.float32)
-    for c in range(3):
-        counts = np.bincount(images.train_images[..., c].ravel(), minlength=256)
-        mean[..., c] = np.average(values, weights=counts)
-        variance = np.average((values - mean[..., c].item()) ** 2, weights=counts)
-        std[..., c] = np.sqrt(variance)
-    return (
-        _device_data(images.train_images, images.train_labels, mean, std),
-        _device_data(images.test_images, images.test_labels, mean, std),
-    )
-
-
-def _device_data(*arrays: np.ndarray) -> DeviceData:
-    return DeviceData(*map(jnp.asarray, arrays))
-
-
-def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
-    """The order of the training images, a function of the key and the epoch alone."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), size)
-
-
-def augment(images: jax.Array, key: jax.Array, *, flip: bool) -> jax.Array:
-    """Moves each image by up to 4 pixels and mirrors it by the toss of its own coin.
-
-    Args:
-      images: ``(N, H, W, C)``; what moves in from outside is 0.
-      key: for the draws, one of each kind per image.
-      flip: whether to mirror at all.
-    """
-    shift_key, flip_key = jax.random.split(key)
-    shape = images.shape[1:]
-    padded = jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
-    corners = jax.random.randint(shift_key, (len(images), 2), 0, 2 * PAD + 1)
-    images = jax.vmap(lambda x, c: lax.dynamic_slice(x, (c[0], c[1], 0), shape))(
-        padded, corners
-    )
-    if flip:
-        coins = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
-        images = jnp.where(coins, images[:, :, ::-1], images)
-    return images
-
-
 def make_train_steps(
-    config: Config, key: jax.Array, *, flip: bool
+    config: Config, inputs: Inputs, key: jax.Array
 ) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
-    """Returns ``(state, data, indices) -> (state, (losses, accuracies))``, jitted.
+    """Returns ``(state, data, item) -> (state, (losses, accuracies))``, jitted.
 
-    ``indices`` is ``(steps, batch)``; the old state's buffers are given up.
+    ``item`` is what ``inputs.calls`` yields, for one step or more; the old state's
+    buffers are given up.
     """
 
     def step(
-        state: TrainState, data: DeviceData, indices: jax.Array
+        state: TrainState, data: Any, item: Any
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        step_key = jax.random.fold_in(key, state.step)
-        images = augment(data.images[indices], step_key, flip=flip)
-        labels = data.labels[indices]
+        images, labels = inputs.batch(data, item, jax.random.fold_in(key, state.step))
+        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             logits, updates = state.apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
-                normalise(images, data),
+                images,
                 train=True,
                 mutable=["batch_stats"],
             )
@@ -355,47 +532,48 @@ def make_train_steps(
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
         return state, (loss, accuracy)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
     def train_steps(
-        state: TrainState, data: DeviceData, indices: jax.Array
+        state: TrainState, data: Any, item: Any
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        if len(indices) == 1:  # No loop at all: see `steps_per_call`.
-            state, metrics = step(state, data, indices[0])
+        if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
+            state, metrics = step(state, data, jax.tree.map(lambda a: a[0], item))
             return state, jax.tree.map(lambda m: m[None], metrics)
-        return lax.scan(lambda s, i: step(s, data, i), state, indices)
+        return lax.scan(lambda s, i: step(s, data, i), state, item)
 
     return train_steps
 
 
-def evaluate(
-    state: TrainState, data: DeviceData, batch_size: int
-) -> tuple[float, float]:
-    """The mean loss and the accuracy over all of ``data``, each image counted once."""
-    size = len(data.labels)
-    sums = jnp.zeros(2)
-    for start in range(0, size, batch_size):
-        indices = np.arange(start, start + batch_size)
-        # The last batch is filled up, so that one program serves all, and the filling
-        # weighs nothing.
-        weights = (indices < size).astype(np.float32)
-        sums += _evaluate_batch(state, data, np.minimum(indices, size - 1), weights)
-    loss, accuracy = np.asarray(sums, np.float64) / size
-    return float(loss), float(accuracy)
+def make_evaluate(
+    inputs: Inputs,
+) -> Callable[[TrainState, Callable[[], None]], tuple[float, float]]:
+    """Returns what maps a state to its mean loss and accuracy over the test part.
 
+    Each image counts once. The second argument is called between batches; what it
+    raises ends the evaluation.
+    """
 
-@jax.jit
-def _evaluate_batch(
-    state: TrainState, data: DeviceData, indices: jax.Array, weights: jax.Array
-) -> jax.Array:
-    logits = state.apply_fn(_variables(state), normalise(data.images[indices], data))
-    logits, labels = logits.astype(jnp.float32), data.labels[indices]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
+    @partial(jax.jit, out_shardings=devices.replicated(inputs.mesh))
+    def add(
+        sums: jax.Array, state: TrainState, data: Any, item: Any, weights: jax.Array
+    ) -> jax.Array:
+        images, labels = inputs.test_batch(data, item)
+        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
+        logits = state.apply_fn(_variables(state), images).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
 
+    def evaluate(
+        state: TrainState, between: Callable[[], None] = lambda: None
+    ) -> tuple[float, float]:
+        sums = devices.replicate(np.zeros(2, np.float32), inputs.mesh)
+        for item, weights in inputs.test_calls():
+            sums = add(sums, state, inputs.test_data, item, weights)
+            between()
+        loss, accuracy = np.asarray(sums, np.float64) / inputs.test_size
+        return float(loss), float(accuracy)
 
-def normalise(images: jax.Array, data: DeviceData) -> jax.Array:
-    """Pixels 0..255 to mean 0 and variance 1 per channel, by the training images."""
-    return (images.astype(jnp.float32) / 255 - data.mean) / data.std
+    return evaluate
 
 
 def _variables(state: TrainState) -> dict[str, Any]:

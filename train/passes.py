@@ -21,7 +21,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from flax_attn import _kernels, functional
-from train import benchmark
+from train import benchmark, devices
 from train.benchmark import Call, Shape
 
 SIZES = (7, 14, 28, 56, 112, 224, 512)
@@ -193,7 +193,7 @@ def main() -> None:
         raise SystemExit(2) from None
     passes = pass_table(options.shapes, options.rounds)
     convolutions = list(convolution_table(options.sizes, options.rounds))
-    print(benchmark.machine())
+    print(devices.describe())
     print("\nPasses over the map, in copies of it, each compiled alone:")
     print(benchmark.table(passes))
     print("\nThe 7x7 convolution 2 -> 1 forward + backward:")

@@ -218,13 +218,18 @@ def imagenet_resnet(depth: int, **fields: Any) -> ResNet:
     Raises:
       ValueError: ``depth`` is none of the five.
     """
+    check_imagenet_depth(depth)
+    block = BasicBlock if depth < 50 else BottleneckBlock
+    return ResNet(stages=IMAGENET_STAGES[depth], block=block, **fields)
+
+
+def check_imagenet_depth(depth: int) -> None:
+    """Raises ``ValueError`` unless ``depth`` is one of the five."""
     if depth not in IMAGENET_STAGES:
         raise ValueError(
             f"`depth` must be one of {', '.join(map(str, IMAGENET_STAGES))}, got "
             f"{depth}."
         )
-    block = BasicBlock if depth < 50 else BottleneckBlock
-    return ResNet(stages=IMAGENET_STAGES[depth], block=block, **fields)
 
 
 def _conv(features: int, size: int, stride: int, *, dtype: Dtype, name: str) -> nn.Conv:

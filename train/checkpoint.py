@@ -1,0 +1,177 @@
+"""Checkpoints through Orbax: written beside the training, read back only if whole.
+
+A checkpoint is a tree of NumPy arrays and a record of JSON types. Its digest, the
+SHA-256 of both, goes into the record: what is read back is what was written, or it is
+damaged.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+# Orbax logs the traceback of each failure that it also raises; it is told once, here.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+Tell = Callable[[str], None]
+
+
+class CheckpointError(Exception):
+    """There are checkpoints and none can be read; the message is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, named by their step.
+
+    Attributes:
+      directory: where they lie.
+      keep: how many of the newest stay.
+      tell: gets each line about something that went wrong and does not stop the run.
+    """
+
+    def __init__(self, directory: Path, keep: int, tell: Tell) -> None:
+        """Opens ``directory``; what a killed run left half-written there goes."""
+        self.directory = directory.absolute()
+        self.keep = keep
+        self.tell = tell
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(unfinished)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
+        )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, create=False, multiprocessing_options=alone
+            ),
+        )
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is written, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
+        """Begins to save; the arrays of ``tree`` must not be written to any more.
+
+        A checkpoint that cannot be written is told of, here or at the next call, and
+        does not stop the run.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        self._saving = step
+        record = record | {"digest": _digest(tree, record)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+                ),
+            )
+        # What a full disk raises is up to the layer that meets it first: OSError,
+        # ValueError of the array store, RuntimeError of a thread.
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Waits until what is being saved is written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed(error)
+        self._saving = None
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self._manager = self._open()
+        last = self.newest()
+        kept = (
+            "there is none before it" if last is None else f"that of step {last} stays"
+        )
+        self.tell(
+            f"The checkpoint of step {step} could not be written to {self.directory} "
+            f"({_reason(error)}); {kept} and training goes on."
+        )
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Returns tree and record of the newest whole checkpoint, or None without any.
+
+        A damaged one is told of, and set aside under another name.
+
+        Raises:
+          CheckpointError: there are some, and all are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged = []
+        for step in steps:
+            try:
+                tree, record = self._read(step, template)
+            # A damaged file may make any layer below raise anything.
+            except Exception as error:
+                damaged.append(step)
+                self.tell(
+                    f"The checkpoint {self.directory / str(step)} is damaged "
+                    f"({_reason(error)}); trying the one before."
+                )
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return tree, record
+        if damaged:
+            raise CheckpointError(
+                f"None of the {len(damaged)} checkpoints in {self.directory} can be "
+                "read; bring one back, or begin anew with another --workdir."
+            )
+        return None
+
+    def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()
+            ),
+        )
+        record = restored.record
+        digest = record.pop("digest")
+        if digest != _digest(restored.state, record):
+            raise ValueError("its digest is not that of what was written")
+        return restored.state, record
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that the run can write that step anew."""
+        name, i = f"damaged-{step}", 1
+        while (self.directory.parent / name).exists():
+            name, i = f"damaged-{step}-{i}", i + 1
+        (self.directory / str(step)).rename(self.directory.parent / name)
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for what is being saved, and lets go of the directory."""
+        self.wait()
+        self._manager.close()
+
+
+def _digest(tree: Any, record: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
+        digest.update(name.encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, at a length that a person reads."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

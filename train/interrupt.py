@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM as a request to stop after the step that is under way."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+_requested: signal.Signals | None = None
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and stopped; ``signal`` says by what."""
+
+    def __init__(self, which: signal.Signals, message: str) -> None:
+        """Keeps the signal beside the message."""
+        super().__init__(message)
+        self.signal = which
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports for a process that the signal ended: 130 or 143."""
+        return 128 + self.signal
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Turns the two signals into a request; a second one acts as it always did."""
+    global _requested
+    before = {s: signal.signal(s, _note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _requested = None
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def requested() -> signal.Signals | None:
+    """The signal that came, if one has."""
+    return _requested
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _requested
+    _requested = signal.Signals(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print(
+        f"\n{_requested.name}: finishing the step that is under way, then saving. "
+        "Once more stops at once.",
+        file=sys.stderr,
+    )
