@@ -127,27 +127,30 @@ def metrics_of(workdir):
     return path.read_text() if path.exists() else ""
 
 
+def wait_for_a_save(process, saving):
+    """Until a save begins, in a folder of its own, which is there for a moment."""
+
+    def unfinished():
+        return {name for name in os.listdir(saving) if name.endswith("-tmp")}
+
+    left_behind = unfinished()
+    wait_until(process, lambda: unfinished() - left_behind)
+
+
 def test_a_killed_run_ends_as_if_nobody_had_touched_it(
     environment, untouched, tmp_path
 ):
     """Killed at random moments and, every other time, in the middle of a save."""
     draw = random.Random(0)
     workdir, kills, in_saves = tmp_path / "run", 0, 0
+    saving = workdir / "checkpoints"
     while True:
         process = start(workdir, environment)
-        saving = workdir / "checkpoints"
-        known = set(os.listdir(saving)) if saving.exists() else set()
         if kills < KILLS:
-            wait_until(process, lambda: "\n" in metrics_of(workdir) or kills == 0)
+            if kills:
+                wait_until(process, lambda: metrics_of(workdir))
             if kills % 2:
-                # A save begins in a folder of its own, which is there for a moment.
-                wait_until(
-                    process,
-                    lambda: any(
-                        name.endswith("-tmp") and name not in known
-                        for name in os.listdir(saving)
-                    ),
-                )
+                wait_for_a_save(process, saving)
                 time.sleep(draw.uniform(0, 0.02))
                 in_saves += any(n.endswith("-tmp") for n in os.listdir(saving))
             else:
@@ -202,8 +205,8 @@ def test_stopped_in_the_middle_of_an_epoch(environment, untouched, tmp_path):
 
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        # The question comes after each of an epoch's 5 steps and 3 test batches: stop at
-        # its third step, at the next, and in its evaluation.
+        # The question comes after each of an epoch's 5 steps and 3 test batches: stop
+        # at its third step, at the next, and in its evaluation.
         for calls in (2, 0, 2):
             stop_after(calls, patch)
             with pytest.raises(loop.interrupt.Interrupted) as error:
