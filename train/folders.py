@@ -222,7 +222,7 @@ def train_batches(
     )
 
 
-def test_batches(
+def evaluation_batches(
     images: FolderImages,
     *,
     batch_size: int,
