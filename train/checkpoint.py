@@ -19,6 +19,9 @@ import orbax.checkpoint as ocp
 # Orbax logs the traceback of each failure that it also raises; it is told once, here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
+# Bytes that a checkpoint takes beside its arrays, generously.
+ROOM = 1_000_000
+
 Tell = Callable[[str], None]
 
 
@@ -45,7 +48,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(unfinished)
+            # A thread of a save that failed may still be at it; then the next opening
+            # takes the rest.
+            shutil.rmtree(unfinished, ignore_errors=True)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
         )
@@ -73,6 +78,7 @@ class Checkpoints:
         self._saving = step
         record = record | {"digest": _digest(tree, record)}
         try:
+            self._check_room(tree)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -83,6 +89,19 @@ class Checkpoints:
         # ValueError of the array store, RuntimeError of a thread.
         except (OSError, ValueError, RuntimeError) as error:
             self._failed(error)
+
+    def _check_room(self, tree: Any) -> None:
+        """Raises ``OSError`` for a disk that is too full to try.
+
+        The layers below do notice, with a page of tracebacks for every array.
+        """
+        needed = ROOM + sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(
+                f"it needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB "
+                "left"
+            )
 
     def wait(self) -> None:
         """Waits until what is being saved is written."""

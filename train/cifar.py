@@ -5,6 +5,7 @@ workdir is bad, 3 another process of the run is gone, 130 and 143 stopped by SIG
 SIGTERM.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -41,8 +42,7 @@ def _run(config: Config, prog: str) -> None:
         loop.check(config)
         devices.join(config)
         folder = workdir.choose(config)
-        if devices.is_main():
-            workdir.check(folder, config)
+        devices.on_main(lambda: workdir.check(folder, config))
         images = loop.load(config)
         loop.check_batch(config, images)
         with interrupt.listening():
@@ -58,7 +58,15 @@ def _run(config: Config, prog: str) -> None:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        _stop(prog, f"another process of the run is gone ({error}).", 3)
+        message = " ".join(str(error).split())[:200]
+        print(
+            f"{prog}: another process of the run is gone ({message}); start all of "
+            "them again to go on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        # An orderly end would wait for the one that is gone, and abort.
+        os._exit(3)
     if devices.is_main():
         print(run.summary())
 

@@ -8,6 +8,8 @@ BatchNorm too, are those of the whole batch.
 import json
 import os
 import platform
+import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,6 +32,8 @@ def join(config: Config) -> None:
     """
     if config.coordinator is None and not _in_cluster():
         return
+    if config.coordinator is not None and config.process_id:
+        _wait_for(config.coordinator, config.peer_timeout)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -44,6 +48,28 @@ def join(config: Config) -> None:
             f"`coordinator` {config.coordinator} cannot be joined "
             f"({' '.join(str(error).split())})."
         ) from error
+
+
+def _wait_for(coordinator: str, seconds: int) -> None:
+    """Waits until something listens at the address; JAX itself would abort the process.
+
+    Raises:
+      ValueError: nothing does.
+    """
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=seconds).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > end or isinstance(error, ValueError):
+                raise ValueError(
+                    f"`coordinator` must be HOST:PORT of process 0, got {coordinator}, "
+                    f"where none answers ({error}); start that process too, or raise "
+                    "--peer-timeout."
+                ) from error
+            time.sleep(0.1)
 
 
 def _in_cluster() -> bool:

@@ -59,6 +59,9 @@ class Inputs(Protocol):
     def go_to(self, position: Any) -> None:
         """Makes the next batch the one that came next at ``position``."""
 
+    def close(self) -> None:
+        """Ends what reads."""
+
 
 @flax.struct.dataclass
 class DeviceData:
@@ -127,6 +130,9 @@ class DeviceInputs:
     def go_to(self, position: None) -> None:
         """Does nothing."""
 
+    def close(self) -> None:
+        """Does nothing."""
+
 
 def check_fills(config: Config, size: int) -> None:
     """Raises ``ValueError`` for a batch that ``size`` training images cannot fill."""
@@ -187,6 +193,6 @@ def augment(images: jax.Array, key: jax.Array, *, flip: bool) -> jax.Array:
     return images
 
 
-def normalise(images: jax.Array, data: DeviceData) -> jax.Array:
-    """Pixels 0..255 to mean 0 and variance 1 per channel, by the training images."""
+def normalise(images: jax.Array, data: Any) -> jax.Array:
+    """Pixels 0..255 less ``data.mean``, over ``data.std``: in 0..1, per channel."""
     return (images.astype(jnp.float32) / 255 - data.mean) / data.std

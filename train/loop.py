@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 from jax import lax
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from train import config as config_lib
@@ -36,9 +37,15 @@ from train.resnet import (
     imagenet_resnet,
 )
 
+Images = Union[ImageSet, "FolderImages"]
+
 # Long enough to hide the dispatch of a call, short enough for a bar that moves.
 MAX_STEPS_PER_CALL = 100
 NAN_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
+
+
+if TYPE_CHECKING:
+    from train.folders import FolderImages
 
 
 class TrainState(train_state.TrainState):
@@ -104,26 +111,41 @@ def check(config: Config) -> None:
         check_imagenet_depth(config.depth)
 
 
-def check_batch(config: Config, images: ImageSet) -> None:
+def check_batch(config: Config, images: Images) -> None:
     """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
     config = config_lib.resolve(config)
-    check_fills(config, len(images.train_images))
+    labels = images.train_labels if isinstance(images, ImageSet) else images.train
+    check_fills(config, len(labels))
     assert config.batch_size is not None  # For the type checker: it is resolved.
     devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
 
 
-def load(config: Config) -> ImageSet:
+def load(config: Config) -> Images:
     """The images that ``config`` names.
 
     Raises:
       DataError: they cannot be had.
     """
     config = config_lib.resolve(config)
+    if config.loader == "grain":
+        # Only now, since Grain is an extra.
+        from train import folders
+
+        return folders.scan(config.data_dir)
     assert config.dataset is not None  # For the type checker: it is resolved.
     return data.load(config.dataset, config.data_dir)
 
 
-def train(config: Config, images: ImageSet, folder: Path | None = None) -> Run:
+def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
+    """What feeds the loop ``images``."""
+    if isinstance(images, ImageSet):
+        return DeviceInputs(images, config, mesh)
+    from train.stream import FolderInputs
+
+    return FolderInputs(images, config, mesh)
+
+
+def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     """Trains as ``config`` says, or goes on with that run, and returns the result.
 
     Args:
@@ -141,9 +163,12 @@ def train(config: Config, images: ImageSet, folder: Path | None = None) -> Run:
     check(config)
     check_batch(config, images)
     config = config_lib.resolve(config)
-    mesh = devices.make_mesh(config.devices)
-    training = Training(config, DeviceInputs(images, config, mesh))
+    if folder is not None:  # Before anything is compiled.
+        devices.on_main(lambda: workdir.check(folder, config))
     with contextlib.ExitStack() as stack:
+        inputs = make_inputs(config, images, devices.make_mesh(config.devices))
+        stack.callback(inputs.close)
+        training = Training(config, inputs)
         if folder is not None:
             training.open(folder, stack)
         return training.run()
@@ -423,8 +448,9 @@ def steps_per_call(config: Config, per_epoch: int) -> int:
     """How many steps one call runs: what was asked for, or what suits the backend."""
     if config.steps_per_call is not None:
         return min(config.steps_per_call, per_epoch)
-    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path.
-    if jax.default_backend() == "cpu":
+    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
+    # are read as training goes would all have to be there before the first step.
+    if jax.default_backend() == "cpu" or config.loader == "grain":
         return 1
     # A divisor, so that one program serves all calls of an epoch; where there is none
     # of some length, the last call is shorter.
