@@ -94,7 +94,7 @@ def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.001)
     processes[1].send_signal(signal.SIGTERM)
-    for code, out, err in finish(*processes):
+    for code, _, err in finish(*processes):
         assert code == 143, err
         stopped = re.search(r"Stopped by SIGTERM at step (\d+) of 20; ", err)
         assert stopped, err
