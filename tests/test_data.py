@@ -7,6 +7,7 @@ import io
 import re
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -291,11 +292,18 @@ def test_members_that_nobody_asked_for(tiny, tmp_path):
     assert names == ["in", "tiny.tar.gz"]
 
 
+def damaged_late():
+    """Nonsense in the compressed stream, after more than any buffer holds."""
+    tar = gzip.decompress(hostile(member("tiny-bin/first", bytes(10**6))))
+    gz = zlib.compressobj(wbits=31)
+    return gz.compress(tar[:500_000]) + gz.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda c: c[: len(c) // 2],  # EOFError
-        lambda c: c[:10] + b"\xff" * 40 + c[50:],  # zlib.error
+        lambda c: damaged_late(),
         lambda c: b"PK" + c[2:],  # ReadError
         lambda c: gzip.compress(b""),
     ],

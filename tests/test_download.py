@@ -312,6 +312,35 @@ def test_other_bytes(server, tmp_path, content, reason):
     assert is_alone(path)
 
 
+def test_a_byte_too_many_that_comes_late(server, tmp_path):
+    def one_more(handler):
+        time.sleep(0.1)
+        handler.wfile.write(b"?")
+
+    message = fails(tmp_path / "target", server.serve(sends(CONTENT, then=one_more)))
+    assert "more than the published 40,000 bytes came" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bar(server, tmp_path, capsys):
+    path = tmp_path / "target"
+    fetch(path, server.serve(sends(CONTENT)))
+    assert re.search(r"target: 100%.* 40\.0k/40\.0k ", capsys.readouterr().err)
+    path.unlink()
+    partial(path).write_bytes(CONTENT[:HALF])
+    fetch(path, server.serve(resumes()))
+    shown = capsys.readouterr().err
+    assert " 20.0k/40.0k " in shown and " 40.0k/40.0k " in shown
+    assert " 0.00/40.0k" not in shown
+    # A server that starts at 0 sends the bar there too.
+    path.unlink()
+    partial(path).write_bytes(CONTENT[:HALF])
+    fetch(path, server.serve(sends(CONTENT)))
+    shown = capsys.readouterr().err
+    assert " 0.00/40.0k" in shown and " 40.0k/40.0k " in shown
+    assert "60.0k" not in shown
+
+
 def test_a_partial_file_of_other_bytes(server, tmp_path):
     """Whichever of its two sources was wrong, the address is asked for all of it."""
     path = tmp_path / "target"
@@ -384,6 +413,11 @@ def test_a_server_that_falls_silent(server, tmp_path, monkeypatch):
     path = tmp_path / "target"
     fetch(path, server.serve(resumes(stop=HALF, then=hangs), resumes()))
     assert server.ranges == [None, "bytes=20000-"] and is_alone(path)
+    # The connection to the silent server is closed before long.
+    deadline = time.monotonic() + 10
+    while any(thread.name == "download" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     # Silence after the last byte changes nothing.
     path.unlink()
     fetch(path, server.serve(sends(CONTENT, then=hangs)))

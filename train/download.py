@@ -274,7 +274,9 @@ class _Answer:
             request.add_header("Range", f"bytes={start}-")
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._over = threading.Event()
-        threading.Thread(target=self._read, args=(request,), daemon=True).start()
+        threading.Thread(
+            target=self._read, args=(request,), name="download", daemon=True
+        ).start()
 
     def take(self, seconds: float) -> Any:
         """The response, which is for its headers, and then block after block."""
