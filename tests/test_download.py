@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import random
 import re
 import signal
 import socket
@@ -13,13 +14,12 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from train import download
 
 ROOT = Path(__file__).parent.parent
-CONTENT = np.random.RandomState(0).bytes(40_000)
+CONTENT = random.Random(0).randbytes(40_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 HALF = 20_000
 
