@@ -1,17 +1,22 @@
 import dataclasses
+import functools
+import gzip
 import hashlib
 import http.server
 import io
+import re
 import tarfile
 import threading
+import zlib
 
 import numpy as np
 import pytest
 
-from train import data
+from train import data, download
 
 TINY = data.Archive(
-    url="http://127.0.0.1:9/tiny.tar.gz",
+    name="tiny.tar.gz",
+    urls=("http://127.0.0.1:9/tiny.tar.gz",),
     size=0,
     sha256="",
     folder="tiny-bin",
@@ -66,38 +71,23 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def server():
-    """Serves `answer(handler)` on loopback; yields a function that sets it."""
+def server(tmp_path_factory, monkeypatch):
+    """A folder that is served on loopback, and its address."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.01,))
+    folder = tmp_path_factory.mktemp("served")
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.answer(self)
-
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
-    httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever)
-    thread.start()
-
-    def serve(answer):
-        httpd.answer = answer
-        return f"http://127.0.0.1:{httpd.server_port}/tiny.tar.gz"
-
-    yield serve
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
-
-
-def sends(content, length=None):
-    def answer(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(length or len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
 
 
 def check(images):
@@ -127,47 +117,53 @@ def test_an_archive(tiny, tmp_path):
 
 
 def test_a_download(tiny, tmp_path, server):
-    content = tar_bytes()
-    tiny(known(content, url=server(sends(content))))
+    folder, address = server
+    (folder / "tiny.tar.gz").write_bytes(content := tar_bytes())
+    tiny(known(content, urls=(f"{address}/absent", f"{address}/tiny.tar.gz")))
     check(data.load("tiny", tmp_path / "new"))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["tiny.tar.gz"]
+    (folder / "tiny.tar.gz").unlink()
+    check(data.load("tiny", tmp_path / "new"))
 
 
-@pytest.mark.parametrize(
-    "answer, reason",
-    [
-        (lambda c: sends(c[: len(c) // 2]), "corrupt or truncated: .* bytes, not"),
-        (lambda c: sends(c[:-9], length=len(c)), "IncompleteRead|truncated"),
-        (lambda c: sends(c[::-1]), "its SHA-256 is .*, not the published"),
-        (lambda c: sends(c * 3), "more than the published"),
-        (lambda c: lambda h: h.send_error(404), "HTTP Error 404"),
-        (lambda c: lambda h: h.wfile.write(b"nonsense\r\n\r\n"), "nonsense"),
-    ],
-)
-def test_a_download_that_fails(tiny, tmp_path, server, answer, reason):
-    content = tar_bytes()
-    tiny(known(content, url=server(answer(content))))
-    with pytest.raises(data.DataError, match=reason) as error:
-        data.load("tiny", tmp_path / "new")
-    message = str(error.value)
-    assert "--dataset digits" in message and str(tmp_path) in message
-    assert "\n" not in message
-    assert not list(tmp_path.iterdir())
+def test_other_addresses(tiny, tmp_path, server):
+    """They replace the known ones; neither name nor bytes depend on them."""
+    folder, address = server
+    (folder / "b.zip").write_bytes(content := tar_bytes())
+    (folder / "c").write_bytes(content[::-1])
+    tiny(known(content))
+    urls = [f"{address}/a", f"{address}/b.zip?x=../y"]
+    check(data.load("tiny", tmp_path / "new", urls))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["tiny.tar.gz"]
+    with pytest.raises(data.DataError, match="SHA-256 is .*, not the published"):
+        data.load("tiny", tmp_path / "other", [f"{address}/c"])
+    assert not (tmp_path / "other").exists()
 
 
-def test_nobody_answers(tiny, tmp_path):
-    with pytest.raises(data.DataError, match="failed .*refused.* --dataset digits"):
+def test_a_download_that_fails(tiny, tmp_path, server):
+    folder, address = server
+    (folder / "half").write_bytes((content := tar_bytes())[:5_000])
+    size = f"{len(content):,}"
+    tiny(known(content, urls=(f"{address}/half", f"{address}/absent")))
+    with pytest.raises(data.DataError) as error:
         data.load("tiny", tmp_path)
+    assert re.fullmatch(
+        rf"Looked for tiny-bin/ and tiny.tar.gz in {tmp_path} and found neither; "
+        rf"downloading failed: {address}/half \(it ended after 5,000 of {size} bytes; "
+        rf"2 attempts\); {address}/absent \(HTTP status 404\); 5,000 of "
+        rf"{size} bytes are kept in {tmp_path}/tiny.tar.gz.part, where the "
+        r"next start continues \(delete it to begin anew\). Pass --data-dir, "
+        r"--data-url, or --dataset digits, which needs no network\.",
+        str(error.value),
+    )
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://a/b", "tiny.tar.gz", ""])
+def test_addresses_of_other_kinds(tiny, tmp_path, url):
+    message = f"`data_url` must be .*, got {url!r}; pass another --data-url"
+    with pytest.raises(data.DataError, match=message):
+        data.load("tiny", tmp_path, ["http://127.0.0.1:9/", url])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_server_that_hangs(tiny, tmp_path, server, monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
-    tiny(dataclasses.replace(TINY, url=server(lambda handler: release.wait(10))))
-    with pytest.raises(data.DataError, match="timed out"):
-        data.load("tiny", tmp_path)
-    release.set()
 
 
 def test_a_damaged_archive_is_not_used(tiny, tmp_path):
@@ -197,6 +193,126 @@ def test_an_archive_with_other_contents(tiny, tmp_path, files, folder, reason):
     tiny(known(content))
     (tmp_path / "tiny.tar.gz").write_bytes(content)
     with pytest.raises(data.DataError, match=f"is corrupt.*{reason}"):
+        data.load("tiny", tmp_path)
+
+
+def member(name, content, **fields):
+    """A member of an archive, with whatever header it claims to have."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+A = FILES["a.bin"].tobytes()
+GOOD = {n: member(f"tiny-bin/{n}", FILES[n].tobytes()) for n in FILES}
+
+
+def hostile(*members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for info, content in members:
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "first, reason",
+    [
+        ([], "tiny-bin/a.bin is not in it"),
+        ([member("tiny-bin/../tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
+        ([member("/tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
+        ([member("./tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
+        (
+            [
+                member("tiny-bin/real", A),
+                member("tiny-bin/a.bin", b"", type=tarfile.SYMTYPE, linkname="real"),
+            ],
+            "a.bin in it is not a file",
+        ),
+        (
+            [
+                member("real", A),
+                member("tiny-bin/a.bin", b"", type=tarfile.LNKTYPE, linkname="real"),
+            ],
+            "a.bin in it is not a file",
+        ),
+        (
+            [
+                member(
+                    "tiny-bin/a.bin", b"", type=tarfile.SYMTYPE, linkname="/etc/hosts"
+                )
+            ],
+            "a.bin in it is not a file",
+        ),
+        ([member("tiny-bin/a.bin", b"", type=tarfile.DIRTYPE)], "is not a file"),
+        ([member("tiny-bin/a.bin", b"", type=tarfile.CHRTYPE)], "is not a file"),
+        ([member("tiny-bin/a.bin", b"", type=tarfile.FIFOTYPE)], "is not a file"),
+        ([member("tiny-bin/a.bin", A + b"?")], "a.bin has 15,371 bytes, not 15,370"),
+        ([member("tiny-bin/a.bin", A[:-1])], "a.bin has 15,369 bytes, not 15,370"),
+        ([GOOD["a.bin"], member("tiny-bin/a.bin", A)], "a.bin is in it twice"),
+        ([GOOD["a.bin"], member("tiny-bin/b.bin", A)], "b.bin is in it twice"),
+    ],
+)
+def test_a_hostile_archive(tiny, tmp_path, first, reason):
+    """As it would be if it were the published one: its size and digest are right."""
+    content = hostile(*first, GOOD["b.bin"], GOOD["t.bin"])
+    tiny(known(content))
+    (tmp_path / "tiny.tar.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match=f"is corrupt.*{reason}"):
+        data.load("tiny", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.tar.gz"]
+
+
+def test_a_member_that_claims_to_be_huge(tiny, tmp_path):
+    """A terabyte that is not there is neither read nor made room for."""
+    info, _ = member("tiny-bin/a.bin", b"", size=10**12)
+    content = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + A)
+    tiny(known(content))
+    (tmp_path / "tiny.tar.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match="a.bin has 1,000,000,000,000 bytes, not"):
+        data.load("tiny", tmp_path)
+
+
+def test_members_that_nobody_asked_for(tiny, tmp_path):
+    """They are passed over, and nothing is ever unpacked to the disk."""
+    content = hostile(
+        member("../escaped", b"!"),
+        member(f"{tmp_path}/escaped", b"!"),
+        member("tiny-bin", b"", type=tarfile.SYMTYPE, linkname="/etc"),
+        *GOOD.values(),
+        member("tiny-bin/more.bin", A),
+    )
+    tiny(known(content))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "tiny.tar.gz").write_bytes(content)
+    check(data.load("tiny", tmp_path / "in"))
+    names = sorted(p.name for p in tmp_path.rglob("*"))
+    assert names == ["in", "tiny.tar.gz"]
+
+
+def damaged_late():
+    """Nonsense in the compressed stream, after more than any buffer holds."""
+    tar = gzip.decompress(hostile(member("tiny-bin/first", bytes(10**6))))
+    gz = zlib.compressobj(wbits=31)
+    return gz.compress(tar[:500_000]) + gz.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c[: len(c) // 2],  # EOFError
+        lambda c: damaged_late(),
+        lambda c: b"PK" + c[2:],  # ReadError
+        lambda c: gzip.compress(b""),
+    ],
+)
+def test_an_archive_that_cannot_be_read(tiny, tmp_path, damage):
+    content = damage(tar_bytes())
+    tiny(known(content))
+    (tmp_path / "tiny.tar.gz").write_bytes(content)
+    with pytest.raises(data.DataError, match="tiny.tar.gz is corrupt: .+"):
         data.load("tiny", tmp_path)
 
 

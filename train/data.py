@@ -5,20 +5,15 @@ green and blue planes row by row. https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import dataclasses
-import hashlib
-import http.client
-import os
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 import numpy as np
-from tqdm.auto import tqdm
 
-TIMEOUT_SECONDS = 30
+from train import download
 
 
 class DataError(Exception):
@@ -42,7 +37,10 @@ class ImageSet:
 class Archive:
     """A published archive: where it is, how it is known to be whole, what it holds."""
 
-    url: str
+    name: str
+    """Its file name in the data folder, from wherever it came."""
+    urls: tuple[str, ...]
+    """Its addresses, in the order in which they are tried."""
     size: int
     sha256: str
     folder: str
@@ -56,9 +54,9 @@ class Archive:
     """Bytes before the pixels of a record; the last one is the label."""
 
     @property
-    def name(self) -> str:
-        """The archive's file name."""
-        return self.url.rsplit("/", 1)[-1]
+    def files(self) -> tuple[str, ...]:
+        """The names of all its files of images."""
+        return self.train_files + self.test_files
 
     def file_size(self, file: str) -> int:
         """The exact size of a file of the archive, in bytes."""
@@ -68,7 +66,8 @@ class Archive:
 
 ARCHIVES = {
     "cifar10": Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        name="cifar-10-binary.tar.gz",
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
         size=170_052_171,
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
@@ -80,7 +79,8 @@ ARCHIVES = {
         label_bytes=1,
     ),
     "cifar100": Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        name="cifar-100-binary.tar.gz",
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
         size=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
@@ -94,15 +94,27 @@ ARCHIVES = {
 }
 
 
-def load(name: str, data_dir: Path) -> ImageSet:
+def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     """Returns the image set ``name``: ``"digits"`` or a key of ``ARCHIVES``.
 
     For an archive, ``data_dir`` may be its unpacked folder, hold that folder, or hold
     the archive; where it is none of these the archive is downloaded to it.
 
+    Args:
+      name: of the image set.
+      data_dir: for an archive.
+      urls: http or https addresses of the archive, in place of the known ones. Its
+        size and SHA-256 must be the published ones all the same.
+
     Raises:
       DataError: the data cannot be had.
     """
+    for url in urls:
+        if not download.is_address(url):
+            raise DataError(
+                f"`data_url` must be addresses that begin with http:// or https://, "
+                f"got {url!r}; pass another --data-url."
+            )
     if name == "digits":
         return load_digits()
     archive = ARCHIVES[name]
@@ -111,10 +123,9 @@ def load(name: str, data_dir: Path) -> ImageSet:
         if folder.name == archive.folder and folder.is_dir():
             return _from_folder(archive, folder)
     path = data_dir / archive.name
-    if path.exists():
-        _check_whole(archive, path)
-    else:
-        download(archive, path)
+    if not path.exists():
+        _download(archive, path, urls or archive.urls)
+    _check_whole(archive, path)
     return _from_tar(archive, path)
 
 
@@ -137,115 +148,75 @@ def load_digits() -> ImageSet:
     )
 
 
-def download(archive: Archive, path: Path) -> None:
-    """Fetches ``archive`` to ``path``; nothing stands there until it is whole.
-
-    Raises:
-      DataError: it cannot be fetched, or what came is not the published archive.
-    """
-    partial = None
-    made = not path.parent.exists()
+def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=archive.name, suffix=".part", delete=False
-        ) as file:
-            partial = Path(file.name)
-            _fetch(archive, file)
-        _check_whole(archive, partial)
-        partial.chmod(0o644)  # A temporary file is for its owner alone.
-        os.replace(partial, path)
-    except (OSError, http.client.HTTPException, DataError) as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        download.fetch(urls, path, size=archive.size, sha256=archive.sha256)
+    except download.DownloadError as error:
         raise DataError(
             f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
-            f"found neither; downloading {archive.url} failed ({reason}). Pass "
-            "--data-dir, or --dataset digits, which needs no network."
+            f"found neither; downloading failed: {error}. Pass --data-dir, --data-url, "
+            "or --dataset digits, which needs no network."
         ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        if made and path.parent.exists() and not any(path.parent.iterdir()):
-            path.parent.rmdir()
-
-
-def _fetch(archive: Archive, file: IO[bytes]) -> None:
-    with (
-        _open(archive.url) as response,
-        tqdm(
-            total=archive.size, unit="B", unit_scale=True, desc=archive.name
-        ) as progress,
-    ):
-        while block := response.read(1 << 20):
-            file.write(block)
-            progress.update(len(block))
-            if progress.n > archive.size:
-                raise DataError(f"more than the published {archive.size:,} bytes came")
-
-
-def _open(url: str) -> Any:
-    try:
-        return urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        error.close()  # It is a response too, and holds the connection.
-        raise
 
 
 def _check_whole(archive: Archive, path: Path) -> None:
     """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
-    way_out = "" if path.suffix == ".part" else "; delete it to download it again"
-    size = path.stat().st_size
-    if size != archive.size:
-        raise DataError(
-            f"{path} is corrupt or truncated: {size:,} bytes, not the published "
-            f"{archive.size:,}{way_out}."
-        )
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != archive.sha256:
+        wrong = download.mismatch(file, archive.size, archive.sha256)
+    if wrong:
         raise DataError(
-            f"{path} is corrupt: its SHA-256 is {digest}, not the published "
-            f"{archive.sha256}{way_out}."
+            f"{path} is corrupt or truncated: {wrong}; delete it to download it again."
         )
 
 
 def _from_tar(archive: Archive, path: Path) -> ImageSet:
-    """Reads the files of a fixed list; no path in the archive is trusted."""
-
-    def read(tar: tarfile.TarFile, name: str) -> bytes:
-        member = tar.extractfile(f"{archive.folder}/{name}")
-        if member is None:
-            raise DataError(f"{path} is corrupt: {name} in it is not a file.")
-        with member:
-            return member.read(archive.file_size(name) + 1)
-
+    """Reads the files of a fixed list into memory; no path in there is trusted."""
+    wanted = {f"{archive.folder}/{name}": name for name in archive.files}
+    files: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as tar:
-            names = (*archive.train_files, *archive.test_files)
-            return _decode(archive, path, {name: read(tar, name) for name in names})
-    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+            for member in tar:
+                name = wanted.get(member.name)
+                if name is None:
+                    continue
+                if name in files:
+                    raise DataError(f"{path} is corrupt: {name} is in it twice.")
+                # Before `extractfile`, which follows links.
+                if not member.isreg():
+                    raise DataError(f"{path} is corrupt: {name} in it is not a file.")
+                _check_size(archive, path, name, member.size)
+                with cast(IO[bytes], tar.extractfile(member)) as content:
+                    files[name] = content.read(archive.file_size(name))
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{path} is corrupt: {error}.") from error
+    for member_name, name in wanted.items():
+        if name not in files:
+            raise DataError(f"{path} is corrupt: {member_name} is not in it.")
+    return _decode(archive, path, files)
 
 
 def _from_folder(archive: Archive, folder: Path) -> ImageSet:
     try:
-        names = (*archive.train_files, *archive.test_files)
-        return _decode(archive, folder, {n: (folder / n).read_bytes() for n in names})
+        files = {name: (folder / name).read_bytes() for name in archive.files}
+        return _decode(archive, folder, files)
     except OSError as error:
         raise DataError(
             f"{folder} is incomplete: {error}; unpack the archive again."
         ) from error
 
 
+def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
+    if size != archive.file_size(name):
+        raise DataError(
+            f"{source} is corrupt or truncated: {name} has {size:,} bytes, not "
+            f"{archive.file_size(name):,}; put the published file there."
+        )
+
+
 def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
     def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
-            size, expected = len(files[name]), archive.file_size(name)
-            if size != expected:
-                raise DataError(
-                    f"{source} is corrupt or truncated: {name} has {size:,} bytes, "
-                    f"not {expected:,}; put the published file there."
-                )
+            _check_size(archive, source, name, len(files[name]))
         data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
         data = data.reshape(-1, archive.label_bytes + 3072)
         labels = data[:, archive.label_bytes - 1].astype(np.int32)
