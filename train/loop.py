@@ -133,7 +133,7 @@ def load(config: Config) -> Images:
 
         return folders.scan(config.data_dir)
     assert config.dataset is not None  # For the type checker: it is resolved.
-    return data.load(config.dataset, config.data_dir)
+    return data.load(config.dataset, config.data_dir, config.data_url)
 
 
 def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
