@@ -58,6 +58,7 @@ def test_cost_has_a_point_and_a_bar_for_each_block(tmp_path):
     np.testing.assert_allclose(second.lines[0].get_xydata(), [[200, 80]])
     (bar,) = first.lines[2][0].get_segments()
     np.testing.assert_allclose(bar, [[100, 89], [100, 91]])
+    assert not second.has_yerr  # One seed has no spread.
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["none", "se"]
     assert save(figure, tmp_path / "cost.png") == (1050, 600)

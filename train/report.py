@@ -86,7 +86,7 @@ def plot_cost(blocks: Sequence[Mapping[str, Any]]) -> Figure:
         axis.errorbar(
             1e3 * block["step_seconds"],
             100 * block["mean"],
-            yerr=100 * (block["std"] or 0),
+            yerr=None if block["std"] is None else 100 * block["std"],
             marker=marker,
             ms=7,
             capsize=4,
@@ -125,7 +125,7 @@ def plot_bands(
             )
     for axis, title in ((whole, "all epochs"), (end, "the last third")):
         axis.set(xlabel="epoch", ylabel="test accuracy in %", title=title)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.ticklabel_format(useOffset=False)
         axis.grid(alpha=0.3)
     figure.legend(*whole.get_legend_handles_labels(), loc="outside right center")
