@@ -141,6 +141,16 @@ def test_step_time_is_the_median_of_seeds(tmp_path):
     assert blocks["none"]["step_seconds"] == 0.2
 
 
+def test_an_epoch_without_steps_of_its_own_has_no_time(tmp_path, capsys):
+    """One that was gone on with after its last step."""
+    write_run(tmp_path, "none", 0, [0.5, 0.5, 0.5], steps=[9, None, 0.3])
+    write_run(tmp_path, "se", 0, [0.5, 0.5, 0.5], steps=[None, None, None])
+    _, blocks = summarise(tmp_path)
+    assert blocks["none"]["step_seconds"] == 0.3
+    assert blocks["se"]["step_seconds"] is None and blocks["se"]["overhead"] is None
+    report(tmp_path, capsys)
+
+
 # --- words
 
 

@@ -112,18 +112,27 @@ class Log:
         return self.metrics[-1]["test_accuracy"]
 
     @property
-    def has_warm_timing(self) -> bool:
-        """Whether there is an epoch that was timed without compilation."""
-        return any(not line.get("compiled") for line in self.timing)
-
-    @property
-    def step_seconds(self) -> float:
-        """The median step time over epochs without compilation, if there are any."""
-        return statistics.median(
+    def warm_steps(self) -> list[float]:
+        """Mean seconds of a step, of each epoch timed without compilation."""
+        return [
             line["step_seconds"]
             for line in self.timing
-            if not (self.has_warm_timing and line.get("compiled"))
-        )
+            if line["step_seconds"] is not None and not line.get("compiled")
+        ]
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median over epochs without compilation, or over all if it is in all.
+
+        None where no epoch was timed: one that is gone on with after its last step has
+        no step of its own.
+        """
+        steps = self.warm_steps or [
+            line["step_seconds"]
+            for line in self.timing
+            if line["step_seconds"] is not None
+        ]
+        return statistics.median(steps) if steps else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -436,7 +445,7 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
     """One block's numbers: accuracies and differences 0 to 1, times in seconds."""
     attention = runs[0].attention
     accuracies = {log.seed: log.accuracy for log in runs}
-    step_seconds = statistics.median(log.step_seconds for log in runs)
+    step_seconds = _median_step(runs)
     block: dict[str, Any] = {
         "attention": attention,
         "parameters": runs[0].parameters,
@@ -445,7 +454,7 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
         "mean": statistics.fmean(accuracies.values()),
         "std": statistics.stdev(accuracies.values()) if len(runs) > 1 else None,
         "step_seconds": step_seconds,
-        "compilation_timed": not all(log.has_warm_timing for log in runs),
+        "compilation_timed": not all(log.warm_steps for log in runs),
         "gates_seed": next(
             (log.seed for log in runs if (log.folder / "gates.npz").exists()), None
         ),
@@ -468,11 +477,16 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
             "low": low,
             "high": high,
         }
-    if base:
-        base_seconds = statistics.median(log.step_seconds for log in base)
+    base_seconds = _median_step(base)
+    if step_seconds is not None and base_seconds is not None:
         block["overhead"] = step_seconds / base_seconds - 1
-        block["compilation_timed"] |= not all(log.has_warm_timing for log in base)
+        block["compilation_timed"] |= not all(log.warm_steps for log in base)
     return block
+
+
+def _median_step(runs: Sequence[Log]) -> float | None:
+    steps = [log.step_seconds for log in runs if log.step_seconds is not None]
+    return statistics.median(steps) if steps else None
 
 
 def verdict(block: Mapping[str, Any]) -> str:
@@ -543,7 +557,9 @@ def table(summary: Mapping[str, Any]) -> str:
                 else f"{_points(low)} to {_points(difference['high'])}",
                 f"{block['parameters_added']:+,}",
                 f"{block['parameters_added'] / 1e6:.4f} M",
-                f"{1e3 * block['step_seconds']:,.2f}{mark}",
+                "-"
+                if block["step_seconds"] is None
+                else f"{1e3 * block['step_seconds']:,.2f}{mark}",
                 "-" if block["overhead"] is None else f"{block['overhead']:+.1%}{mark}",
             )
         )
@@ -698,7 +714,8 @@ def _draw(
 
     from train import report
 
-    figures = {"accuracy-vs-step-time": report.plot_cost(blocks)}
+    timed = [block for block in blocks if block["step_seconds"] is not None]
+    figures = {"accuracy-vs-step-time": report.plot_cost(timed)}
     figures["curves"] = report.plot_bands(
         {
             block["attention"]: [
