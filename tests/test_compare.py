@@ -141,6 +141,18 @@ def test_step_time_is_the_median_of_seeds(tmp_path):
     assert blocks["none"]["step_seconds"] == 0.2
 
 
+def test_compilation_is_timed_only_where_there_is_nothing_else(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5, 0.5], steps=[9, 0.1])
+    # Interrupted after its only epoch without compilation would have begun.
+    write_run(tmp_path, "none", 1, [0.5, 0.5], steps=[9])
+    write_run(tmp_path, "se", 0, [0.5, 0.5], steps=[7])
+    write_run(tmp_path, "se", 1, [0.5, 0.5], steps=[8])
+    _, blocks = summarise(tmp_path)
+    none, se = blocks["none"], blocks["se"]
+    assert none["step_seconds"] == 0.1 and not none["compilation_timed"]
+    assert se["step_seconds"] == 7.5 and se["compilation_timed"]
+
+
 def test_an_epoch_without_steps_of_its_own_has_no_time(tmp_path, capsys):
     """One that was gone on with after its last step."""
     write_run(tmp_path, "none", 0, [0.5, 0.5, 0.5], steps=[9, None, 0.3])
@@ -239,7 +251,7 @@ def test_a_time_with_compilation_in_it_is_flagged(tmp_path, capsys):
     write_run(tmp_path, "se", 0, [0.5], steps=[3.0])
     text, _ = report(tmp_path, capsys)
     assert "3,000.00†" in text and "+50.0%†" in text
-    assert "†: no epoch of a run was timed without compilation" in text
+    assert "†: no epoch was timed without compilation" in text
 
 
 def test_what_the_reader_is_told(tmp_path, capsys):

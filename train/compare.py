@@ -111,26 +111,17 @@ class Log:
         """The test accuracy after the last epoch, 0 to 1."""
         return self.metrics[-1]["test_accuracy"]
 
-    @property
-    def warm_steps(self) -> list[float]:
-        """Mean seconds of a step, of each epoch timed without compilation."""
-        return [
-            line["step_seconds"]
-            for line in self.timing
-            if line["step_seconds"] is not None and not line.get("compiled")
-        ]
+    def step_seconds(self, *, compiled: bool) -> float | None:
+        """The median step time over the epochs that compile, or over the others.
 
-    @property
-    def step_seconds(self) -> float | None:
-        """The median over epochs without compilation, or over all if it is in all.
-
-        None where no epoch was timed: one that is gone on with after its last step has
-        no step of its own.
+        None where there is no such epoch; one that is gone on with after its last step
+        counts as none, for it has no step of its own.
         """
-        steps = self.warm_steps or [
+        steps = [
             line["step_seconds"]
             for line in self.timing
             if line["step_seconds"] is not None
+            and bool(line.get("compiled")) == compiled
         ]
         return statistics.median(steps) if steps else None
 
@@ -445,7 +436,7 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
     """One block's numbers: accuracies and differences 0 to 1, times in seconds."""
     attention = runs[0].attention
     accuracies = {log.seed: log.accuracy for log in runs}
-    step_seconds = _median_step(runs)
+    step_seconds, compilation_timed = _step_time(runs)
     block: dict[str, Any] = {
         "attention": attention,
         "parameters": runs[0].parameters,
@@ -454,7 +445,7 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
         "mean": statistics.fmean(accuracies.values()),
         "std": statistics.stdev(accuracies.values()) if len(runs) > 1 else None,
         "step_seconds": step_seconds,
-        "compilation_timed": not all(log.warm_steps for log in runs),
+        "compilation_timed": compilation_timed,
         "gates_seed": next(
             (log.seed for log in runs if (log.folder / "gates.npz").exists()), None
         ),
@@ -477,16 +468,25 @@ def _summarise_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
             "low": low,
             "high": high,
         }
-    base_seconds = _median_step(base)
+    base_seconds, base_compilation_timed = _step_time(base)
     if step_seconds is not None and base_seconds is not None:
         block["overhead"] = step_seconds / base_seconds - 1
-        block["compilation_timed"] |= not all(log.warm_steps for log in base)
+        block["compilation_timed"] |= base_compilation_timed
     return block
 
 
-def _median_step(runs: Sequence[Log]) -> float | None:
-    steps = [log.step_seconds for log in runs if log.step_seconds is not None]
-    return statistics.median(steps) if steps else None
+def _step_time(runs: Sequence[Log]) -> tuple[float | None, bool]:
+    """The median of the runs' step times, and whether compilation is in it.
+
+    It is where no run has an epoch without; a run that was interrupted so often that
+    each of its epochs compiled does not spoil the time of the others.
+    """
+    for compiled in (False, True):
+        times = [log.step_seconds(compiled=compiled) for log in runs]
+        known = [seconds for seconds in times if seconds is not None]
+        if known:
+            return statistics.median(known), compiled
+    return None, False
 
 
 def verdict(block: Mapping[str, Any]) -> str:
@@ -599,8 +599,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     ]
     if any(block["compilation_timed"] for block in summary["blocks"]):
         lines.append(
-            "†: no epoch of a run was timed without compilation; train at least two "
-            "epochs for a step time that can be trusted."
+            "†: no epoch was timed without compilation; train at least two epochs "
+            "for a step time that can be trusted."
         )
     if len(summary["machines"]) > 1 or len(summary["versions"]) > 1:
         lines.append(
