@@ -143,7 +143,7 @@ def test_step_time_is_the_median_of_seeds(tmp_path):
 
 def test_compilation_is_timed_only_where_there_is_nothing_else(tmp_path):
     write_run(tmp_path, "none", 0, [0.5, 0.5], steps=[9, 0.1])
-    # Interrupted after its only epoch without compilation would have begun.
+    # None of its epochs was timed without compilation.
     write_run(tmp_path, "none", 1, [0.5, 0.5], steps=[9])
     write_run(tmp_path, "se", 0, [0.5, 0.5], steps=[7])
     write_run(tmp_path, "se", 1, [0.5, 0.5], steps=[8])
