@@ -113,32 +113,16 @@ plt.close("all")
 
 # %% [markdown]
 # ## Where it attends
-# The blocks sow their gates; ask for the collection `intermediates` to read them. Shown
-# is the spatial gate of the first residual block over test images (`spatial` and `cbam`
-# blocks have one).
+# The blocks sow their gates, and `compare.spatial_gates` asks for them with
+# `mutable=["intermediates"]`. Shown are the spatial gates of each stage's last block over
+# test images (`spatial` and `cbam` blocks have them).
 
 # %%
-shown = images.test_images[:8]
-_, test_data = loop.to_device(images)
-inputs = loop.normalise(test_data.images[:8], test_data)
-_, state = run.model.apply(run.variables, inputs, mutable=["intermediates"])
-gates = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): gate
-    for path, gate in jax.tree_util.tree_leaves_with_path(
-        state.get("intermediates", {})
-    )
-}
-spatial = [name for name in gates if "spatial_gate" in name]
-for name in spatial[:1]:
-    figure, axes = plt.subplots(2, 8, figsize=(12, 3.4), layout="constrained")
-    figure.suptitle(name)
-    for image, gate, column in zip(shown, gates[name], axes.T, strict=True):
-        column[0].imshow(image)
-        last = column[1].imshow(gate[..., 0], cmap="magma", vmin=0, vmax=1)
-        for axis in column:
-            axis.axis("off")
-    figure.colorbar(last, ax=axes[1, :], label="gate")
-    display(figure)
-    plt.close("all")
-if not spatial:
-    print(f"`{attention}` has no spatial gate; it has {', '.join(gates) or 'none'}.")
+from train import compare
+from train.report import plot_gates
+
+shown, gates = compare.spatial_gates(run.model, run.variables, images, count=4)
+if gates:
+    display(plot_gates(shown, gates))
+else:
+    print(f"`{attention}` has no spatial gate.")

@@ -3,12 +3,19 @@
 Each RUN is a workdir of ``train.cifar`` or its metrics.jsonl.
 """
 
+import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Blocks differ in more than colour, of which there are ten.
+MARKERS = "osD^vP*X<>"
 
 
 def name_of(run: Path) -> str:
@@ -64,6 +71,92 @@ def plot_bars(means: list[dict[str, Any]]) -> Figure:
         axis.set(title=field.replace("_", " + "), ylabel="time / copy")
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend()
+    return figure
+
+
+def plot_cost(blocks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws accuracy against step time, the blocks of ``train.compare``'s report.
+
+    A bar reaches one standard deviation over seeds up and down. The names are in the
+    legend, where they are legible however close the points.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for block, marker in zip(blocks, itertools.cycle(MARKERS), strict=False):
+        axis.errorbar(
+            1e3 * block["step_seconds"],
+            100 * block["mean"],
+            yerr=None if block["std"] is None else 100 * block["std"],
+            marker=marker,
+            ms=7,
+            capsize=4,
+            linestyle="none",
+            label=block["attention"],
+        )
+    axis.set(xlabel="step time in ms", ylabel="final test accuracy in %")
+    axis.margins(0.12)
+    axis.ticklabel_format(useOffset=False)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def plot_bands(
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+) -> Figure:
+    """Draws test accuracy over epochs: by block, the mean and the range of its seeds.
+
+    The blocks differ at the end if anywhere, hence a second view of the last third.
+
+    Args:
+      histories: by block, for each seed the lines of its metrics.jsonl, of one length.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    whole, end = figure.subplots(1, 2)
+    for name, seeds in histories.items():
+        epochs = np.array([line["epoch"] for line in seeds[0]])
+        values = np.array([[100 * line["test_accuracy"] for line in s] for s in seeds])
+        last = epochs > epochs[-1] * 2 / 3
+        for axis, shown in ((whole, epochs > 0), (end, last)):
+            x, y = epochs[shown], values[:, shown]
+            (solid,) = axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.2, label=name)
+            axis.fill_between(
+                x, y.min(0), y.max(0), color=solid.get_color(), alpha=0.15, linewidth=0
+            )
+    for axis, title in ((whole, "all epochs"), (end, "the last third")):
+        axis.set(xlabel="epoch", ylabel="test accuracy in %", title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.ticklabel_format(useOffset=False)
+        axis.grid(alpha=0.3)
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def plot_gates(images: np.ndarray, gates: Mapping[str, np.ndarray]) -> Figure:
+    """Draws images and, beside each, its spatial gates on one scale from 0 to 1.
+
+    Args:
+      images: ``(N, H, W, 3)`` uint8.
+      gates: by name, ``(N, h, w)``; each is drawn as large as the image.
+    """
+    columns = 1 + len(gates)
+    figure = Figure(
+        figsize=(1.3 * columns + 1, 1.3 * len(images) + 0.5), layout="constrained"
+    )
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, image in zip(axes, images, strict=True):
+        row[0].imshow(image)
+    axes[0, 0].set_title("image", fontsize=8)
+    for column, (name, maps) in zip(axes.T[1:], gates.items(), strict=True):
+        height, width = maps.shape[1:]
+        column[0].set_title(f"{name}\n{height}×{width}", fontsize=8)
+        for axis, gate in zip(column, maps, strict=True):
+            drawn = axis.imshow(
+                gate, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
+            )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.colorbar(drawn, ax=axes[:, 1:], label="spatial gate", shrink=0.6)
     return figure
 
 
