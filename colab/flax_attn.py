@@ -118,10 +118,11 @@ plt.close("all")
 # test images (`spatial` and `cbam` blocks have them).
 
 # %%
-from train import compare
+from train import compare, devices
 from train.report import plot_gates
 
-shown, gates = compare.spatial_gates(run.model, run.variables, images, count=4)
+inputs = loop.make_inputs(config, images, devices.make_mesh(1))
+shown, gates = compare.spatial_gates(run.model, run.variables, inputs, count=4)
 if gates:
     display(plot_gates(shown, gates))
 else:

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests import tiny_run
 from tests.cases import BLOCKS, variables_for
-from train import compare, data, loop
+from train import compare, data, devices, interrupt, loop
+from train import config as config_lib
 from train.config import Config
 from train.data import ImageSet
+from train.inputs import DeviceInputs
 from train.resnet import ATTENTIONS, BasicBlock, ResNet
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +41,7 @@ def write_run(work, attention, seed, accuracies, *, steps=None, epochs=None, **f
     )
     steps = steps or [9.0, *[0.1] * (len(accuracies) - 1)]
     facts = {
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": config_lib.recipe(config),
         "parameters": 272_474 + ADDED[attention],
         "attention_parameters": ADDED[attention],
         "machine": "an abacus",
@@ -393,7 +397,9 @@ def test_help_is_instant_and_whole():
     own = ["--attentions", "--seeds", "--workdir", "--report-only"]
     # Every option of a recipe; those that are the comparison's own only once.
     assert options[:4] == own
-    assert sorted(options[4:]) == sorted(fields - {"--attention", "--seed", *own})
+    own += ["--attention", "--seed", "--resume", "--coordinator", "--num-processes"]
+    own += ["--process-id", "--peer-timeout"]
+    assert sorted(options[4:]) == sorted(fields - {*own})
     assert all(name in result.stdout for name in ATTENTIONS)
 
 
@@ -442,12 +448,11 @@ def trained(monkeypatch):
         if config.attention == "eca":
             raise FloatingPointError("The loss is nan.")
         if not (workdir / "run.json").exists():
-            workdir.rmdir()  # An empty folder: `write_run` makes its own.
             accuracies = [0.1, 0.5 + 0.1 * config.seed]
             write_run(workdir.parent, config.attention, config.seed, accuracies)
-        return types.SimpleNamespace(model=None, variables=None)
+        return types.SimpleNamespace(config=config, model=None, variables=None)
 
-    monkeypatch.setattr(data, "load", lambda *_: images)
+    monkeypatch.setattr(loop, "load", lambda *_: images)
     monkeypatch.setattr(loop, "train", train)
     return calls
 
@@ -494,13 +499,64 @@ def test_a_loss_that_is_not_finite_stops_its_run_alone(
     assert "se: +0.00 points with a single seed" in output.out
 
 
-def test_a_folder_that_cannot_be_made(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "train.compare", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_a_comparison_that_really_trains(tmp_path):
+    work = tmp_path / "work"
+    arguments = ("--attentions", "none", "cbam", "--seeds", 0, "--workdir", work)
+    arguments += ("--dataset", "digits", "--depth", 8, "--epochs", 1)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    blocks = json.loads((work / "report.json").read_text())["blocks"]
+    assert [block["attention"] for block in blocks] == ["none", "cbam"]
+    # At 16, 32 and 64 channels, r = 16: the MLP's C * h twice, and the 7x7's 98.
+    added = 2 * (16 * 1 + 32 * 2 + 64 * 4) + 3 * 98
+    assert blocks[1]["parameters_added"] == added
+    assert blocks[1]["parameters"] - blocks[0]["parameters"] == added
+    for block in blocks:
+        log = work / f"{block['attention']}-seed0" / "metrics.jsonl"
+        (line,) = log.read_text().splitlines()
+        assert block["accuracies"]["0"] == json.loads(line)["test_accuracy"]
+        assert block["step_seconds"] > 0 and block["compilation_timed"]
+    assert (work / "gates-cbam.png").read_bytes().startswith(b"\x89PNG")
+    assert "cbam:" in result.stdout and "single seed" in result.stdout
+    # The same command again trains nothing and says the same.
+    report = (work / "report.md").read_bytes()
+    before = {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")}
+    (work / "cbam-seed0" / "gates.npz").unlink()  # And adds what is missing.
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")} == before
+    assert (work / "report.md").read_bytes() == report
+    assert (work / "cbam-seed0" / "gates.npz").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
+    result = run("--dataset", "digits", "--workdir", tmp_path / "file")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot be written to (Not a directory)" in result.stderr
+
+
+def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
+    def train(*_):
+        raise interrupt.Interrupted(signal.SIGTERM, "stopped; all is saved.")
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        compare.main(["--dataset", "digits", "--workdir", str(tmp_path / "file")])
-    assert stop.value.code == 2
-    assert "cannot be written to (Not a directory)" in capsys.readouterr().err
+        compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
+    assert stop.value.code == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "train.compare: none-seed0: stopped; all is saved."
+    assert not (tmp_path / "report.md").exists()
 
 
 # --- gates
@@ -522,7 +578,8 @@ def test_spatial_gates_are_those_of_each_stages_last_block():
     variables = variables_for(model, jnp.zeros((1, 8, 8, 3)))
     # As means and variances, of which a random one would be negative.
     variables["batch_stats"] = jax.tree.map(np.ones_like, variables["batch_stats"])
-    shown, gates = compare.spatial_gates(model, variables, images, count=3)
+    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    shown, gates = compare.spatial_gates(model, variables, fed, count=3)
     np.testing.assert_array_equal(shown, pixels[8:11])
     assert {name: gate.shape for name, gate in gates.items()} == {
         "stage1_block2": (3, 8, 8),
@@ -558,11 +615,16 @@ def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatc
         made.append(1)
         return np.zeros((2, 4, 4, 3), np.uint8), {"stage1_block1": np.ones((2, 4, 4))}
 
+    def run(attention):
+        config = Config(batch_size=8, attention=attention)
+        return types.SimpleNamespace(config=config, model=None, variables=None)
+
+    images = tiny_run.images()
     monkeypatch.setattr(compare, "spatial_gates", spatial_gates)
-    compare.save_gates(tmp_path, None, None, None, "se")
+    compare.save_gates(tmp_path, run("se"), images)
     assert not list(tmp_path.iterdir())
-    compare.save_gates(tmp_path, None, None, None, "cbam-conv")
-    compare.save_gates(tmp_path, None, None, None, "cbam-conv")
+    compare.save_gates(tmp_path, run("cbam-conv"), images)
+    compare.save_gates(tmp_path, run("cbam-conv"), images)
     assert [path.name for path in tmp_path.iterdir()] == ["gates.npz"]
     assert len(made) == 1
     with np.load(tmp_path / "gates.npz") as arrays:

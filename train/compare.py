@@ -5,9 +5,10 @@ last epoch. Interrupted, the same command goes on where it stopped. The report i
 from all runs in the workdir, so that none can be left out of it.
 
 Exit codes: 0 done, 1 a run's loss is not finite, 2 the command line, the data or a log
-is bad.
+is bad, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -21,19 +22,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import tyro
 
 from train import config as config_lib
+from train import workdir as workdir_lib
 from train.config import Config
 
 if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
-    from train.data import ImageSet
+    from train.inputs import Inputs
+    from train.loop import Images, Run
 
 BASELINE = "none"
 # The blocks that sow a spatial gate.
 SPATIAL = ("spatial", "cbam", "cbam-conv")
-# What is a run's own, or says where things lie: no part of the common recipe.
-NOT_RECIPE = ("attention", "seed", "workdir", "data_dir")
 COVERAGE = 0.95
 SHOWN_IMAGES = 8
 # Accuracies are multiples of one over the test images; less than this is rounding.
@@ -53,6 +54,12 @@ class Recipe(Config):
     attention: tyro.conf.Suppress[str] = BASELINE
     seed: tyro.conf.Suppress[int] = 0
     workdir: tyro.conf.Suppress[Path | None] = None
+    # A comparison always goes on, in one process.
+    resume: tyro.conf.Suppress[str] = "auto"
+    coordinator: tyro.conf.Suppress[str | None] = None
+    num_processes: tyro.conf.Suppress[int | None] = None
+    process_id: tyro.conf.Suppress[int | None] = None
+    peer_timeout: tyro.conf.Suppress[int] = Config.peer_timeout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +106,7 @@ class Log:
     @property
     def epochs(self) -> int:
         """How many epochs the run is to have."""
-        return recipe_of(self.config)["epochs"]
+        return self.config["epochs"]
 
     @property
     def finished(self) -> bool:
@@ -129,11 +136,13 @@ class Log:
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
     options = tyro.cli(Options, prog="python -m train.compare", args=args)
-    all_finite = options.report_only or _train(options)
     try:
+        all_finite = options.report_only or _train(options)
         text = write_report(options.workdir)
     except (ValueError, OSError) as error:
         _stop(error, 2)
+    except KeyboardInterrupt:
+        _stop("stopped by SIGINT.", 130)
     print(text)
     if not all_finite:
         raise SystemExit(1)
@@ -144,47 +153,40 @@ def _train(options: Options) -> bool:
     # Only now, so that --help, a mistyped option and a report need no jax.
     from tqdm.auto import tqdm
 
-    from train import data, loop
+    from train import data, interrupt, loop
+    from train.checkpoint import CheckpointError
 
+    tasks = plan(options)
+    for config in tasks:
+        loop.check(config)
+    configs = [config_lib.recipe(options.recipe), *read_configs(options.workdir)]
+    check_same_recipe(options.workdir, configs)
     try:
-        tasks = plan(options)
-        for config in tasks:
-            loop.check(config)
-        there = read_configs(options.workdir)
-        check_same_recipe(options.workdir, [as_json(options.recipe), *there])
-        images = data.load(options.recipe.dataset, options.recipe.data_dir)
-        loop.check_batch(options.recipe, images)
-    except (ValueError, OSError, data.DataError) as error:
+        images = loop.load(options.recipe)
+    except data.DataError as error:
         _stop(error, 2)
+    loop.check_batch(options.recipe, images)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True
-    with tqdm(tasks, unit="run") as bar:
+    with interrupt.listening(), tqdm(tasks, unit="run") as bar:
         for config in bar:
             name = name_of(config.attention, config.seed)
             bar.set_description(name)
             folder = options.workdir / name
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 run = loop.train(config, images, folder)
-                save_gates(folder, run.model, run.variables, images, config.attention)
+                save_gates(folder, run, images)
             except FloatingPointError as error:
                 # That is a result about this block; the others still have theirs.
                 bar.write(f"train.compare: {name}: {error}", file=sys.stderr)
                 all_finite = False
-            except ValueError as error:
+            except interrupt.Interrupted as error:
+                bar.close()
+                _stop(f"{name}: {error}", error.exit_code)
+            except (ValueError, OSError, CheckpointError) as error:
                 bar.close()
                 _stop(error, 2)
-            except OSError as error:
-                bar.close()
-                _stop(
-                    f"`workdir` {folder} cannot be written to ({error.strerror}); pass "
-                    "another --workdir.",
-                    2,
-                )
-            # WIRE: except Interrupted as error:
-            # WIRE:     bar.close()
-            # WIRE:     _stop(<one line: the same command goes on>, 128 + error.signal)
     return all_finite
 
 
@@ -224,15 +226,15 @@ def plan(options: Options) -> list[Config]:
 
 
 def spatial_gates(
-    model: "nn.Module", variables: Any, images: "ImageSet", count: int = SHOWN_IMAGES
+    model: "nn.Module", variables: Any, inputs: "Inputs", count: int = SHOWN_IMAGES
 ) -> tuple["np.ndarray", dict[str, "np.ndarray"]]:
     """The spatial gates of each stage's last block over the first test images.
 
     Args:
       model: a residual network of ``train.resnet``.
       variables: its variables.
-      images: the test images, and the training images that say how to normalise.
-      count: how many images.
+      inputs: what it was trained on, on one device.
+      count: how many images; at most a batch.
 
     Returns:
       The images, ``(count, H, W, 3)`` uint8, and by the name of the residual block the
@@ -241,12 +243,15 @@ def spatial_gates(
     import jax
     import numpy as np
 
-    from train import loop
+    from train import devices
 
-    _, data = loop.to_device(images)
-    inputs = loop.normalise(data.images[:count], data)
+    data = inputs.test_data
+    item, _ = next(inputs.test_calls())
+    normalised = inputs.test_batch(data, item)[0][:count]
     apply = jax.jit(partial(model.apply, mutable=["intermediates"]))
-    _, state = apply(variables, inputs)
+    # The variables may lie on several devices; for a few images one will do.
+    _, state = apply(devices.to_host(variables), normalised)
+    shown = np.asarray((normalised * data.std + data.mean) * 255)
     sown = state.get("intermediates", {})
     gates = {}
     for i, blocks in enumerate(model.stages, 1):
@@ -254,23 +259,21 @@ def spatial_gates(
         for path, gate in jax.tree_util.tree_leaves_with_path(sown.get(name, {})):
             if "spatial_gate" in jax.tree_util.keystr(path):
                 gates[name] = np.asarray(gate[..., 0], np.float32)
-    return images.test_images[:count], gates
+    return shown.round().astype(np.uint8), gates
 
 
-def save_gates(
-    folder: Path,
-    model: "nn.Module",
-    variables: Any,
-    images: "ImageSet",
-    attention: str,
-) -> None:
+def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     """Leaves ``gates.npz`` in a finished run's folder, if its block has such gates."""
     import numpy as np
 
+    from train import devices, loop
+
     path = folder / "gates.npz"
-    if attention not in SPATIAL or path.exists():
+    if run.config.attention not in SPATIAL or path.exists():
         return
-    shown, gates = spatial_gates(model, variables, images)
+    inputs = loop.make_inputs(run.config, images, devices.make_mesh(1))
+    with contextlib.closing(inputs):
+        shown, gates = spatial_gates(run.model, run.variables, inputs)
     arrays: dict[str, Any] = gates | {"images": shown}
     # Under its name only when it is whole: a file that is there is never made again.
     part = path.with_suffix(".part")
@@ -301,17 +304,16 @@ def read_configs(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _folders(workdir: Path) -> list[Path]:
-    return sorted(path.parent for path in workdir.glob("*/run.json"))
+    return sorted(path.parent for path in workdir.glob(f"*/{workdir_lib.RUN}"))
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
     """Returns run.json; raises ``ValueError`` if it is not that of this folder."""
     try:
-        facts = json.loads((folder / "run.json").read_text())
+        facts = json.loads((folder / workdir_lib.RUN).read_text())
         name = name_of(facts["config"]["attention"], facts["config"]["seed"])
-        recipe_of(facts["config"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise _damaged(folder / "run.json", error) from error
+        raise _damaged(folder / workdir_lib.RUN, error) from error
     if folder.name != name:
         raise ValueError(
             f"{folder} must be called as its run, {name}; rename it or move it away."
@@ -326,20 +328,23 @@ def _read_run(folder: Path) -> Log:
     fields: dict[str, Any] = {
         field.name: facts.get(field.name) for field in dataclasses.fields(Log)
     }
-    for name in ("metrics", "timing"):
-        path = folder / f"{name}.jsonl"
+    for name, file in (
+        ("metrics", workdir_lib.METRICS),
+        ("timing", workdir_lib.TIMING),
+    ):
+        path = folder / file
         try:
             fields[name] = report.read(path) if path.exists() else []
         except json.JSONDecodeError as error:
             raise _damaged(path, error) from error
     log = Log(**fields | {"folder": folder})
     if None in vars(log).values():
-        raise _damaged(folder / "run.json", KeyError("a field is missing"))
+        raise _damaged(folder / workdir_lib.RUN, KeyError("a field is missing"))
     epochs = [line.get("epoch") for line in log.metrics]
     if epochs != list(range(1, len(epochs) + 1)) or len(epochs) > log.epochs:
-        raise _damaged(folder / "metrics.jsonl", ValueError(f"epochs {epochs}"))
+        raise _damaged(folder / workdir_lib.METRICS, ValueError(f"epochs {epochs}"))
     if log.finished and not log.timing:
-        raise _damaged(folder / "timing.jsonl", ValueError("empty"))
+        raise _damaged(folder / workdir_lib.TIMING, ValueError("empty"))
     return log
 
 
@@ -351,16 +356,8 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 
 def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration all runs share, with lengths that were left open."""
-    recipe = {k: v for k, v in config.items() if k not in NOT_RECIPE}
-    epochs, batch_size = config_lib.length(
-        Config(
-            dataset=recipe["dataset"],
-            epochs=recipe["epochs"],
-            batch_size=recipe["batch_size"],
-        )
-    )
-    return recipe | {"epochs": epochs, "batch_size": batch_size}
+    """What of a run's configuration it shares with the other runs."""
+    return {k: v for k, v in config.items() if k not in ("attention", "seed")}
 
 
 def check_same_recipe(workdir: Path, configs: Sequence[Mapping[str, Any]]) -> None:
@@ -374,11 +371,6 @@ def check_same_recipe(workdir: Path, configs: Sequence[Mapping[str, Any]]) -> No
                     f"`workdir` {workdir} must hold runs of one recipe, got `{field}` "
                     f"{one} and {two}; pass another --workdir or the same recipe."
                 )
-
-
-def as_json(config: Config) -> dict[str, Any]:
-    """The fields of a configuration as run.json has them."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -680,7 +672,8 @@ def _table_of_runs(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 def _notable(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say how long and on what, and those that are not the default."""
-    default = recipe_of(as_json(Config(dataset=recipe["dataset"])))
+    same = ("dataset", "loader", "family")
+    default = config_lib.recipe(Config(**{k: recipe[k] for k in same}))
     always = ("dataset", "depth", "epochs", "batch_size")
     return {
         field: value
@@ -697,10 +690,9 @@ def write_report(workdir: Path) -> str:
     """
     logs = read_runs(workdir)
     summary = summarise(logs)
-    (workdir / "report.json").write_text(
-        json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    )
-    (workdir / "report.md").write_text(markdown(summary, workdir))
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    workdir_lib.write(workdir / "report.json", text)
+    workdir_lib.write(workdir / "report.md", markdown(summary, workdir))
     if summary["blocks"]:
         _draw(workdir, logs, summary["blocks"])
     lines = [table(summary), "", *remarks(summary), "", f"Wrote {workdir}/report.md."]
