@@ -14,7 +14,10 @@ Two rules keep the recomputed masks true. What is compared is a float32 or wider
 on which all programs agree: XLA may leave out the rounding to a half-precision dtype
 here and not there, so ``_exact`` states it, and the product of two such is exact in
 float32. And the mask multiplies ``cotangent / count``: should it ever miss its maximum,
-the gradient is NaN, which is seen, and not zero, which is not.
+the gradient is NaN, which is seen, and not zero, which is not. It can miss where the
+compiler computes the map twice, once for the maximum and once for the mask, and rounds
+it differently: seen on CPU with ``--xla_backend_optimization_level=0`` alone, and with
+``jnp.max`` just so.
 """
 
 import math

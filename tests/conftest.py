@@ -1,6 +1,10 @@
 import importlib.util
+import os
 
 import jax
+import pytest
+
+from tests import processes
 
 # Eight devices, for the tests of sharding; before the first use of a device.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -10,3 +14,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The search for doctests imports every file.
 if importlib.util.find_spec("torch") is None:
     collect_ignore = ["torch_article.py"]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """For the processes that tests start; what one compiles, the next one reads.
+
+    Add ``XLA_FLAGS=""`` for blocks with a maximum.
+    """
+    cache = tmp_path_factory.getbasetemp() / "compiled"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # Which has a folder in the session's.
+        cache = tmp_path_factory.getbasetemp().parent / "compiled"
+    return os.environ | {
+        "PYTHONPATH": str(processes.ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": processes.QUICK,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }

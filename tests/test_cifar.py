@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from train.resnet import ATTENTIONS
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments, cwd=ROOT):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+def run_command(*arguments, cwd=ROOT, environment=os.environ):
+    environment = environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-m", "train.cifar", *map(str, arguments)],
         capture_output=True,
@@ -27,7 +28,7 @@ def run(*arguments, cwd=ROOT):
 
 def test_help_is_instant_and_whole():
     start = time.perf_counter()
-    result = run("--help")
+    result = run_command("--help")
     # Below a second on an idle machine; importing jax would take longer than this.
     assert time.perf_counter() - start < 2
     assert result.returncode == 0
@@ -44,7 +45,8 @@ def test_help_imports_neither_jax_nor_flax():
     assert result.stdout.strip() == "set()", result.stderr
 
 
-def test_digits(tmp_path):
+def test_digits(tmp_path, environment):
+    run = partial(run_command, environment=environment | {"XLA_FLAGS": ""})
     workdir = tmp_path / "run"
     arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1)
     arguments += ("--attention", "cbam", "--workdir", workdir)
@@ -55,9 +57,16 @@ def test_digits(tmp_path):
     assert "ResNet-8, attention cbam, on digits" in result.stdout
     assert f"test accuracy {accuracy:.2%} after 1 epoch in" in result.stdout
     assert "epoch 1/1" in result.stderr
-    # The same folder again: nothing is overwritten.
+    # The same folder again: there is nothing left to do.
     again = run(*arguments)
-    assert again.returncode == 2 and "holds an earlier run" in again.stderr
+    assert again.returncode == 0 and "Going on from step 22 of 22" in again.stderr
+    assert again.stdout == result.stdout
+    never = run(*arguments, "--resume", "never")
+    assert never.returncode == 2 and "holds an earlier run" in never.stderr
+    # Another configuration: what differs is named, and nothing is overwritten.
+    other = run(*arguments, "--seed", 1, "--learning-rate", 0.2)
+    assert other.returncode == 2
+    assert "learning_rate 0.1 (now 0.2), seed 0 (now 1); pass anoth" in other.stderr
     assert (workdir / "metrics.jsonl").read_text() == line + "\n"
 
 
@@ -90,14 +99,15 @@ def test_bad_arguments(arguments, message, tmp_path):
         arguments += ["--dataset", "digits"]
     if "--workdir" not in arguments:
         arguments += ["--workdir", tmp_path / "run"]
-    result = run(*arguments)
+    result = run_command(*arguments)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
+def test_a_loss_that_is_not_finite(tmp_path, environment):
+    run = partial(run_command, environment=environment)
     arguments = ("--dataset", "digits", "--depth", 8, "--learning-rate", 1e30)
     result = run(*arguments, "--workdir", tmp_path / "run", "--batch-size", 32)
     assert result.returncode == 1

@@ -499,20 +499,21 @@ def test_a_loss_that_is_not_finite_stops_its_run_alone(
     assert "se: +0.00 points with a single seed" in output.out
 
 
-def run(*arguments):
+def run(*arguments, environment=None):
     return subprocess.run(
         [sys.executable, "-m", "train.compare", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=environment,
     )
 
 
-def test_a_comparison_that_really_trains(tmp_path):
+def test_a_comparison_that_really_trains(environment, tmp_path):
     work = tmp_path / "work"
     arguments = ("--attentions", "none", "cbam", "--seeds", 0, "--workdir", work)
     arguments += ("--dataset", "digits", "--depth", 8, "--epochs", 1)
-    result = run(*arguments)
+    result = run(*arguments, environment=environment | {"XLA_FLAGS": ""})
     assert result.returncode == 0, result.stderr
     blocks = json.loads((work / "report.json").read_text())["blocks"]
     assert [block["attention"] for block in blocks] == ["none", "cbam"]
@@ -531,7 +532,7 @@ def test_a_comparison_that_really_trains(tmp_path):
     report = (work / "report.md").read_bytes()
     before = {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")}
     (work / "cbam-seed0" / "gates.npz").unlink()  # And adds what is missing.
-    again = run(*arguments)
+    again = run(*arguments, environment=environment | {"XLA_FLAGS": ""})
     assert again.returncode == 0, again.stderr
     assert {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")} == before
     assert (work / "report.md").read_bytes() == report

@@ -1,57 +1,56 @@
 """Several devices in one process: the same run as on one."""
 
-import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
-from tests import tiny_run
-from train import devices, inputs, loop
+from tests import processes, tiny_run
+from train import devices, inputs
 from train.config import Config
 
-CONFIG = Config(depth=8, batch_size=8, epochs=1, devices=1, attention="cbam")
+
+def losses_of(environment, workdir, count):
+    """The mean loss of an epoch's five steps, and that of the test images."""
+    code, _, err = processes.run(
+        environment,
+        *("tests.tiny_run", "--workdir", workdir, "--epochs", 1, "--devices", count),
+        *("--attention", "se"),
+        JAX_NUM_CPU_DEVICES="8",
+    )
+    assert code == 0, err
+    line = json.loads(processes.metrics_of(workdir))
+    return line["train_loss"], line["test_loss"], line["test_accuracy"]
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return losses_of(1)
-
-
-def losses_of(count):
-    """The losses of each step of an epoch, and the statistics after it."""
-    config = loop.config_lib.resolve(dataclasses.replace(CONFIG, devices=count))
-    fed = inputs.DeviceInputs(tiny_run.images(), config, devices.make_mesh(count))
-    training = loop.Training(config, fed)
-    losses = []
-    for item in fed.calls(1, 0, 1):
-        training.progress.state, (loss, _) = training.train_steps(
-            training.progress.state, fed.data, item
-        )
-        losses.append(np.asarray(loss)[0])
-    state = training.progress.state
-    loss, accuracy = training.evaluate(state)
-    # Computed by all, and not by one of them over and over.
-    assert item.sharding.shard_shape(item.shape) == (1, 8 // count)
-    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == count
-    return losses, loss, accuracy, state
+def alone(environment, tmp_path_factory):
+    return losses_of(environment, tmp_path_factory.mktemp("alone"), 1)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_the_same_losses_on_many_devices(count, alone):
-    """Global-batch statistics too: with a share's own, losses part at the first step.
+def test_the_same_losses_on_many_devices(count, alone, environment, tmp_path):
+    """With statistics of each share and not of the batch, they part at once."""
+    losses = losses_of(environment, tmp_path, count)
+    print(f"{count} devices: {losses}, one: {alone}")
+    np.testing.assert_allclose(losses[0], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[1], alone[1], rtol=1e-4)
+    assert losses[2] == alone[2]
 
-    The losses of five steps from 0.1 on; rounding grows from step to step.
-    """
-    losses, loss, accuracy, state = losses_of(count)
-    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(loss, alone[1], rtol=1e-4)
-    assert accuracy == alone[2]
-    for mine, theirs in zip(
-        *map(jax.tree.leaves, (state.batch_stats, alone[3].batch_stats)), strict=True
-    ):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-    print(f"{count} devices: {np.array(losses)}; one: {np.array(alone[0])}")
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_each_device_has_its_share(count):
+    mesh = devices.make_mesh(count)
+    fed = inputs.DeviceInputs(tiny_run.images(), Config(batch_size=8), mesh)
+    first = next(fed.calls(1, 0, 2))
+    assert first.shape == (2, 8)
+    assert first.sharding.shard_shape(first.shape) == (2, 8 // count)
+    item, weights = next(fed.test_calls())
+    for array in (item, weights):
+        assert array.sharding.shard_shape(array.shape) == (8 // count,)
+    for array in jax.tree.leaves(fed.data):
+        assert array.is_fully_replicated and len(array.devices()) == count
 
 
 @pytest.mark.parametrize(
@@ -60,21 +59,3 @@ def test_the_same_losses_on_many_devices(count, alone):
 def test_a_batch_that_does_not_divide(batch_size, nearest):
     with pytest.raises(ValueError, match=f"multiple of the 8 .* nearest is {nearest}."):
         devices.check_batch(batch_size, devices.make_mesh())
-
-
-def test_a_run_goes_on_with_other_devices(tmp_path):
-    config = dataclasses.replace(CONFIG, epochs=2)
-    whole = loop.train(config, tiny_run.images())
-    with pytest.MonkeyPatch.context() as patch:
-        asked = iter(range(100))
-        patch.setattr(
-            loop.interrupt, "requested", lambda: 15 if next(asked) >= 6 else None
-        )
-        with pytest.raises(loop.interrupt.Interrupted):
-            loop.train(config, tiny_run.images(), tmp_path)
-    other = dataclasses.replace(config, devices=4)
-    run = loop.train(other, tiny_run.images(), tmp_path)
-    assert run.history[0]["train_loss"] == whole.history[0]["train_loss"]
-    np.testing.assert_allclose(
-        run.history[1]["train_loss"], whole.history[1]["train_loss"], rtol=1e-4
-    )

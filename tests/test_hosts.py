@@ -1,43 +1,22 @@
 """Two real processes that train together over loopback."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+from tests import processes
+from tests.processes import metrics_of, wait_until
 
 
 def start(workdir, environment, *arguments, devices=1):
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "tests.tiny_run", "--workdir", str(workdir)),
-            *map(str, arguments),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    return processes.start(
+        *(environment, "tests.tiny_run", "--workdir", workdir, *arguments),
+        JAX_NUM_CPU_DEVICES=str(devices),
     )
 
 
@@ -55,17 +34,8 @@ def start_two(workdir, environment, *arguments, devices=1):
     ]  # fmt: skip
 
 
-def finish(*processes):
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=240)
-        results.append((process.returncode, out, err))
-    return results
-
-
-def metrics_of(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text() if path.exists() else ""
+def finish(*several):
+    return [processes.finish(process) for process in several]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +58,10 @@ def assert_same_losses(workdir, alone):
 
 def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
     """Stopped through one process, gone on with by two of two devices each."""
-    processes = start_two(tmp_path, environment, "--epochs", 4)
-    deadline = time.monotonic() + 120
-    while not metrics_of(tmp_path) and processes[0].poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    processes[1].send_signal(signal.SIGTERM)
-    for code, _, err in finish(*processes):
+    both = start_two(tmp_path, environment, "--epochs", 4)
+    wait_until(both[0], lambda: metrics_of(tmp_path))
+    both[1].send_signal(signal.SIGTERM)
+    for code, _, err in finish(*both):
         assert code == 143, err
         stopped = re.search(r"Stopped by SIGTERM at step (\d+) of 20; ", err)
         assert stopped, err
@@ -120,17 +87,12 @@ def test_what_two_began_one_ends(environment, alone, tmp_path):
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_other(dies, environment, tmp_path):
     """Within the time-out, and with what was saved still there."""
-    processes = start_two(
-        tmp_path, environment, "--epochs", 10**4, "--peer-timeout", 10
-    )
-    deadline = time.monotonic() + 120
-    while metrics_of(tmp_path).count("\n") < 2 and processes[0].poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    processes[dies].kill()
-    start_of_end = time.monotonic()
-    (code, out, err), (_, _, _) = finish(processes[1 - dies], processes[dies])
-    assert time.monotonic() - start_of_end < 60
+    both = start_two(tmp_path, environment, "--epochs", 10**4, "--peer-timeout", 10)
+    wait_until(both[0], lambda: metrics_of(tmp_path).count("\n") >= 2)
+    both[dies].kill()
+    killed = time.monotonic()
+    (code, _, err), _ = finish(both[1 - dies], both[dies])
+    assert time.monotonic() - killed < 60
     assert code == 3, (code, err[-3000:])
     assert "another process of the run is gone" in err.splitlines()[-1]
 

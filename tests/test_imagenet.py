@@ -1,18 +1,14 @@
 """Training on folders of images, from the command line."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import finish, metrics_of, run, start, wait_until
+
 IMAGES = {"train": 200, "val": 30}
 
 
@@ -32,35 +28,12 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-
-def start(module, environment, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-
-
 def test_the_imagenet_family(data_dir, environment, tmp_path):
-    out, err = start(
-        "train.imagenet",
-        environment,
+    _, out, err = run(
+        *(environment, "train.imagenet"),
         *("--data-dir", data_dir, "--workdir", tmp_path, "--depth", 18),
         *("--image-size", 32, "--epochs", 1, "--batch-size", 40, "--attention", "se"),
-    ).communicate(timeout=400)
+    )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 5, err
     # Table 1's 18 layers for two classes; SE at r = 16 adds 2 * C * C / 16 eight times.
@@ -81,26 +54,21 @@ def small(data_dir, workdir):
 def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
     """The same images and crops again: the end is that of a run nobody touched."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start("train.cifar", environment, *small(data_dir, whole))
-    _, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
+    code, _, err = run(environment, "train.cifar", *small(data_dir, whole))
+    assert code == 0, err
     for how, epochs in ((signal.SIGKILL, 2), (signal.SIGTERM, 4)):
-        process = start("train.cifar", environment, *small(data_dir, killed))
-        metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("\n") < epochs:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
+        process = start(environment, "train.cifar", *small(data_dir, killed))
+        wait_until(process, lambda: metrics_of(killed).count("\n") >= epochs)  # noqa: B023
         process.send_signal(how)
-        _, err = process.communicate(timeout=400)
-        assert process.returncode == (143 if how == signal.SIGTERM else -how), err
-    process = start("train.cifar", environment, *small(data_dir, killed))
-    _, err = process.communicate(timeout=400)
-    assert process.returncode == 0 and "Going on from step" in err, err
+        code, _, err = finish(process)
+        assert code == (143 if how == signal.SIGTERM else -how), err
+    code, _, err = run(environment, "train.cifar", *small(data_dir, killed))
+    assert code == 0 and "Going on from step" in err, err
     assert (killed / "metrics.jsonl").read_bytes() == (
         whole / "metrics.jsonl"
     ).read_bytes()
     losses = [
-        json.loads(line)["train_loss"] for line in metrics.read_text().splitlines()
+        json.loads(line)["train_loss"] for line in metrics_of(killed).splitlines()
     ]
     assert losses[-1] < losses[0]
 
@@ -116,11 +84,9 @@ def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
 )
 def test_bad_arguments(arguments, message, data_dir, environment, tmp_path):
     arguments = [str(a).format(data_dir=data_dir) for a in arguments]
-    process = start(
-        "train.imagenet", environment, *arguments, "--workdir", tmp_path / "run"
-    )
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 2 and message in err, err
+    workdir = ("--workdir", tmp_path / "run")
+    code, _, err = run(environment, "train.imagenet", *arguments, *workdir)
+    assert code == 2 and message in err, err
     assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 

@@ -46,8 +46,6 @@ def _run(config: Config, prog: str) -> None:
         images = loop.load(config)
         loop.check_batch(config, images)
         with interrupt.listening():
-            if devices.is_main():
-                print(f"Writing to {folder / workdir.METRICS}.", file=sys.stderr)
             run = loop.train(config, images, folder)
     except (ValueError, OSError, data.DataError, CheckpointError) as error:
         _stop(prog, error, 2)

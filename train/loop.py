@@ -349,6 +349,8 @@ class Training:
             return found
 
         found = devices.from_main(devices.on_main(claim), template)
+        if devices.is_main():
+            tell(f"Writing to {folder}.")
         if found is not None:
             self._go_on(*found)
         self._write_metrics()

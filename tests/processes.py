@@ -1,0 +1,47 @@
+"""Commands in processes of their own, which some tests kill."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# For programs that run for moments: what counts is the time to compile. Not for blocks
+# with a maximum, whose gradient needs the code that users run: see `_kernels.py`.
+QUICK = "--xla_backend_optimization_level=0"
+
+
+def start(environment, module, *arguments, prefix=(), **variables):
+    """Starts ``python -m module arguments``, after ``prefix``; returns its process."""
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", module, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment | variables,
+    )
+
+
+def finish(process):
+    """Returns the exit code and the output, as two strings."""
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def run(environment, module, *arguments, **options):
+    return finish(start(environment, module, *arguments, **options))
+
+
+def wait_until(process, condition):
+    """Until ``condition`` holds or the process has ended."""
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def metrics_of(workdir):
+    """The text of a run's metrics so far."""
+    path = workdir / "metrics.jsonl"
+    return path.read_text() if path.exists() else ""
