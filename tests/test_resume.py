@@ -212,7 +212,7 @@ def test_another_configuration_is_refused(untouched, fields, message):
 
 def test_two_runs_do_not_share_a_folder(untouched):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
-    with loop.workdir.claimed(untouched):
+    with loop.workdir.claimed(untouched, config):
         with pytest.raises(ValueError, match="is in use by another process"):
             loop.train(config, tiny_run.images(), untouched)
 

@@ -294,6 +294,7 @@ def measure_network(
     inputs = DeviceInputs(
         images, config_lib.Config(batch_size=128), devices.make_mesh(1)
     )
+    key = jax.random.key_data(jax.random.key(1))
     indices = devices.share(np.arange(128)[None], inputs.mesh, axis=1)
     contenders = ["fast", *(["plain"] if "plain" in against else [])]
     variants = [("none", "")] + [(b, c) for b in blocks for c in contenders]
@@ -310,11 +311,11 @@ def measure_network(
         optimizer = loop.make_optimizer(config, loop.make_schedule(config, 1, 100))
         state = loop.make_state(model, optimizer, jax.random.key(0), size)
         state = devices.replicate(state, inputs.mesh)
-        train_steps = loop.make_train_steps(config, inputs, jax.random.key(1))
+        train_steps = loop.make_train_steps(config, inputs)
 
         def call(states: list[Any] = [state], train_steps: Any = train_steps) -> None:  # noqa: B006
             # The step takes the old state's buffers, so the new one replaces it here.
-            states[0], _ = train_steps(states[0], inputs.data, indices)
+            states[0], _ = train_steps(states[0], inputs.data, key, indices)
             jax.block_until_ready(states[0])
 
         call()

@@ -14,7 +14,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -169,7 +169,11 @@ def _train(options: Options) -> bool:
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True
-    with interrupt.listening(), tqdm(tasks, unit="run") as bar:
+    with (
+        compiled_once(options.workdir / ".compiled"),
+        interrupt.listening(),
+        tqdm(tasks, unit="run") as bar,
+    ):
         for config in bar:
             name = name_of(config.attention, config.seed)
             bar.set_description(name)
@@ -184,10 +188,27 @@ def _train(options: Options) -> bool:
             except interrupt.Interrupted as error:
                 bar.close()
                 _stop(f"{name}: {error}", error.exit_code)
-            except (ValueError, OSError, CheckpointError) as error:
+            except (ValueError, OSError, data.DataError, CheckpointError) as error:
                 bar.close()
                 _stop(error, 2)
     return all_finite
+
+
+@contextlib.contextmanager
+def compiled_once(cache: Path) -> Iterator[None]:
+    """Keeps what is compiled in ``cache``: all seeds of a block run one program.
+
+    Where JAX has a cache already, that one serves.
+    """
+    import jax
+
+    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (mypy)
+    if before is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def name_of(attention: str, seed: int) -> str:

@@ -163,9 +163,10 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     check(config)
     check_batch(config, images)
     config = config_lib.resolve(config)
-    if folder is not None:  # Before anything is compiled.
-        devices.on_main(lambda: workdir.check(folder, config))
     with contextlib.ExitStack() as stack:
+        if folder is not None:  # Before anything is compiled.
+            claim = workdir.claimed(folder, config)
+            devices.on_main(lambda: stack.enter_context(claim))
         inputs = make_inputs(config, images, devices.make_mesh(config.devices))
         stack.callback(inputs.close)
         training = Training(config, inputs)
@@ -193,6 +194,9 @@ class Training:
         self.model = make_model(config, inputs.num_classes)
         # The keys of parameters, order (see `DeviceInputs`) and augmentation.
         init_key, _, augment_key = jax.random.split(self.key, 3)
+        self.augment_key = devices.replicate(
+            jax.random.key_data(augment_key), inputs.mesh
+        )
         state = make_state(
             self.model,
             make_optimizer(config, self.schedule),
@@ -200,7 +204,7 @@ class Training:
             inputs.image_size,
         )
         self.progress = Progress(devices.replicate(state, inputs.mesh))
-        self.train_steps = make_train_steps(config, inputs, augment_key)
+        self.train_steps = make_train_steps(config, inputs)
         self.evaluate = make_evaluate(inputs)
         self.folder: Path | None = None
         self.checkpoints: Checkpoints | None = None
@@ -310,7 +314,7 @@ class Training:
         before = None
         for item in inputs.calls(epoch, len(progress.losses), size):
             progress.state, metrics = self.train_steps(
-                progress.state, inputs.data, item
+                progress.state, inputs.data, self.augment_key, item
             )
             if before is not None:
                 fetch(before)
@@ -331,12 +335,10 @@ class Training:
     # The folder.
 
     def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Claims ``folder`` until ``stack`` ends, and goes on with the run in it."""
+        """Goes on with the run in ``folder``, and writes to it until ``stack`` ends."""
         template = devices.to_host(self._tree())
 
-        def claim() -> tuple[Any, dict[str, Any]] | None:
-            stack.enter_context(workdir.claimed(folder))
-            workdir.check(folder, self.config)
+        def begin() -> tuple[Any, dict[str, Any]] | None:
             self.folder = folder
             self.checkpoints = Checkpoints(
                 folder / workdir.CHECKPOINTS, self.config.keep, tell
@@ -348,7 +350,7 @@ class Training:
             workdir.write(folder / workdir.RUN, text)
             return found
 
-        found = devices.from_main(devices.on_main(claim), template)
+        found = devices.from_main(devices.on_main(begin), template)
         if devices.is_main():
             tell(f"Writing to {folder}.")
         if found is not None:
@@ -526,18 +528,20 @@ def make_state(
 
 
 def make_train_steps(
-    config: Config, inputs: Inputs, key: jax.Array
+    config: Config, inputs: Inputs
 ) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
-    """Returns ``(state, data, item) -> (state, (losses, accuracies))``, jitted.
+    """Returns ``(state, data, key, item) -> (state, (losses, accuracies))``, jitted.
 
-    ``item`` is what ``inputs.calls`` yields, for one step or more; the old state's
-    buffers are given up.
+    ``key`` is the data of one, for the augmentation, and an argument so that one
+    program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
+    more. The old state's buffers are given up.
     """
 
     def step(
-        state: TrainState, data: Any, item: Any
+        state: TrainState, data: Any, key: jax.Array, item: Any
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        images, labels = inputs.batch(data, item, jax.random.fold_in(key, state.step))
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
+        images, labels = inputs.batch(data, item, step_key)
         images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
@@ -562,12 +566,12 @@ def make_train_steps(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
     def train_steps(
-        state: TrainState, data: Any, item: Any
+        state: TrainState, data: Any, key: jax.Array, item: Any
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
         if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
-            state, metrics = step(state, data, jax.tree.map(lambda a: a[0], item))
+            state, metrics = step(state, data, key, jax.tree.map(lambda a: a[0], item))
             return state, jax.tree.map(lambda m: m[None], metrics)
-        return lax.scan(lambda s, i: step(s, data, i), state, item)
+        return lax.scan(lambda s, i: step(s, data, key, i), state, item)
 
     return train_steps
 

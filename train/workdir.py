@@ -69,12 +69,13 @@ def check(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[None]:
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
     """Makes the folder and holds it, so that no two runs write to it at once.
 
     Raises:
-      ValueError: another process holds it, or it cannot be written to.
+      ValueError: another process holds it, it cannot be written to, or ``check``.
     """
+    check(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
@@ -92,6 +93,8 @@ def claimed(workdir: Path) -> Iterator[None]:
                 f"`workdir` {workdir} is in use by another process; wait for its end, "
                 "or pass another --workdir."
             ) from error
+        # Once more: who held it until now may have begun another run.
+        check(workdir, config)
         yield
 
 
