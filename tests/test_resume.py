@@ -179,6 +179,24 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     assert [json.loads(line) for line in lines] == whole.history
 
 
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    tmp_path, monkeypatch
+):
+    """The rate is NaN from step 7 on, so the loss is after it."""
+    monkeypatch.setattr(
+        loop,
+        "make_schedule",
+        lambda *_: lambda step: jax.numpy.where(step < 7, 0.1, np.nan),
+    )
+    config = Config(depth=8, batch_size=8, devices=1, epochs=3)
+    with pytest.raises(FloatingPointError) as error:
+        loop.train(config, tiny_run.images(), tmp_path / "Run")
+    assert str(error.value).startswith("The loss is nan at epoch 2, step 9; training")
+    where = f"The checkpoint of step 5 is in {tmp_path / 'Run' / 'checkpoints'}"
+    assert where in str(error.value)
+    assert len((tmp_path / "Run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_finished_run_is_only_read(environment, untouched):
     before = (untouched / "metrics.jsonl").read_bytes()
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)

@@ -41,7 +41,6 @@ def join(config: Config) -> None:
             config.process_id,
             initialization_timeout=config.peer_timeout,
             heartbeat_timeout_seconds=config.peer_timeout,
-            shutdown_timeout_seconds=config.peer_timeout,
         )
     except RuntimeError as error:
         raise ValueError(

@@ -445,7 +445,8 @@ class Training:
     def _last_good(self) -> str:
         if self.checkpoints is None:
             return "There is no checkpoint."
-        return f"{self._newest().capitalize()}."
+        newest = self._newest()
+        return f"{newest[0].upper()}{newest[1:]}."
 
 
 def steps_per_call(config: Config, per_epoch: int) -> int:
