@@ -103,21 +103,33 @@ PLACE = frozenset(
 )
 
 
-def resolve(config: Config) -> Config:
-    """Returns ``config`` with what depends on the data set or the family filled in."""
+@dataclasses.dataclass(frozen=True)
+class Resolved(Config):
+    """A configuration with nothing left open that decides the result."""
+
+    dataset: str = "cifar10"
+    image_size: int = IMAGE_SIZES["cifar"]
+    epochs: int = DEFAULTS["cifar10"][0]
+    batch_size: int = DEFAULTS["cifar10"][1]
+
+
+def resolve(config: Config) -> Resolved:
+    """Returns ``config`` with what depends on the data set or the family filled in.
+
+    Where one of these is unknown, as ``check`` will say, the lengths are CIFAR-10's.
+    """
     dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
-    epochs, batch_size = DEFAULTS.get(dataset, (None, None))
-    return dataclasses.replace(
-        config,
-        dataset=dataset,
-        epochs=epochs if config.epochs is None else config.epochs,
-        batch_size=batch_size if config.batch_size is None else config.batch_size,
-        image_size=(
-            IMAGE_SIZES.get(config.family if dataset == "folder" else "cifar")
-            if config.image_size is None
-            else config.image_size
-        ),
-    )
+    epochs, batch_size = DEFAULTS.get(dataset, DEFAULTS["cifar10"])
+    family = config.family if dataset == "folder" else "cifar"
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    filled = {
+        "dataset": dataset,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "image_size": IMAGE_SIZES.get(family, IMAGE_SIZES["cifar"]),
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    return Resolved(**(fields | filled | given))
 
 
 def recipe(config: Config) -> dict[str, Any]:

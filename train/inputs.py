@@ -82,11 +82,10 @@ class DeviceInputs:
         Raises:
           ValueError: the images do not fill a batch.
         """
-        config = config_lib.resolve(config)
-        check_fills(config, len(images.train_images))
-        assert config.batch_size is not None  # For the type checker: it is resolved.
+        filled = config_lib.resolve(config)
+        check_fills(filled, len(images.train_images))
         self.mesh = mesh
-        self.batch_size = config.batch_size
+        self.batch_size = filled.batch_size
         self.size = len(images.train_images)
         self.per_epoch = self.size // self.batch_size
         self.num_classes = images.num_classes
@@ -137,7 +136,7 @@ class DeviceInputs:
 def check_fills(config: Config, size: int) -> None:
     """Raises ``ValueError`` for a batch that ``size`` training images cannot fill."""
     config = config_lib.resolve(config)
-    if config.batch_size is not None and config.batch_size > size:
+    if config.batch_size > size:
         raise ValueError(
             f"`batch_size` must be at most the {size:,} training images of "
             f"{config.dataset}, got {config.batch_size:,}."

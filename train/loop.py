@@ -116,7 +116,6 @@ def check_batch(config: Config, images: Images) -> None:
     config = config_lib.resolve(config)
     labels = images.train_labels if isinstance(images, ImageSet) else images.train
     check_fills(config, len(labels))
-    assert config.batch_size is not None  # For the type checker: it is resolved.
     devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
 
 
@@ -132,7 +131,6 @@ def load(config: Config) -> Images:
         from train import folders
 
         return folders.scan(config.data_dir)
-    assert config.dataset is not None  # For the type checker: it is resolved.
     return data.load(config.dataset, config.data_dir, config.data_url)
 
 
@@ -183,9 +181,8 @@ def tell(line: str) -> None:
 class Training:
     """One run: its programs, its progress and its folder."""
 
-    def __init__(self, config: Config, inputs: Inputs) -> None:
+    def __init__(self, config: config_lib.Resolved, inputs: Inputs) -> None:
         """Makes the model, its first state and the jitted steps."""
-        assert config.epochs is not None  # For the type checker: it is resolved.
         self.config, self.inputs, self.epochs = config, inputs, config.epochs
         self.schedule = make_schedule(
             config, inputs.per_epoch, self.epochs * inputs.per_epoch
@@ -279,7 +276,7 @@ class Training:
     ) -> dict[str, Any]:
         """A line of timing.jsonl: the clock's, so no two runs share it."""
         first, self.compiled = not self.compiled, True
-        images = steps * (self.config.batch_size or 0)
+        images = steps * self.config.batch_size
         return {
             "epoch": epoch,
             "steps": steps,
@@ -428,25 +425,26 @@ class Training:
         which = signal.Signals(devices.highest(interrupt.requested() or 0))
         self._save()
         where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
-        if self.folder is None:
-            return interrupt.Interrupted(which, f"{where}nothing is saved.")
+        newest = self._newest()
+        if newest is None:
+            return interrupt.Interrupted(which, f"{where}nothing is saved here.")
         return interrupt.Interrupted(
-            which, f"{where}{self._newest()}; the same command goes on from there."
+            which, f"{where}the {newest}; the same command goes on from there."
         )
 
-    def _newest(self) -> str:
-        assert self.checkpoints is not None
+    def _newest(self) -> str | None:
+        """Where the newest checkpoint is; one that is being written is waited for."""
+        if self.checkpoints is None:
+            return None
         self.checkpoints.wait()
         newest = self.checkpoints.newest()
         if newest is None:
-            return "there is no checkpoint"
-        return f"the checkpoint of step {newest} is in {self.checkpoints.directory}"
+            return None
+        return f"checkpoint of step {newest} is in {self.checkpoints.directory}"
 
     def _last_good(self) -> str:
-        if self.checkpoints is None:
-            return "There is no checkpoint."
         newest = self._newest()
-        return f"{newest[0].upper()}{newest[1:]}."
+        return f"The {newest}." if newest else "There is no checkpoint."
 
 
 def steps_per_call(config: Config, per_epoch: int) -> int:

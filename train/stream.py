@@ -39,7 +39,6 @@ class FolderInputs:
         """
         config = config_lib.resolve(config)
         check_fills(config, len(images.train))
-        assert config.batch_size is not None and config.image_size is not None
         self.mesh = mesh
         self.images = images
         self.image_size = config.image_size
