@@ -20,6 +20,7 @@ from scipy import stats
 from tests import tiny_run
 from tests.cases import BLOCKS, variables_for
 from train import compare, data, devices, interrupt, loop
+from train import comparison as comparison_lib
 from train import config as config_lib
 from train.config import Config
 from train.data import ImageSet
@@ -73,7 +74,7 @@ def write_block(work, attention, final, **kwargs):
 
 
 def summarise(work):
-    summary = compare.summarise(compare.read_runs(work))
+    summary = comparison_lib.summarise(comparison_lib.read_runs(work))
     return summary, {block["attention"]: block for block in summary["blocks"]}
 
 
@@ -98,7 +99,7 @@ def stopped(arguments, code, capsys):
 
 def test_interval_by_hand():
     # s = 1 and t(0.975; 2) = 4.302653 (any table), so half of it is 4.302653 / 3**0.5.
-    low, high = compare.interval([1.0, 2.0, 3.0])
+    low, high = comparison_lib.interval([1.0, 2.0, 3.0])
     assert math.isclose(low, 2 - 2.484138, abs_tol=1e-6)
     assert math.isclose(high, 2 + 2.484138, abs_tol=1e-6)
 
@@ -107,12 +108,14 @@ def test_interval_by_hand():
 def test_interval_is_that_of_the_paired_t_test(seeds):
     a, b = np.random.RandomState(seeds).normal(0.9, 0.01, (2, seeds))
     expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    np.testing.assert_allclose(compare.interval(list(a - b)), expected, rtol=1e-10)
+    np.testing.assert_allclose(
+        comparison_lib.interval(list(a - b)), expected, rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.25, 0.25], [0.1 + 0.2 - 0.3, 0.0]])
 def test_no_spread_no_interval(values):
-    assert compare.interval(values) is None
+    assert comparison_lib.interval(values) is None
 
 
 def test_numbers(tmp_path):
@@ -605,7 +608,7 @@ def test_the_blocks_with_spatial_gates():
         for name, make in BLOCKS.items()
     }
     assert {n for n, tree in sown.items() if "spatial_gate" in tree} == set(
-        compare.SPATIAL
+        comparison_lib.SPATIAL
     )
 
 
