@@ -1,5 +1,6 @@
 """Commands in processes of their own, which some tests kill."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,15 @@ def finish(process):
     """Returns the exit code and the output, as two strings."""
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
+
+
+def places(count):
+    """The arguments by which each of ``count`` processes finds the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ("--coordinator", coordinator, "--num-processes", count)
+    return [(*together, "--process-id", i) for i in range(count)]
 
 
 def run(environment, module, *arguments, **options):

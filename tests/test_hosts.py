@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import time
 
 import numpy as np
@@ -21,17 +20,10 @@ def start(workdir, environment, *arguments, devices=1):
 
 
 def start_two(workdir, environment, *arguments, devices=1):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2)
     return [
-        start(
-            workdir, environment, *together, *("--process-id", i), *arguments,
-            devices=devices,
-        )
-        for i in range(2)
-    ]  # fmt: skip
+        start(workdir, environment, *place, *arguments, devices=devices)
+        for place in processes.places(2)
+    ]
 
 
 def finish(*several):

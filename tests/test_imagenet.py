@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import finish, metrics_of, run, start, wait_until
+from tests.processes import finish, metrics_of, places, run, start, wait_until
 
 IMAGES = {"train": 200, "val": 30}
 
@@ -52,7 +52,10 @@ def small(data_dir, workdir):
 
 
 def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
-    """The same images and crops again: the end is that of a run nobody touched."""
+    """The same images and crops again: the end is that of a run nobody touched.
+
+    And so is the first epoch of two processes, each of which reads its own rows.
+    """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, _, err = run(environment, "train.cifar", *small(data_dir, whole))
     assert code == 0, err
@@ -67,6 +70,17 @@ def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
     assert (killed / "metrics.jsonl").read_bytes() == (
         whole / "metrics.jsonl"
     ).read_bytes()
+    two = tmp_path / "two"
+    both = [
+        start(environment, "train.cifar", *small(data_dir, two), *place)
+        for place in places(2)
+    ]
+    for code, _, err in map(finish, both):
+        assert code == 0, err
+    first, expected = (
+        json.loads(metrics_of(folder).splitlines()[0]) for folder in (two, whole)
+    )
+    np.testing.assert_allclose(first["train_loss"], expected["train_loss"], rtol=1e-5)
     losses = [
         json.loads(line)["train_loss"] for line in metrics_of(killed).splitlines()
     ]
