@@ -2,12 +2,17 @@
 
 import json
 import signal
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from tests.processes import finish, metrics_of, places, run, start, wait_until
+from train import devices, folders, loop, stream
+from train.config import Config
+from train.data import DataError
 
 IMAGES = {"train": 200, "val": 30}
 
@@ -104,11 +109,16 @@ def test_bad_arguments(arguments, message, data_dir, environment, tmp_path):
     assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    monkeypatch.delitem(sys.modules, "train.folders")
+    monkeypatch.delattr(train, "folders")
+    with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
+        loop.load(Config(loader="grain"))
+
+
 def test_images_that_are_gone(data_dir, tmp_path):
     """A position in other images is no position."""
-    from train import devices, folders, stream
-    from train.config import Config
-
     config = Config(loader="grain", batch_size=20, image_size=16)
     images = folders.scan(data_dir)
     fed = stream.FolderInputs(images, config, devices.make_mesh(1))

@@ -127,8 +127,10 @@ def load(config: Config) -> Images:
     """
     config = config_lib.resolve(config)
     if config.loader == "grain":
-        # Only now, since Grain is an extra.
-        from train import folders
+        try:
+            from train import folders
+        except ImportError as error:  # Grain is an extra; the message names it.
+            raise data.DataError(str(error)) from error
 
         return folders.scan(config.data_dir)
     return data.load(config.dataset, config.data_dir, config.data_url)
