@@ -3,6 +3,7 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import processes
 
@@ -32,3 +33,22 @@ def environment(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
+
+
+@pytest.fixture(scope="module")
+def shared_compilations(environment):
+    """For modules that compile the same networks again and again in this process."""
+    options = {
+        name.lower(): environment[name]
+        for name in environment
+        if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"))
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        kind = type(before[name]) if before[name] is not None else str
+        jax.config.update(name, kind(value))
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -20,6 +20,9 @@ TINY = Config(
 )
 
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+
+
 @pytest.fixture(scope="module")
 def images():
     rng = np.random.RandomState(0)

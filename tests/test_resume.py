@@ -12,7 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import processes, tiny_run
 from tests.processes import finish, metrics_of, wait_until
@@ -21,27 +20,11 @@ from train.checkpoint import CheckpointError, Checkpoints
 from train.config import Config
 
 # More kills than the suite has time for: FLAX_ATTN_KILLS=50 pytest -s -k killed.
-KILLS = int(os.environ.get("FLAX_ATTN_KILLS", 5))
+KILLS = int(os.environ.get("FLAX_ATTN_KILLS", 3))
 EPOCHS = 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(environment):
-    """The same for this process."""
-    options = {
-        name.lower(): environment[name]
-        for name in environment
-        if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE"))
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        kind = type(before[name]) if before[name] is not None else str
-        jax.config.update(name, kind(value))
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 def start(workdir, environment, *arguments, prefix=()):
