@@ -30,6 +30,17 @@ def finish(process):
     return process.returncode, out, err
 
 
+def complete(module, *arguments, environment=None, cwd=ROOT):
+    """Runs ``python -m module arguments``; returns what ``subprocess.run`` does."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
+
+
 def places(count):
     """The arguments by which each of ``count`` processes finds the others."""
     with socket.socket() as free:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from train.resnet import ATTENTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -17,12 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 def run_command(*arguments, cwd=ROOT, environment=os.environ):
     environment = environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "train.cifar", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
+    return processes.complete(
+        "train.cifar", *arguments, cwd=cwd, environment=environment
     )
 
 

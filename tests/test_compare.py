@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests import tiny_run
+from tests import processes, tiny_run
 from tests.cases import BLOCKS, variables_for
 from train import compare, data, devices, interrupt, loop
 from train import comparison as comparison_lib
@@ -502,14 +502,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_alone(
     assert "se: +0.00 points with a single seed" in output.out
 
 
-def run(*arguments, environment=None):
-    return subprocess.run(
-        [sys.executable, "-m", "train.compare", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+run = partial(processes.complete, "train.compare")
 
 
 def test_a_comparison_that_really_trains(environment, tmp_path):

@@ -1,21 +1,12 @@
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import processes
 
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "train.passes", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+run = partial(processes.complete, "train.passes")
 
 
 def test_tables(tmp_path):
