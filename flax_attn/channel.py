@@ -51,6 +51,8 @@ class SE(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -75,15 +77,20 @@ class SE(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, pools=(self.pool,), excite=_mlp)
+        return _channel_gate(self, x, mask, pools=(self.pool,), excite=_mlp)
 
 
 class ECA(nn.Module):
@@ -123,6 +130,8 @@ class ECA(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -147,15 +156,20 @@ class ECA(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, pools=(self.pool,), excite=_conv)
+        return _channel_gate(self, x, mask, pools=(self.pool,), excite=_conv)
 
 
 class ChannelAttention(nn.Module):
@@ -202,6 +216,8 @@ class ChannelAttention(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -231,32 +247,46 @@ class ChannelAttention(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         functional.check_choice("excite", self.excite, functional.EXCITES)
         excite = _mlp if self.excite == "mlp" else _conv
-        return _channel_gate(self, x, pools=functional.POOLS, excite=excite)
+        return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
 
 
-def _scale(module: Any, x: Array, gate: Array) -> Array:
+def _scale(module: Any, x: Array, gate: Array, mask: Array | None) -> Array:
     x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
-    return x * gate
+    return functional.keep(x, functional.check_mask(mask, x)) * gate
 
 
 def _channel_gate(
-    module: Any, x: Array, *, pools: tuple[Pool, ...], excite: Callable[..., Any]
+    module: Any,
+    x: Array,
+    mask: Array | None,
+    *,
+    pools: tuple[Pool, ...],
+    excite: Callable[..., Any],
 ) -> Array:
     """Squeezes by each of ``pools``, excites all alike, sums the logits, gates."""
-    x = functional.check_feature_map(x)
+    x = functional.check_feature_map(x, spatial_dims=module.spatial_dims)
     logits_of = excite(module, x.shape[-1])
     squeeze = partial(
-        functional.squeeze_spatial, x, implementation=module.implementation
+        functional.squeeze_spatial,
+        x,
+        mask=functional.check_mask(mask, x),
+        spatial_dims=module.spatial_dims,
+        implementation=module.implementation,
     )
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
