@@ -90,7 +90,7 @@ class SE(nn.Module):
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, mask, pools=(self.pool,), excite=_mlp)
+        return _channel_gate(self, x, mask, pools=(self.pool,), excite=mlp)
 
 
 class ECA(nn.Module):
@@ -261,7 +261,7 @@ class ChannelAttention(nn.Module):
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         functional.check_choice("excite", self.excite, functional.EXCITES)
-        excite = _mlp if self.excite == "mlp" else _conv
+        excite = mlp if self.excite == "mlp" else _conv
         return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
 
 
@@ -278,7 +278,22 @@ def _channel_gate(
     pools: tuple[Pool, ...],
     excite: Callable[..., Any],
 ) -> Array:
-    """Squeezes by each of ``pools``, excites all alike, sums the logits, gates."""
+    """The gate, ``(..., 1, 1, C)``, sown."""
+    logits = channel_logits(module, x, mask, pools=pools, excite=excite)
+    gate = gate_of(module, logits)
+    module.sow("intermediates", "channel_gate", gate)
+    return gate
+
+
+def channel_logits(
+    module: Any,
+    x: Array,
+    mask: Array | None,
+    *,
+    pools: tuple[Pool, ...],
+    excite: Callable[..., Any],
+) -> Array:
+    """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
     x = functional.check_feature_map(x, spatial_dims=module.spatial_dims)
     logits_of = excite(module, x.shape[-1])
     squeeze = partial(
@@ -290,20 +305,22 @@ def _channel_gate(
     )
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
-    logits = logits_of(jnp.stack(squeezed)).sum(axis=0)
-    gate = gate_of(module, logits)
-    module.sow("intermediates", "channel_gate", gate)
-    return gate
+    return logits_of(jnp.stack(squeezed)).sum(axis=0)
 
 
-def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
+def hidden_width(module: Any, features: int) -> int:
+    """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
         functional.check_positive("reduction", module.reduction)
         hidden = max(features // module.reduction, 1)
     hidden = width_of("hidden_features", hidden, features)
     functional.check_positive("hidden_features", hidden)
+    return hidden
+
+
+def mlp(module: Any, features: int) -> Callable[[Array], Array]:
+    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
     layer = partial(
         nn.Dense,
         use_bias=module.use_bias,
@@ -315,7 +332,7 @@ def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
         "kernel_init": module.kernel_init,
         "bias_init": module.bias_init,
     }
-    reduce = layer(hidden, **first, name="reduce")
+    reduce = layer(hidden_width(module, features), **first, name="reduce")
     expand = layer(features, **last_layer(module), name="expand")
     return lambda s: expand(module.act(reduce(s)))
 

@@ -8,7 +8,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn, ModuleDef, gate_of, last_layer
+from flax_attn._linen import Conv, GateFn, ModuleDef, gate_of, last_layer, normalise
 from flax_attn.functional import Array, Implementation
 
 
@@ -111,9 +111,7 @@ class SpatialAttention(nn.Module):
             name="conv",
         )(maps)
         mask = functional.check_mask(mask, maps)
-        if self.norm is not None:
-            options = {} if mask is None else {"mask": mask}
-            logits = self.norm(name="norm")(logits, **options)
+        logits = normalise(self.norm, logits, mask, "norm")
         gate = functional.keep(gate_of(self, logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
