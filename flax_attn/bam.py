@@ -33,16 +33,16 @@ class BAM(nn.Module):
       >>> params = flax_attn.BAM().init(jax.random.key(0), x)["params"]
       >>> for name, layer in jax.tree.map(jnp.shape, params).items():
       ...     print(name, layer["kernel"])
-      reduce (64, 4)
       expand (4, 64)
-      spatial_reduce (1, 1, 64, 4)
+      reduce (64, 4)
       spatial_conv1 (3, 3, 4, 4)
       spatial_conv2 (3, 3, 4, 4)
       spatial_expand (1, 1, 4, 1)
+      spatial_reduce (1, 1, 64, 4)
 
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, C)``, is sown as
-    ``intermediates/gate``; the output is ``x * (1 + gate)``. It stands between the
-    stages of a network, and not in its residual branches.
+    ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Its place is
+    between the stages of a network, and not in its residual branches.
 
     Attributes:
       reduction: divisor r; the hidden width of both branches is ``max(C // r, 1)``
@@ -96,7 +96,6 @@ class BAM(nn.Module):
     identity_init: bool = False
     spatial_dims: int = 2
 
-    @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
 
@@ -104,15 +103,22 @@ class BAM(nn.Module):
         nothing and comes out as zero, and the gate is zero there.
         """
         x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
+        return x * gate if self.identity_init else x * (1 + gate)
+
+    @nn.compact
+    def element_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., H, W, C)``."""
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
         valid = functional.check_mask(mask, x)
         x = functional.keep(x, valid)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
         channel = normalise(self.norm, channel, None, "channel_norm")
         logits = channel + self._spatial_logits(x, valid)
         gate = functional.keep(gate_of(self, logits), valid)
-        self.sow("intermediates", "gate", gate)
-        x, gate = promote_dtype(x, gate, dtype=self.dtype)
-        return x * gate if self.identity_init else x * (1 + gate)
+        self.sow("intermediates", "element_gate", gate)
+        return gate
 
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
         functional.check_positive("dilation", self.dilation)

@@ -86,24 +86,16 @@ class scSE(nn.Module):
     identity_init: bool = False
     spatial_dims: int = 2
 
-    @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the spatial gate is zero there.
-        """
+    def setup(self) -> None:
+        """Makes the two halves."""
         functional.check_choice("combine", self.combine, COMBINATIONS)
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        valid = functional.check_mask(mask, x)
-        x = functional.keep(x, valid)
         common: dict[str, Any] = {
             "use_bias": self.use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        se = SE(
+        self.channel = SE(
             reduction=self.reduction,
             hidden_features=self.hidden_features,
             act=self.act,
@@ -114,13 +106,22 @@ class scSE(nn.Module):
             identity_init=self.identity_init,
             spatial_dims=self.spatial_dims,
             **common,
-            name="channel",
         )
-        logits = nn.Dense(1, **common, **last_layer(self), name="spatial")(x)
-        spatial = functional.keep(gate_of(self, logits), valid)
-        self.sow("intermediates", "spatial_gate", spatial)
+        self.spatial = nn.Dense(1, **common, **last_layer(self))
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the spatial gate is zero there.
+        """
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
         x, channel, spatial = promote_dtype(
-            x, se.channel_gate(x, mask), spatial, dtype=self.dtype
+            x,
+            self.channel.channel_gate(x, mask),
+            self.spatial_gate(x, mask),
+            dtype=self.dtype,
         )
         by_channel = x * channel
         by_position = functional.scale(x, spatial, implementation=self.implementation)
@@ -128,3 +129,12 @@ class scSE(nn.Module):
             return jnp.maximum(by_channel, by_position)
         y = by_channel + by_position
         return y / 2 if self.identity_init else y
+
+    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        mask = functional.check_mask(mask, x)
+        logits = self.spatial(functional.keep(x, mask))
+        gate = functional.keep(gate_of(self, logits), mask)
+        self.sow("intermediates", "spatial_gate", gate)
+        return gate

@@ -120,7 +120,7 @@ def test_sown_gates_multiply_back_to_the_output(identity_init):
         y, state = module.apply(variables, x, mutable=["intermediates"])
         sown.append((y, state["intermediates"]))
     (y, gates), (z, two) = sown
-    gate = gates["gate"][0]
+    gate = gates["element_gate"][0]
     np.testing.assert_array_equal(x * (gate if identity_init else 1 + gate), y)
     total = x * two["channel"]["channel_gate"][0] + x * two["spatial_gate"][0]
     np.testing.assert_array_equal(total / 2 if identity_init else total, z)
