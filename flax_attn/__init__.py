@@ -10,6 +10,7 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
   (2, 8, 8, 64)
 """
 
+from flax_attn import inspect as inspect
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
 from flax_attn.functional import eca_kernel_size
