@@ -13,6 +13,7 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 from flax_attn import inspect as inspect
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
+from flax_attn.cost import cost
 from flax_attn.functional import eca_kernel_size
 from flax_attn.layout import ChannelsFirst
 from flax_attn.spatial import SpatialAttention
@@ -26,5 +27,6 @@ __all__ = [
     "ECA",
     "SE",
     "SpatialAttention",
+    "cost",
     "eca_kernel_size",
 ]
