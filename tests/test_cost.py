@@ -90,6 +90,25 @@ def test_by_hand():
     assert k3.multiply_adds == n * 2 * (2 + 3 + 2) * (2 + 3 + 3 + 2)
 
 
+class Pool(nn.Module):
+    def __call__(self, x):
+        return nn.max_pool(x, (2, 2), (2, 2)) + nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def test_windows_by_hand():
+    counted = flax_attn.cost(Pool(), (1, 4, 6, 2))
+    out = 2 * 3 * 2
+    # A maximum or a sum of four each, the division by four, and the sum of the two.
+    assert counted.operations == out * (3 + 3 + 1 + 1)
+    # Both read x at once; their results are written and read, and their sum written.
+    assert counted.bytes == 4 * (48 + 2 * out + 2 * out + out)
+
+
+def test_a_result_that_is_stored_already_is_not_written_again():
+    dense = flax_attn.cost(nn.Dense(5, use_bias=False), (2, 3))
+    assert dense == Cost(15, 30, 0, 0, bytes=4 * (6 + 15 + 10))
+
+
 def test_flops_are_two_for_a_multiply_add():
     counted = Cost(1, 10, 3, 7, 99)
     assert counted.flops == 23

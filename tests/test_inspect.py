@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +162,15 @@ def test_arguments_are_passed_on_and_nothing_is_changed(several):
     dropped = attention_maps(model, variables, x, 1, train=True, rngs=rngs)
     assert np.abs(dropped["shared/spatial_gate"] - [*one.values()][0]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, variables)
+
+
+def test_what_a_call_would_change_is_not_changed():
+    x = normal((2, 4, 4, 8), 6)
+    norm = partial(nn.BatchNorm, use_running_average=False)
+    model = flax_attn.SpatialAttention(norm=norm)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        attention_maps(model, variables, x)
 
 
 def test_under_jit_the_gates_are_the_same(several):
