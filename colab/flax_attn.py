@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -113,17 +115,18 @@ plt.close("all")
 
 # %% [markdown]
 # ## Where it attends
-# The blocks sow their gates, and `compare.spatial_gates` asks for them with
-# `mutable=["intermediates"]`. Shown are the spatial gates of each stage's last block over
-# test images (`spatial` and `cbam` blocks have them).
+# `flax_attn.inspect.attention_maps(model, variables, x)` reads every gate of a model by
+# its path. Shown are the spatial gates of each stage's last block, laid over test images
+# (`spatial` and `cbam` blocks have them), and how far they are open.
 
 # %%
-from train import compare, devices
-from train.report import plot_gates
+from flax_attn import inspect
+from train import compare, devices, gates
 
 inputs = loop.make_inputs(config, images, devices.make_mesh(1))
-shown, gates = compare.spatial_gates(run.model, run.variables, inputs, count=4)
-if gates:
-    display(plot_gates(shown, gates))
+shown, maps = compare.spatial_gates(run.model, run.variables, inputs, count=4)
+if maps:
+    display(gates.picture(shown, maps))
+    print(inspect.statistics(maps))
 else:
     print(f"`{attention}` has no spatial gate.")

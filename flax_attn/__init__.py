@@ -10,9 +10,11 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
   (2, 8, 8, 64)
 """
 
+from flax_attn import inspect as inspect
 from flax_attn.bam import BAM
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
+from flax_attn.cost import cost
 from flax_attn.functional import eca_kernel_size
 from flax_attn.layout import ChannelsFirst
 from flax_attn.scse import scSE
@@ -28,6 +30,7 @@ __all__ = [
     "ECA",
     "SE",
     "SpatialAttention",
+    "cost",
     "eca_kernel_size",
     "scSE",
 ]

@@ -594,6 +594,25 @@ def test_spatial_gates_are_those_of_each_stages_last_block():
         assert gate.dtype == np.float32 and 0 < gate.min() < gate.max() <= 1
 
 
+@pytest.mark.parametrize("attention", ["none", "se"])
+def test_without_spatial_attention_there_are_no_spatial_gates(attention):
+    pixels, labels = np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int32)
+    pixels[0] = 255
+    images = ImageSet(pixels, labels, pixels, labels, 10, flip=False)
+    model = ResNet(
+        stages=(1,),
+        block=BasicBlock,
+        num_classes=10,
+        width=4,
+        imagenet_stem=False,
+        attention=ATTENTIONS[attention],
+    )
+    variables = variables_for(model, jnp.zeros((1, 4, 4, 3)))
+    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    shown, gates = compare.spatial_gates(model, variables, fed, count=2)
+    assert gates == {} and shown.shape == (2, 4, 4, 3)
+
+
 def test_the_blocks_with_spatial_gates():
     """The names are all that a report without jax has."""
     key, x = jax.random.key(0), jnp.zeros((1, 4, 4, 16))

@@ -100,7 +100,7 @@ def test_every_field_is_documented(module):
 
 
 def public_functions():
-    for owner in (flax_attn, functional):
+    for owner in (flax_attn, functional, flax_attn.inspect):
         for name, value in vars(owner).items():
             if inspect.isfunction(value) and not name.startswith("_"):
                 yield pytest.param(value, id=name)

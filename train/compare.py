@@ -192,22 +192,23 @@ def spatial_gates(
     import jax
     import numpy as np
 
+    from flax_attn import inspect
     from train import devices
 
     data = inputs.test_data
     item, _ = next(inputs.test_calls())
     normalised = inputs.test_batch(data, item)[0][:count]
-    apply = jax.jit(partial(model.apply, mutable=["intermediates"]))
-    # The variables may lie on several devices; for a few images one will do.
-    _, state = apply(devices.to_host(variables), normalised)
     shown = np.asarray((normalised * data.std + data.mean) * 255)
-    sown = state.get("intermediates", {})
-    gates = {}
-    for i, blocks in enumerate(model.stages, 1):
-        name = f"stage{i}_block{blocks}"
-        for path, gate in jax.tree_util.tree_leaves_with_path(sown.get(name, {})):
-            if "spatial_gate" in jax.tree_util.keystr(path):
-                gates[name] = np.asarray(gate[..., 0], np.float32)
+    gates: dict[str, np.ndarray] = {}
+    if model.attention is not None:
+        read = jax.jit(partial(inspect.attention_maps, model))
+        # The variables may lie on several devices; for a few images one will do.
+        maps = read(devices.to_host(variables), normalised)
+        last = [f"stage{i}_block{blocks}" for i, blocks in enumerate(model.stages, 1)]
+        for path, gate in maps.items():
+            block, *_, kind = path.split("/")
+            if kind == "spatial_gate" and block in last:
+                gates[block] = np.asarray(gate[..., 0], np.float32)
     return shown.round().astype(np.uint8), gates
 
 

@@ -175,6 +175,54 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
         return training.run()
 
 
+def last_saved(
+    config: Config, inputs: Inputs, folder: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of the run in ``folder`` and its variables at the last checkpoint.
+
+    Nothing is trained, and no file of the run is written.
+
+    Args:
+      config: that of the run.
+      inputs: what feeds it.
+      folder: where it lies.
+
+    Raises:
+      ValueError: there is no checkpoint, or another process trains there.
+      CheckpointError: all of them are damaged.
+    """
+    config = config_lib.resolve(config)
+    model, shapes = saved_shapes(config, inputs)
+    # Only the shapes and dtypes of a template matter.
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    with (
+        workdir.claimed(folder, config),
+        contextlib.closing(
+            Checkpoints(folder / workdir.CHECKPOINTS, config.keep, tell)
+        ) as checkpoints,
+    ):
+        found = checkpoints.restore(template)
+    if found is None:
+        raise ValueError(f"`workdir` {folder} holds no checkpoint; train there first.")
+    tree, _ = found
+    return model, {name: tree[name] for name in ("params", "batch_stats")}
+
+
+def saved_shapes(
+    config: config_lib.Resolved, inputs: Inputs
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
+    model = make_model(config, inputs.num_classes)
+    total = config.epochs * inputs.per_epoch
+    optimizer = make_optimizer(config, make_schedule(config, inputs.per_epoch, total))
+
+    def tree() -> dict[str, Any]:
+        key = jax.random.key(config.seed)
+        return _saved(make_state(model, optimizer, key, inputs.image_size), key)
+
+    return model, jax.eval_shape(tree)
+
+
 def tell(line: str) -> None:
     """Prints a line where a bar may be."""
     tqdm.write(line, file=sys.stderr)
@@ -373,14 +421,7 @@ class Training:
         return self.epochs * self.inputs.per_epoch
 
     def _tree(self) -> dict[str, Any]:
-        state = self.progress.state
-        return {
-            "step": state.step,
-            "params": state.params,
-            "batch_stats": state.batch_stats,
-            "opt_state": state.opt_state,
-            "key": jax.random.key_data(self.key),
-        }
+        return _saved(self.progress.state, self.key)
 
     def _save(self) -> None:
         """Begins to save all of the progress; it must be finite."""
@@ -607,6 +648,17 @@ def make_evaluate(
         return float(loss), float(accuracy)
 
     return evaluate
+
+
+def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
+    """What of a run a checkpoint holds, beside its record."""
+    return {
+        "step": state.step,
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": state.opt_state,
+        "key": jax.random.key_data(key),
+    }
 
 
 def _variables(state: TrainState) -> dict[str, Any]:

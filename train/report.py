@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -139,25 +141,61 @@ def plot_gates(images: np.ndarray, gates: Mapping[str, np.ndarray]) -> Figure:
       images: ``(N, H, W, 3)`` uint8.
       gates: by name, ``(N, h, w)``; each is drawn as large as the image.
     """
-    columns = 1 + len(gates)
-    figure = Figure(
-        figsize=(1.3 * columns + 1, 1.3 * len(images) + 0.5), layout="constrained"
+    figure, axes = _beside(
+        images, {f"{name}\n{_size(maps)}": maps for name, maps in gates.items()}
     )
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, image in zip(axes, images, strict=True):
-        row[0].imshow(image)
-    axes[0, 0].set_title("image", fontsize=8)
-    for column, (name, maps) in zip(axes.T[1:], gates.items(), strict=True):
-        height, width = maps.shape[1:]
-        column[0].set_title(f"{name}\n{height}×{width}", fontsize=8)
+    for column, maps in zip(axes.T[1:], gates.values(), strict=True):
         for axis, gate in zip(column, maps, strict=True):
             drawn = axis.imshow(
                 gate, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
             )
-    for axis in axes.flat:
-        axis.set_axis_off()
     figure.colorbar(drawn, ax=axes[:, 1:], label="spatial gate", shrink=0.6)
     return figure
+
+
+def plot_overlays(
+    images: np.ndarray,
+    overlays: Mapping[str, np.ndarray],
+    colours: np.ndarray,
+    limits: tuple[float, float],
+) -> Figure:
+    """Draws images and, beside each, the same with its spatial gates laid over.
+
+    Args:
+      images: ``(N, H, W, 3)`` uint8.
+      overlays: by title, ``(N, H, W, 3)`` uint8.
+      colours: those of gates from one limit to the other, ``(K, 3)`` from 0 to 255.
+      limits: the gates with the first and the last colour.
+    """
+    figure, axes = _beside(images, overlays)
+    for column, pictures in zip(axes.T[1:], overlays.values(), strict=True):
+        for axis, picture in zip(column, pictures, strict=True):
+            axis.imshow(picture)
+    scale = ScalarMappable(Normalize(*limits), ListedColormap(colours / 255))
+    figure.colorbar(scale, ax=axes[:, 1:], label="spatial gate", shrink=0.6)
+    return figure
+
+
+def _beside(
+    images: np.ndarray, columns: Mapping[str, np.ndarray]
+) -> tuple[Figure, np.ndarray]:
+    """A figure with ``images`` in its first column and a title over each other one."""
+    count = 1 + len(columns)
+    figure = Figure(
+        figsize=(1.3 * count + 1, 1.3 * len(images) + 0.5), layout="constrained"
+    )
+    axes = figure.subplots(len(images), count, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(image)
+    for axis, title in zip(axes[0], ("image", *columns), strict=True):
+        axis.set_title(title, fontsize=8)
+    return figure, axes
+
+
+def _size(maps: np.ndarray) -> str:
+    return "×".join(map(str, maps.shape[1:3]))
 
 
 def main(

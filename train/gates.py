@@ -1,0 +1,117 @@
+"""``python -m train.gates RUN --out gates.png``: where a trained network attends.
+
+RUN is a workdir of ``train.cifar`` whose block has a spatial gate. The picture shows
+test images and, laid over them, the spatial gates of each stage's last block, from the
+last checkpoint.
+
+Exit codes: 0 drawn, 2 the command line, the data or the workdir is bad.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from train.config import Config
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+
+def draw(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path = Path("gates.png"),
+    data_dir: Path = Config.data_dir,
+    images: int = 6,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Draw the spatial gates of a trained network over test images.
+
+    Args:
+        run: workdir of train.cifar.
+        out: the picture to write; its ending names the format.
+        data_dir: where the images lie that it was trained on.
+        images: how many images to show; at most a batch.
+        limits: gates with the darkest and the lightest colour.
+    """
+    config = read_config(run, data_dir)
+    # Only now, so that a mistyped path answers at once.
+    from train import compare, devices, loop
+
+    inputs = loop.make_inputs(config, loop.load(config), devices.make_mesh(1))
+    with contextlib.closing(inputs):
+        model, variables = loop.last_saved(config, inputs, run)
+        shown, gates = compare.spatial_gates(model, variables, inputs, count=images)
+    if not gates:
+        raise ValueError(
+            f"`run` must have a spatial gate, got attention {config.attention}; train "
+            "with --attention spatial, cbam or cbam-conv."
+        )
+    picture(shown, gates, limits=limits).savefig(out, dpi=130)
+    print(f"Wrote {out}.")
+
+
+def read_config(run: Path, data_dir: Path) -> Config:
+    """The configuration in a run's run.json, with its images in ``data_dir``.
+
+    Raises:
+      ValueError: there is none.
+    """
+    try:
+        recipe = json.loads((run / "run.json").read_text())["config"]
+        return Config(**recipe, data_dir=data_dir)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`run` must be a workdir of train.cifar, got {run} ({error})."
+        ) from error
+
+
+def picture(
+    images: "np.ndarray",
+    gates: Mapping[str, "np.ndarray"],
+    *,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> "Figure":
+    """Lays spatial gates over images, a column for each name.
+
+    Args:
+      images: ``(N, H, W, 3)`` uint8.
+      gates: by name, ``(N, h, w)``.
+      limits: gates with the darkest and the lightest colour (default: (0.0, 1.0)).
+    """
+    import numpy as np
+
+    from flax_attn import inspect
+    from train import report
+
+    overlays = {
+        f"{name}\n{maps.shape[1]}×{maps.shape[2]}": inspect.overlay(
+            images, maps, limits=limits
+        )
+        for name, maps in gates.items()
+    }
+    colours = inspect.colour_map(np.linspace(0, 1, 256))
+    return report.plot_overlays(images, overlays, colours, limits)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line ``args``, by default that of the process."""
+    try:
+        tyro.cli(draw, prog="python -m train.gates", args=args)
+    except Exception as error:
+        from train.checkpoint import CheckpointError
+        from train.data import DataError
+
+        if not isinstance(error, ValueError | OSError | DataError | CheckpointError):
+            raise
+        print(f"train.gates: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
