@@ -10,6 +10,7 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
   (2, 8, 8, 64)
 """
 
+from flax_attn import presets
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
 from flax_attn.functional import eca_kernel_size
@@ -26,4 +27,5 @@ __all__ = [
     "SE",
     "SpatialAttention",
     "eca_kernel_size",
+    "presets",
 ]
