@@ -1,16 +1,55 @@
-"""What the modules share beside the arithmetic: types, a convolution's parameters."""
+"""What the modules share beside the arithmetic: types, a start, a convolution."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
+from flax_attn import functional
 from flax_attn.functional import Array
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
+Width = int | Callable[[int], int]
+
+
+def width_of(field: str, value: Width, features: int) -> int:
+    """The width that a field asks for at ``features`` channels, an integer."""
+    if not callable(value):
+        return value
+    width = value(features)
+    if not functional.is_int(width):
+        raise ValueError(
+            f"`{field}` is a function, which must return an integer, got {width!r} for "
+            f"{features} channels; return an int."
+        )
+    return width
+
+
+def last_layer(module: Any) -> dict[str, Any]:
+    """The initializers of the layer that makes the logits."""
+    if module.identity_init:
+        zeros = nn.initializers.zeros_init()
+        return {"kernel_init": zeros, "bias_init": zeros}
+    return {"kernel_init": module.kernel_init, "bias_init": module.bias_init}
+
+
+def gate_of(module: Any, logits: Array) -> Array:
+    """The gate for ``logits``; at zero logits it is 1 with ``identity_init``."""
+    if not module.identity_init:
+        return module.gate(logits)
+    with jax.ensure_compile_time_eval():
+        at_zero = float(module.gate(jnp.zeros(())))
+    if at_zero != 0.5:
+        raise ValueError(
+            "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "
+            f"{at_zero}; pass a gate such as nn.sigmoid, or identity_init=False."
+        )
+    return 2 * module.gate(logits)
 
 
 class Conv(nn.Module):

@@ -9,7 +9,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import GateFn, ModuleDef
+from flax_attn._linen import GateFn, ModuleDef, Width
 from flax_attn.channel import ChannelAttention
 from flax_attn.functional import Array, Excite, Implementation
 from flax_attn.spatial import SpatialAttention
@@ -41,10 +41,10 @@ class CBAM(nn.Module):
         (default: 16).
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1; it overrides
-        ``reduction`` (default: None).
-      kernel_size: width of the channel convolution, odd (default: None, which means
-        ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
+        to it; it overrides ``reduction`` (default: None).
+      kernel_size: width of the channel convolution, odd, or a function from C to it
+        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
       gamma: slope divisor of the rule for that width, not 0 (default: 2).
       b: offset of the rule for that width (default: 1).
       spatial_norm: module between the spatial convolution and its gate (default:
@@ -61,6 +61,9 @@ class CBAM(nn.Module):
       bias_init: initializer of all biases.
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether both gates start at exactly 1, so that the block starts as
+        the identity: their last kernels and biases start at zero, and the gates are
+        ``2 * gate(logits)`` (default: False).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -74,8 +77,8 @@ class CBAM(nn.Module):
     reduction: int = 16
     spatial_kernel_size: int = 7
     excite: Excite = "mlp"
-    hidden_features: int | None = None
-    kernel_size: int | None = None
+    hidden_features: Width | None = None
+    kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     spatial_norm: ModuleDef | None = None
@@ -88,6 +91,7 @@ class CBAM(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
+    identity_init: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -102,6 +106,7 @@ class CBAM(nn.Module):
             "kernel_init": self.kernel_init,
             "bias_init": self.bias_init,
             "implementation": self.implementation,
+            "identity_init": self.identity_init,
         }
         channel = ChannelAttention(
             reduction=self.reduction,

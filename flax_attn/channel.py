@@ -14,7 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn
+from flax_attn._linen import Conv, GateFn, Width, gate_of, last_layer, width_of
 from flax_attn.functional import Array, Excite, Implementation, Padding, Pool
 
 
@@ -34,8 +34,8 @@ class SE(nn.Module):
 
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 16).
-      hidden_features: the hidden width itself, at least 1; it overrides ``reduction``
-        (default: None).
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
       pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
       act: activation between the two layers (default: nn.relu).
       gate: function from logits to the gate (default: nn.sigmoid).
@@ -48,6 +48,9 @@ class SE(nn.Module):
       bias_init: initializer of both biases, (h,) and (C,).
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the gate starts at exactly 1, so that the block starts as
+        the identity: the last kernel and bias start at zero, and the gate is
+        ``2 * gate(logits)`` (default: False).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -60,7 +63,7 @@ class SE(nn.Module):
     """
 
     reduction: int = 16
-    hidden_features: int | None = None
+    hidden_features: Width | None = None
     pool: Pool = "avg"
     act: Callable[[Array], Array] = nn.relu
     gate: GateFn = nn.sigmoid
@@ -71,6 +74,7 @@ class SE(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
+    identity_init: bool = False
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
@@ -98,7 +102,7 @@ class ECA(nn.Module):
     ``intermediates/channel_gate``.
 
     Attributes:
-      kernel_size: width k, odd (default: None, which means
+      kernel_size: width k, odd, or a function from C to it (default: None, which means
         ``eca_kernel_size(C, gamma=gamma, b=b)``). Released ECA-Net weights have fixed
         widths: 3, 5, 5, 7 in the four stages of a ResNet-50.
       gamma: slope divisor of the rule for k, not 0 (default: 2).
@@ -116,6 +120,9 @@ class ECA(nn.Module):
       bias_init: initializer of the bias, (1,).
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the gate starts at exactly 1, so that the block starts as
+        the identity: the last kernel and bias start at zero, and the gate is
+        ``2 * gate(logits)`` (default: False).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -126,7 +133,7 @@ class ECA(nn.Module):
     Deep Convolutional Neural Networks. https://arxiv.org/abs/1910.03151, 2019.
     """
 
-    kernel_size: int | None = None
+    kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     pool: Pool = "avg"
@@ -139,6 +146,7 @@ class ECA(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
+    identity_init: bool = False
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
@@ -172,10 +180,10 @@ class ChannelAttention(nn.Module):
       reduction: divisor r of the MLP; the hidden width is ``max(C // r, 1)``
         (default: 16).
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1; it overrides
-        ``reduction`` (default: None).
-      kernel_size: width k of the convolution, odd (default: None, which means
-        ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
+        to it; it overrides ``reduction`` (default: None).
+      kernel_size: width k of the convolution, odd, or a function from C to it
+        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
       gamma: slope divisor of the rule for k, not 0 (default: 2).
       b: offset of the rule for k (default: 1).
       padding: what the convolution finds beyond the first and last channel,
@@ -191,6 +199,9 @@ class ChannelAttention(nn.Module):
       bias_init: initializer of the biases, (h,) and (C,), or (1,).
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the gate starts at exactly 1, so that the block starts as
+        the identity: the last kernel and bias start at zero, and the gate is
+        ``2 * gate(logits)`` (default: False).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -205,8 +216,8 @@ class ChannelAttention(nn.Module):
 
     reduction: int = 16
     excite: Excite = "mlp"
-    hidden_features: int | None = None
-    kernel_size: int | None = None
+    hidden_features: Width | None = None
+    kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     padding: Padding = "zeros"
@@ -219,6 +230,7 @@ class ChannelAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
+    identity_init: bool = False
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
@@ -249,7 +261,7 @@ def _channel_gate(
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
     logits = logits_of(jnp.stack(squeezed)).sum(axis=0)
-    gate = module.gate(logits)
+    gate = gate_of(module, logits)
     module.sow("intermediates", "channel_gate", gate)
     return gate
 
@@ -260,6 +272,7 @@ def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
     if hidden is None:
         functional.check_positive("reduction", module.reduction)
         hidden = max(features // module.reduction, 1)
+    hidden = width_of("hidden_features", hidden, features)
     functional.check_positive("hidden_features", hidden)
     layer = partial(
         nn.Dense,
@@ -267,10 +280,13 @@ def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
         dtype=module.dtype,
         param_dtype=module.param_dtype,
         precision=module.precision,
-        kernel_init=module.kernel_init,
-        bias_init=module.bias_init,
     )
-    reduce, expand = layer(hidden, name="reduce"), layer(features, name="expand")
+    first: dict[str, Any] = {
+        "kernel_init": module.kernel_init,
+        "bias_init": module.bias_init,
+    }
+    reduce = layer(hidden, **first, name="reduce")
+    expand = layer(features, **last_layer(module), name="expand")
     return lambda s: expand(module.act(reduce(s)))
 
 
@@ -280,6 +296,7 @@ def _conv(module: Any, features: int) -> Callable[[Array], Array]:
     width = module.kernel_size
     if width is None:
         width = functional.eca_kernel_size(features, gamma=module.gamma, b=module.b)
+    width = width_of("kernel_size", width, features)
     functional.check_odd("kernel_size", width)
     return Conv(
         partial(
@@ -292,7 +309,6 @@ def _conv(module: Any, features: int) -> Callable[[Array], Array]:
         use_bias=module.use_bias,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
-        kernel_init=module.kernel_init,
-        bias_init=module.bias_init,
+        **last_layer(module),
         name="conv",
     )

@@ -48,7 +48,7 @@ def check_choice(field: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_positive(field: str, value: Any) -> None:
     """Raises ``ValueError`` unless ``value`` is an integer of at least 1."""
-    if not _is_int(value) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(
             f"`{field}` must be an integer of at least 1, got {value!r}; pass a "
             "positive int."
@@ -60,8 +60,8 @@ def check_odd(field: str, value: Any) -> None:
 
     Only an odd kernel has a centre, so only an odd one keeps the size of the map.
     """
-    if not _is_int(value) or value < 1 or value % 2 == 0:
-        near = f" such as {max(int(value), 0) + 1}" if _is_int(value) else ""
+    if not is_int(value) or value < 1 or value % 2 == 0:
+        near = f" such as {max(int(value), 0) + 1}" if is_int(value) else ""
         raise ValueError(
             f"`{field}` must be an odd integer of at least 1, got {value!r}; pass an "
             f"odd size{near}."
@@ -272,7 +272,8 @@ def _is_fast(implementation: Any) -> bool:
     return implementation == "fast"
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is an integer of any kind, but no bool."""
     if isinstance(value, bool):
         return False
     try:

@@ -8,7 +8,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn, ModuleDef
+from flax_attn._linen import Conv, GateFn, ModuleDef, gate_of, last_layer
 from flax_attn.functional import Array, Implementation
 
 
@@ -43,6 +43,9 @@ class SpatialAttention(nn.Module):
       bias_init: initializer of the bias, (1,).
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the gate starts at exactly 1, so that the block starts as
+        the identity: the last kernel and bias start at zero, and the gate is
+        ``2 * gate(logits)`` (default: False).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -65,6 +68,7 @@ class SpatialAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
+    identity_init: bool = False
 
     def __call__(self, x: Array) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
@@ -90,13 +94,12 @@ class SpatialAttention(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
+            **last_layer(self),
             name="conv",
         )(maps)
         if self.norm is not None:
             logits = self.norm(name="norm")(logits)
-        gate = self.gate(logits)
+        gate = gate_of(self, logits)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
 

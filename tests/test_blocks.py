@@ -485,3 +485,59 @@ def test_fields_reach_the_computation():
     ).init(jax.random.key(0), x)["params"]["reduce"]
     assert ones["kernel"].dtype == jnp.bfloat16
     assert (ones["kernel"] == 1).all() and (ones["bias"] == 2).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_identity_at_the_start(block, implementation):
+    x = normal((2, 5, 4, 32), 1)
+    module = BLOCKS[block](
+        identity_init=True,
+        implementation=implementation,
+        bias_init=nn.initializers.ones_init(),
+        use_bias=True,
+    )
+    variables = module.init(jax.random.key(0), x)
+
+    @jax.jit
+    def run(variables):
+        return module.apply(variables, x)
+
+    np.testing.assert_array_equal(run(variables), x)
+    gradients = jax.grad(lambda v: jnp.sum(run(v) ** 2))(variables)
+    last = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(gradients)
+        if path[-2].key in ("expand", "conv") and path[-1].key == "kernel"
+    ]
+    assert last and all(jnp.abs(leaf).max() > 0 for leaf in last)
+
+
+def test_identity_needs_a_gate_of_a_half():
+    module = flax_attn.ECA(identity_init=True, gate=nn.relu)
+    with pytest.raises(ValueError, match="`gate` must be 0.5 at 0, got 0.0"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    "module, shapes",
+    [
+        (
+            flax_attn.SE(hidden_features=lambda c: c // 5),
+            {"reduce": {"kernel": (20, 4)}, "expand": {"kernel": (4, 20)}},
+        ),
+        (flax_attn.ECA(kernel_size=lambda c: c - 9), {"conv": {"kernel": (11, 1, 1)}}),
+    ],
+    ids=["hidden", "kernel"],
+)
+def test_widths_may_be_functions_of_the_channels(module, shapes):
+    x = jnp.ones((3, 3, 20))
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables["params"]) == shapes
+
+
+@pytest.mark.parametrize("width", [2.0, None, 0])
+def test_bad_widths_from_functions(width):
+    module = flax_attn.CBAM(hidden_features=lambda c: width)
+    with pytest.raises(ValueError, match="`hidden_features`"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
