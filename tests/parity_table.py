@@ -1,4 +1,4 @@
-"""``python -m tests.parity_table`` prints the README's parity table; needs ``parity``.
+"""``python -m tests.parity_table`` prints the README's table; needs ``parity``.
 
 A row is a block of a reference: the article, the official code, timm. Its figures are
 the largest errors over the block's cases and both implementations, each relative to the
@@ -55,6 +55,10 @@ class Preset:
     @property
     def has_norm(self):
         return any(name.endswith("norm") for name in self.layers)
+
+    @property
+    def has_maximum(self):
+        return any(name.startswith("spatial") for name in self.layers)
 
     def make(self, *, train):
         preset = getattr(presets, self.name)
@@ -182,28 +186,31 @@ class Case:
 
 
 def _cases(preset):
-    modes = (False, True) if preset.has_norm else (False,)
-    first = preset.channels[0]
-    shapes = [(2, 5, 7, c) for c in preset.channels] + [(3, 1, 1, first)]
-    return [
-        *(Case(preset, shape, train) for shape in shapes for train in modes),
-        *(Case(preset, (2, 5, 4, first), train, relu=True) for train in modes),
-    ]
+    first, *others = preset.channels
+    train = preset.has_norm
+    yield Case(preset, (2, 5, 7, first))
+    yield Case(preset, (3, 1, 1, first), train)
+    for channels in others:
+        yield Case(preset, (2, 5, 7, channels), train)
+    if preset.has_maximum:
+        yield Case(preset, (2, 5, 4, first), train, relu=True)
 
 
 CASES = [case for preset in PRESETS for case in _cases(preset)]
 
 
-def run_flax(case, implementation):
+def run_flax(case, implementation, variables, x, cotangent):
     """Our output, gradients and new batch statistics for ``case``."""
-    variables, x, cotangent = case.arrays()
     module = case.module(implementation=implementation)
-    params = variables.pop("params")
+    params, rest = (
+        variables["params"],
+        {k: v for k, v in variables.items() if k != "params"},
+    )
 
     @jax.jit
     def run(params, x, cotangent):
         def apply(params, x):
-            both = {"params": params, **variables}
+            both = {"params": params, **rest}
             return module.apply(both, x, mutable=["batch_stats"])
 
         y, pullback, state = jax.vjp(apply, params, x, has_aux=True)
@@ -216,11 +223,10 @@ def run_flax(case, implementation):
     return arrays
 
 
-def run_torch(case):
+def run_torch(case, variables, x, cotangent):
     """The same of the PyTorch module, in flax's layouts and by our names."""
     import torch
 
-    variables, x, cotangent = case.arrays()
     module = case.preset.torch(x.shape[-1]).train(case.train)
     places = dict(_places(case.preset, variables, module))
     with torch.no_grad():
@@ -279,7 +285,7 @@ def _to_torch(preset, leaf, shape):
     if leaf.ndim == 1:
         return torch.tensor(leaf)
     if preset.mean_first and leaf.ndim == 4:
-        leaf = leaf[:, :, ::-1]
+        leaf = np.flip(leaf, 2).copy()
     return make_golden.to_torch(leaf).reshape(shape)
 
 
@@ -287,12 +293,17 @@ def _to_flax(preset, weight, shape):
     if weight.ndim == 1:
         return weight.numpy()
     array = make_golden.to_flax(weight).reshape(shape)
-    return array[:, :, ::-1] if preset.mean_first and array.ndim == 4 else array
+    return np.flip(array, 2) if preset.mean_first and array.ndim == 4 else array
 
 
-def preset_errors(case, implementation):
-    """The error of each array of a case of a preset."""
-    return errors(run_flax(case, implementation), run_torch(case))
+def preset_errors(case):
+    """The error of each array of a case of a preset, in each implementation."""
+    arrays = case.arrays()
+    expected = run_torch(case, *arrays)
+    return {
+        implementation: errors(run_flax(case, implementation, *arrays), expected)
+        for implementation in cases.IMPLEMENTATIONS
+    }
 
 
 def article_errors(case, implementation, expected):
@@ -305,42 +316,42 @@ def article_errors(case, implementation, expected):
 
 
 def _columns(found):
-    """The largest error of the output, of the gradients, of the statistics."""
-
-    def largest(names):
-        return max((error for n, error in found if n in names), default=None)
-
-    names = {name for name, _ in found}
-    statistics = {name for name in names if name.startswith("batch_stats/")}
-    return largest({"y"}), largest(names - {"y"} - statistics), largest(statistics)
-
-
-def rows():
-    """Reference, block and the three errors, for every block."""
-    found = {}
-    for case in cases.LIVE:
-        expected = make_golden.run(case)
-        errors_of = found.setdefault(("article", f"article_{_snake(case.block)}"), [])
-        for implementation in cases.IMPLEMENTATIONS:
-            errors_of += article_errors(case, implementation, expected).items()
-    for case in CASES:
-        key = (case.preset.reference, case.preset.name)
-        for implementation in cases.IMPLEMENTATIONS:
-            errors_of = found.setdefault(key, [])
-            errors_of += preset_errors(case, implementation).items()
-    for (reference, block), errors_of in found.items():
-        yield reference, block, *_columns(errors_of)
+    """The largest error of the output, of the gradients and of the statistics."""
+    columns = {"output": [], "gradients": [], "statistics": []}
+    for name, error in found:
+        statistics = name.startswith("batch_stats/")
+        column = "output" if name == "y" else "gradients"
+        columns["statistics" if statistics else column].append(error)
+    return [max(column, default=None) for column in columns.values()]
 
 
-def _snake(name):
-    return name.replace("-", "_")
+def article_rows():
+    """Every block of the article, with its errors by the name of the array."""
+    for block in cases.BLOCKS:
+        found = []
+        for case in (case for case in cases.LIVE if case.block == block):
+            expected = make_golden.run(case)
+            for implementation in cases.IMPLEMENTATIONS:
+                found += article_errors(case, implementation, expected).items()
+        yield "article", "article_" + block.replace("-", "_"), found
+
+
+def preset_rows():
+    """Every other preset, with its errors by the name of the array."""
+    for preset in PRESETS:
+        found = []
+        for case in (case for case in CASES if case.preset == preset):
+            for errors_of in preset_errors(case).values():
+                found += errors_of.items()
+        yield preset.reference, preset.name, found
 
 
 def main():
-    print("| reference | block | output | gradients | batch statistics |")
+    """Prints the table."""
+    print("| reference | preset | output | gradients | batch statistics |")
     print("|---|---|---|---|---|")
-    for reference, block, *figures in rows():
-        cells = ["" if figure is None else f"{figure:.0e}" for figure in figures]
+    for reference, block, found in (*article_rows(), *preset_rows()):
+        cells = ["" if error is None else f"{error:.0e}" for error in _columns(found)]
         print(f"| {reference} | `{block}` | {' | '.join(cells)} |", flush=True)
 
 
