@@ -247,6 +247,9 @@ def _batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
         use_running_average=not train,
         momentum=momentum,
         epsilon=1e-5,
+        # As PyTorch: the logits are one channel, so a second pass costs nothing, and
+        # where they are nearly equal the difference of two squares is mostly rounding.
+        use_fast_variance=False,
     )
 
 

@@ -189,7 +189,9 @@ def _cases(preset):
     first, *others = preset.channels
     train = preset.has_norm
     yield Case(preset, (2, 5, 7, first))
-    yield Case(preset, (3, 1, 1, first), train)
+    # Of few logits that are nearly equal, float32 gives no BatchNorm gradient to 1e-5,
+    # in PyTorch no more than here.
+    yield Case(preset, (8, 1, 1, first), train)
     for channels in others:
         yield Case(preset, (2, 5, 7, channels), train)
     if preset.has_maximum:
