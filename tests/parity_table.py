@@ -7,8 +7,10 @@ demand at most ``LIMIT`` of every case.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
+from itertools import chain
 
 import jax
 import numpy as np
@@ -204,21 +206,17 @@ CASES = [case for preset in PRESETS for case in _cases(preset)]
 def run_flax(case, implementation, variables, x, cotangent):
     """Our output, gradients and new batch statistics for ``case``."""
     module = case.module(implementation=implementation)
-    params, rest = (
-        variables["params"],
-        {k: v for k, v in variables.items() if k != "params"},
-    )
 
     @jax.jit
-    def run(params, x, cotangent):
+    def run(variables, x, cotangent):
         def apply(params, x):
-            both = {"params": params, **rest}
+            both = variables | {"params": params}
             return module.apply(both, x, mutable=["batch_stats"])
 
-        y, pullback, state = jax.vjp(apply, params, x, has_aux=True)
+        y, pullback, state = jax.vjp(apply, variables["params"], x, has_aux=True)
         return y, pullback(cotangent), state
 
-    y, (d_params, d_x), state = run(params, x, cotangent)
+    y, (d_params, d_x), state = run(variables, x, cotangent)
     arrays = {"y": y} | named(state)
     if case.has_gradients:
         arrays |= {"x": d_x} | named({"params": d_params})
@@ -234,14 +232,10 @@ def run_torch(case, variables, x, cotangent):
     with torch.no_grad():
         for name, leaf in named(variables).items():
             places[name].copy_(_to_torch(case.preset, leaf, places[name].shape))
-    x = torch.tensor(np.moveaxis(x, -1, 1)).requires_grad_()
-    # A block may work in place on what it is given, which a leaf does not allow.
-    y = module(x * 1)
-    y.backward(torch.tensor(np.moveaxis(cotangent, -1, 1)))
-    arrays = {"y": np.moveaxis(y.detach().numpy(), 1, -1)}
-    if case.has_gradients:
-        arrays["x"] = np.moveaxis(x.grad.numpy(), 1, -1)
-    n = y.numel() / y.shape[1]
+    arrays = make_golden.output_and_gradient(module, x, cotangent)
+    if not case.has_gradients:
+        del arrays["x"]
+    n = math.prod(x.shape[:-1])
     for name, leaf in named(variables).items():
         if name.startswith("batch_stats"):
             arrays[name] = places[name].numpy().copy()
@@ -324,7 +318,7 @@ def _columns(found):
         statistics = name.startswith("batch_stats/")
         column = "output" if name == "y" else "gradients"
         columns["statistics" if statistics else column].append(error)
-    return [max(column, default=None) for column in columns.values()]
+    return [np.max(column) if column else None for column in columns.values()]
 
 
 def article_rows():
@@ -352,9 +346,15 @@ def main():
     """Prints the table."""
     print("| reference | preset | output | gradients | batch statistics |")
     print("|---|---|---|---|---|")
-    for reference, block, found in (*article_rows(), *preset_rows()):
-        cells = ["" if error is None else f"{error:.0e}" for error in _columns(found)]
+    for reference, block, found in chain(article_rows(), preset_rows()):
+        cells = [_cell(error) for error in _columns(found)]
         print(f"| {reference} | `{block}` | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(error):
+    if error is None:
+        return ""
+    return f"{error:.0e}" if error else "0"
 
 
 if __name__ == "__main__":
