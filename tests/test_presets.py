@@ -266,3 +266,17 @@ def test_running_averages(name, momentum):
     for key, value in expected.items():
         np.testing.assert_allclose(stats["spatial"]["norm"][key], value, atol=1e-5)
         np.testing.assert_array_equal(same["spatial"]["norm"][key], norm[key])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_logits_that_are_nearly_equal(name):
+    """The variance is that of the centred logits; E[z^2] - E[z]^2 would be noise."""
+    norm = make(name, train=True).keywords["spatial_norm"]()
+    logits = np.float32(100) + np.float32(0.01) * normal((4, 5, 6, 1), 0)
+    params = {"scale": np.float32([1]), "bias": np.float32([0])}
+    stats = {"mean": np.float32([0]), "var": np.float32([1])}
+    variables = {"params": params, "batch_stats": stats}
+    y, _ = jax.jit(partial(norm.apply, mutable=["batch_stats"]))(variables, logits)
+    wide = logits.astype(np.float64)
+    expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=5e-3)
