@@ -7,7 +7,7 @@ further fields may be given, and those given last win::
   >>> from flax_attn import presets
   >>> x = jnp.ones((2, 8, 8, 64))
   >>> block = presets.timm_se(dtype=jnp.bfloat16)
-  >>> params = block.init(jax.random.key(0), x)["params"]
+  >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
   >>> jax.tree.map(jnp.shape, params["reduce"])
   {'bias': (8,), 'kernel': (64, 8)}
 
@@ -145,7 +145,7 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
       >>> from flax_attn import presets
       >>> attention = presets.official_eca({64: 3, 128: 3, 256: 5, 512: 7})
       >>> x = jnp.ones((1, 4, 4, 256))
-      >>> params = attention().init(jax.random.key(0), x)["params"]
+      >>> params = jax.eval_shape(attention().init, jax.random.key(0), x)["params"]
       >>> jax.tree.map(jnp.shape, params)
       {'conv': {'kernel': (5, 1, 1)}}
 
@@ -206,11 +206,10 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
       >>> from flax_attn import presets
       >>> x = jnp.ones((2, 8, 8, 64))
       >>> block = presets.official_cbam(train=True)()
-      >>> variables = block.init(jax.random.key(0), x)
+      >>> variables = jax.jit(block.init)(jax.random.key(0), x)
       >>> variables["params"]["spatial"]["norm"]["scale"].tolist()
       [0.0]
-      >>> y, state = block.apply(variables, x, mutable=["batch_stats"])
-      >>> jax.tree.map(jnp.shape, state["batch_stats"]["spatial"])
+      >>> jax.tree.map(jnp.shape, variables["batch_stats"]["spatial"])
       {'norm': {'mean': (1,), 'var': (1,)}}
 
     Args:
@@ -302,7 +301,7 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
       >>> from flax_attn import presets
       >>> x = jnp.ones((2, 8, 8, 24))
       >>> block = presets.timm_cbam(train=False)()
-      >>> params = block.init(jax.random.key(0), x)["params"]
+      >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
       >>> jax.tree.map(jnp.shape, params["channel"])
       {'expand': {'kernel': (2, 24)}, 'reduce': {'kernel': (24, 2)}}
       >>> jax.tree.map(jnp.shape, params["spatial"])
