@@ -11,6 +11,7 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 """
 
 from flax_attn import inspect as inspect
+from flax_attn import presets
 from flax_attn.bam import BAM
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
@@ -32,5 +33,6 @@ __all__ = [
     "SpatialAttention",
     "cost",
     "eca_kernel_size",
+    "presets",
     "scSE",
 ]

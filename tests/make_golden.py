@@ -26,6 +26,19 @@ def to_flax(weight):
     return weight.T if weight.ndim == 2 else np.moveaxis(weight, (0, 1), (-1, -2))
 
 
+def output_and_gradient(block, x, cotangent):
+    """A PyTorch block's output and its input's gradient; its parameters keep theirs."""
+    import torch
+
+    x = torch.tensor(np.moveaxis(x, -1, 1)).requires_grad_()
+    y = block(x)
+    y.backward(torch.tensor(np.moveaxis(cotangent, -1, 1)))
+    return {
+        "y": np.moveaxis(y.detach().numpy(), 1, -1),
+        "x": np.moveaxis(x.grad.numpy(), 1, -1),
+    }
+
+
 def run(case):
     """The PyTorch block's output and gradients for ``case``, in flax's layouts."""
     import jax
@@ -44,13 +57,7 @@ def run(case):
     with torch.no_grad():
         for name, (_, leaf) in zip(names, leaves, strict=True):
             weights[name].copy_(to_torch(leaf))
-    x = torch.tensor(np.moveaxis(x, -1, 1)).requires_grad_()
-    y = block(x)
-    y.backward(torch.tensor(np.moveaxis(cotangent, -1, 1)))
-    arrays = {
-        "y": np.moveaxis(y.detach().numpy(), 1, -1),
-        "x": np.moveaxis(x.grad.numpy(), 1, -1),
-    }
+    arrays = output_and_gradient(block, x, cotangent)
     for name, path in zip(names, paths, strict=True):
         arrays["/".join(path)] = to_flax(weights[name].grad)
     return arrays

@@ -2,11 +2,10 @@
 
 import importlib.util
 
-import jax
 import numpy as np
 import pytest
 
-from tests import cases, make_golden
+from tests import cases, make_golden, parity_table
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
@@ -14,22 +13,9 @@ needs_torch = pytest.mark.skipif(
 )
 
 
-def named(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
-
-
 def check(case, implementation, expected):
-    variables, x, cotangent = case.arrays()
-    module = case.module(implementation=implementation)
-    y, d_variables, d_x = cases.forward_and_gradients(module, variables, x, cotangent)
-    actual = {"y": y, "x": d_x, **named(d_variables["params"])}
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        scale = max(np.abs(array).max(), 1.0)
-        np.testing.assert_allclose(
-            actual[name] / scale, array / scale, rtol=0, atol=1e-5, err_msg=name
-        )
+    errors = parity_table.article_errors(case, implementation, expected)
+    assert not {n: e for n, e in errors.items() if not e <= parity_table.LIMIT}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""timm's own layers, for the tests, without torchvision and without timm's models."""
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+
+# What timm.layers imports from there, and the blocks never call.
+TORCHVISION = {
+    "torchvision": (),
+    "torchvision.ops": (),
+    "torchvision.ops.misc": ("FrozenBatchNorm2d",),
+    "torchvision.models": (),
+    "torchvision.models.feature_extraction": (
+        "create_feature_extractor",
+        "get_graph_node_names",
+    ),
+}
+
+
+MODULES = ("cbam", "eca", "squeeze_excite")
+
+
+@functools.cache
+def load():
+    """The package ``timm.layers``; an ``import timm`` elsewhere is left as it was."""
+    spec = importlib.util.find_spec("timm")
+    # Without this empty parent, timm/__init__.py would import every model.
+    parent = types.ModuleType("timm")
+    parent.__path__ = spec.submodule_search_locations
+    stubs = {name: types.ModuleType(name) for name in TORCHVISION}
+    for name, stub in stubs.items():
+        stub.__path__ = []
+        vars(stub).update({inner: type(inner, (), {}) for inner in TORCHVISION[name]})
+    before = _take_away()
+    sys.modules.update({"timm": parent, **stubs})
+    try:
+        for name in MODULES:
+            importlib.import_module(f"timm.layers.{name}")
+        return sys.modules["timm.layers"]
+    finally:
+        _take_away()
+        sys.modules.update(before)
+
+
+def _take_away():
+    """Takes timm and torchvision out of the imported modules, and returns them."""
+    names = [n for n in sys.modules if n.split(".")[0] in ("timm", "torchvision")]
+    return {name: sys.modules.pop(name) for name in names}

@@ -1,0 +1,89 @@
+"""The official code's blocks in PyTorch, NCHW, written anew from their definitions.
+
+Parameters have the names of the published files, where those are PyTorch's: CBAM and
+ECA-Net. SENet is Caffe; its layers are called ``down`` and ``up`` there.
+
+Sources: https://github.com/hujie-frank/SENet (models/SE-ResNet-50.prototxt),
+https://github.com/BangguWu/ECANet (models/eca_module.py),
+https://github.com/Jongchan/attention-module (MODELS/cbam.py).
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class SENet(nn.Module):
+    """Two 1x1 convolutions with biases on the mean, C -> C // 16 -> C."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.down = nn.Conv2d(channels, channels // 16, 1)
+        self.up = nn.Conv2d(channels // 16, channels, 1)
+
+    def forward(self, x):
+        mean = F.adaptive_avg_pool2d(x, 1)
+        return x * torch.sigmoid(self.up(F.relu(self.down(mean))))
+
+
+class ECANet(nn.Module):
+    """One kernel of a width that the network names for each of its stages."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, k, padding="same", bias=False)
+
+    def forward(self, x):
+        mean = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        logits = self.conv(mean.unsqueeze(1)).squeeze(1)
+        return x * torch.sigmoid(logits)[:, :, None, None]
+
+
+class ChannelGate(nn.Module):
+    """One MLP with biases on the mean and on the maximum, which max pooling gives."""
+
+    def __init__(self, channels, ratio):
+        super().__init__()
+        hidden = channels // ratio
+        self.mlp = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, channels),
+        )
+
+    def forward(self, x):
+        size = x.shape[2:]
+        logits = self.mlp(F.avg_pool2d(x, size)) + self.mlp(F.max_pool2d(x, size))
+        return x * torch.sigmoid(logits)[:, :, None, None]
+
+
+class SpatialGate(nn.Module):
+    """A 7x7 convolution of [max, mean] over channels, then BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        layers = OrderedDict(
+            conv=nn.Conv2d(2, 1, 7, padding=3, bias=False),
+            bn=nn.BatchNorm2d(1, eps=1e-5, momentum=0.01),
+        )
+        self.spatial = nn.Sequential(layers)
+
+    def forward(self, x):
+        maximum, _ = x.max(dim=1, keepdim=True)
+        maps = torch.cat([maximum, x.mean(dim=1, keepdim=True)], dim=1)
+        return x * torch.sigmoid(self.spatial(maps))
+
+
+class CBAM(nn.Module):
+    """Channel, then spatial attention."""
+
+    def __init__(self, channels, ratio=16):
+        super().__init__()
+        self.ChannelGate = ChannelGate(channels, ratio)
+        self.SpatialGate = SpatialGate()
+
+    def forward(self, x):
+        return self.SpatialGate(self.ChannelGate(x))
