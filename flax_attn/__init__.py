@@ -10,6 +10,9 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
   (2, 8, 8, 64)
 """
 
+import importlib
+from typing import Any
+
 from flax_attn import inspect as inspect
 from flax_attn import presets
 from flax_attn.bam import BAM
@@ -36,3 +39,10 @@ __all__ = [
     "presets",
     "scSE",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is asked for, so that `python -m flax_attn.convert` is the first.
+    if name == "convert":
+        return importlib.import_module("flax_attn.convert")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
