@@ -392,13 +392,15 @@ def save(
     safetensors = _safetensors()
     # safetensors reads memory as it lies there, whatever the strides are.
     flat = {key: np.array(x, order="C") for key, x in _flat(state).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.touch()
-        safetensors.numpy.save_file(flat, str(temporary))
-        temporary.replace(path)
+        data = safetensors.numpy.save(flat)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
+    # Not by safetensors.numpy.save_file, whose files are for their owner's eyes alone.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -518,7 +520,7 @@ def _compare(
     template = _template(like)
     fit = {}
     for new_key, (key, array) in moved.items():
-        line = f"{key} {array.shape} as {new_key}"
+        line = f"{key} as {new_key} {array.shape}"
         if new_key not in template:
             report.unused.append(line)
         elif array.shape != (shape := tuple(template[new_key].shape)):

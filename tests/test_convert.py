@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import linen as nn
+from flax.core import freeze
 from flax.traverse_util import flatten_dict
 
 import flax_attn
 from flax_attn import convert
 from tests import processes
 from tests.cases import BLOCKS, normal
-from train.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
+from train.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    ResNet,
+    cifar_resnet,
+    imagenet_resnet,
+)
 
 NORM = partial(nn.BatchNorm, use_running_average=True)
 NORM_LEAVES = {
@@ -27,6 +35,7 @@ NORM_LEAVES = {
     "running_var": "batch_stats/{}/var",
 }
 D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
+IMAGE = np.zeros((1, 32, 32, 3), np.float32)
 
 
 def numbers(*shape, dtype=np.float32):
@@ -38,9 +47,12 @@ def flat(variables):
     return flatten_dict(variables, sep="/")
 
 
-def random_tree(module, x, dtype=np.float32, **fields):
-    """Random variables in the shapes of ``init``, which is not compiled."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+def shapes_of(module, x):
+    return jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+def random_tree(shapes, dtype=np.float32):
+    """Random variables of these shapes."""
     leaves, tree = jax.tree.flatten(shapes)
     draws = [normal(leaf.shape, i).astype(dtype) for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, draws)
@@ -213,26 +225,24 @@ def test_counters_are_dropped_where_a_norm_has_them():
 
 def networks():
     """Modules, their input, and who has a name for everything in them."""
-    image = np.zeros((1, 32, 32, 3), np.float32)
     x = np.zeros((1, 4, 4, 32), np.float32)
     official = partial(flax_attn.CBAM, use_bias=True, spatial_norm=NORM)
     for name, make in BLOCKS.items():
         yield f"article-{name}", make(), x, "article"
-        yield f"biased-{name}", make(use_bias=True), x, "article"
-    for make in (flax_attn.SE, flax_attn.ECA, flax_attn.CBAM, official):
-        label = getattr(make, "__name__", "official")
-        yield f"timm-{label}", make(), x, "timm"
-        for depth, family in ((8, cifar_resnet), (18, imagenet_resnet)):
-            net = family(depth, num_classes=10, attention=make)
-            yield f"timm-{label}-{depth}", net, image, "timm"
-    for name, make in ATTENTIONS.items():
+        yield f"article-{name}-biased", make(use_bias=True), x, "article"
         net = cifar_resnet(8, num_classes=10, attention=make)
-        yield f"article-{name}-8", net, image, "article"
-    for depth in (18, 50):
-        net = imagenet_resnet(depth, num_classes=10)
-        yield f"torchvision-{depth}", net, image, "torchvision"
-        net = imagenet_resnet(depth, num_classes=10, **D_VARIANT)
-        yield f"timm-{depth}d", net, image, "timm"
+        yield f"article-{name}-8", net, IMAGE, "article"
+    timm = {"se": flax_attn.SE, "eca": flax_attn.ECA, "cbam": official}
+    for name, make in timm.items():
+        yield f"timm-{name}", make(), x, "timm"
+        net = cifar_resnet(8, num_classes=10, attention=make)
+        yield f"timm-{name}-8", net, IMAGE, "timm"
+    net = imagenet_resnet(18, num_classes=10, attention=official)
+    yield "timm-cbam-18", net, IMAGE, "timm"
+    for naming, variant in (("torchvision", {}), ("timm", D_VARIANT)):
+        for block in (BasicBlock, BottleneckBlock):
+            net = ResNet((1, 2), block=block, num_classes=10, width=8, **variant)
+            yield f"{naming}-{block.__name__}", net, IMAGE, naming
 
 
 @pytest.mark.parametrize(
@@ -240,8 +250,8 @@ def networks():
     [pytest.param(*rest, id=label) for label, *rest in networks()],
 )
 def test_there_and_back_bit_for_bit(module, x, naming, tmp_path):
-    variables = random_tree(module, x)
-    like = jax.eval_shape(module.init, jax.random.key(0), x)
+    like = shapes_of(module, x)
+    variables = random_tree(like)
     state = convert.to_torch(variables, naming=naming)
     assert all("/" not in key for key in state)
     convert.save(tmp_path / "torch.safetensors", state)
@@ -256,7 +266,7 @@ def test_there_and_back_bit_for_bit(module, x, naming, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_dtypes_survive(dtype, tmp_path):
     net = cifar_resnet(8, num_classes=10, attention=flax_attn.CBAM)
-    variables = random_tree(net, np.zeros((1, 32, 32, 3), np.float32), dtype)
+    variables = random_tree(shapes_of(net, IMAGE), dtype)
     path = tmp_path / "net.safetensors"
     convert.save(path, convert.to_torch(variables))
     back = convert.to_flax(convert.load(path))
@@ -283,9 +293,7 @@ def test_results_are_copies():
 
 def test_arrays_of_jax_and_frozen_trees():
     variables = flax_attn.SE().init(jax.random.key(0), jnp.ones((1, 2, 2, 16)))
-    import flax
-
-    state = convert.to_torch(flax.core.freeze(variables))
+    state = convert.to_torch(freeze(variables))
     assert_same(convert.to_flax(state), jax.tree.map(np.asarray, variables))
 
 
@@ -318,10 +326,10 @@ def test_all_that_is_wrong_is_in_one_error():
     }
     like = {"params": SE_LIKE["params"] | {"more": {"kernel": np.zeros((1, 2))}}}
     report = report_of(state, like=like)
-    assert report.unused == ["bn.weight (2,)", "fc2.bias (32,) as params/expand/bias"]
+    assert report.unused == ["bn.weight (2,)", "fc2.bias as params/expand/bias (32,)"]
     assert report.missing == ["params/more/kernel (1, 2)"]
     assert report.misshapen == [
-        "fc2.weight (32, 3, 1, 1) as params/expand/kernel: expected (2, 32)"
+        "fc2.weight as params/expand/kernel (3, 32): expected (2, 32)"
     ]
     assert report.headline == "Not all keys fit (naming 'timm')."
     assert "2 unused:\n  bn.weight (2,)\n" in str(report)
@@ -447,13 +455,21 @@ def test_another_model():
         assert report.headline.startswith("No key fits (naming 'timm'): another model")
         assert report.unused == ["cls_token (1, 1, 2)", *report.unused[1:]]
         assert len(report.unused) == 2
-    image = np.zeros((1, 32, 32, 3), np.float32)
-    state = convert.to_torch(random_tree(imagenet_resnet(18, num_classes=10), image))
-    other = imagenet_resnet(34, num_classes=7)
-    like = jax.eval_shape(other.init, jax.random.key(0), image)
-    report = report_of(state, like=like)
-    assert len(report.missing) == 16 * 2 * 5 - 8 * 2 * 5
+
+
+def test_another_depth():
+    shapes = shapes_of(cifar_resnet(8, num_classes=10), IMAGE)
+    like = shapes_of(cifar_resnet(14, num_classes=7), IMAGE)
+    report = report_of(convert.to_torch(random_tree(shapes)), like=like)
+    # Two convolutions and two norms of four arrays in each of the three new blocks.
+    assert len(report.missing) == 3 * 2 * (1 + 4)
     assert len(report.misshapen) == 2 and not report.unused
+    deeper = random_tree(like)
+    report = report_of(convert.to_torch(deeper), like=shapes)
+    assert len(report.unused) == 3 * 2 * (1 + 4) and not report.missing
+
+
+def test_nothing_to_convert():
     with pytest.raises(convert.ConversionError, match="nothing to convert"):
         convert.to_flax({})
 
@@ -526,13 +542,13 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be written"):
         convert.save(path, {"a": np.ones(3, np.complex128)}, overwrite=True)
 
-    def half(arrays, name):
-        with open(name, "wb") as file:
-            file.write(b"half")
+    def half(path, data):
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.numpy, "save_file", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises(OSError, match="no space left"):
             convert.save(path, {"a": numbers(1)}, overwrite=True)
     assert_same(convert.load(path), SE_STATE)
@@ -591,12 +607,11 @@ def test_the_command_both_ways(command):
 
 def test_errors_of_the_command(command):
     convert.save("se.safetensors", SE_STATE)
-    whole = open("se.safetensors", "rb").read()
+    whole = Path("se.safetensors").read_bytes()
     convert.save("extra.safetensors", SE_STATE | {"more.weight": numbers(3)})
     convert.save("vit.safetensors", {"cls_token": numbers(3)})
     convert.save("big.safetensors", convert.to_flax({"fc.weight": numbers(2, 3)}))
-    with open("cut.safetensors", "wb") as file:
-        file.write(whole[:-5])
+    Path("cut.safetensors").write_bytes(whole[:-5])
     files = sorted(os.listdir())
     expected = {
         ("none.safetensors",): "No such file",
@@ -620,7 +635,7 @@ def test_errors_of_the_command(command):
     same = ("se.safetensors", "./se.safetensors", "--to", "flax", "--overwrite")
     assert "OUT must not be IN" in command(*same)[2]
     assert sorted(os.listdir()) == files
-    assert open("se.safetensors", "rb").read() == whole
+    assert Path("se.safetensors").read_bytes() == whole
     for wrong in (["--to", "jax"], [], ["--to", "flax", "--naming", "keras"]):
         with pytest.raises(SystemExit, match="2"):
             command("se.safetensors", "out.safetensors", *wrong)
