@@ -15,7 +15,13 @@ from flax import linen as nn
 import flax_attn
 from flax_attn import convert
 from tests import cases
-from train.resnet import cifar_resnet, imagenet_resnet
+from train.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    ResNet,
+    cifar_resnet,
+    imagenet_resnet,
+)
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None
@@ -141,20 +147,26 @@ def test_live_networks_of_timm(timm, name):
 
 @needs_torch
 def test_live_pooled_shortcuts_of_odd_maps(timm):
-    theirs = randomise(timm.create_model("resnet18d", num_classes=10))
-    ours = imagenet_resnet(18, num_classes=10, **D_VARIANT)
-    # 33, 17, 9, 5, 3.
-    check(theirs, ours, cases.normal((2, 65, 65, 3), 0), "timm")
+    from timm.models import resnet
+
+    options = {"stem_width": 8, "stem_type": "deep", "avg_down": True}
+    options |= {"channels": (16, 32, 64, 128), "num_classes": 10}
+    stages = (1, 1, 1, 1)
+    theirs = randomise(resnet.ResNet(resnet.BasicBlock, stages, **options))
+    ours = ResNet(stages, block=BasicBlock, num_classes=10, width=16, **D_VARIANT)
+    # The shortcuts halve 9x9, 5x5 and 3x3.
+    check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
 
 
 @needs_torch
 def test_live_networks_of_torchvision(timm):
-    import torchvision
+    from torchvision import ops
+    from torchvision.models import resnet
 
-    theirs = randomise(torchvision.models.resnet18(num_classes=10))
-    ours = imagenet_resnet(18, num_classes=10)
+    theirs = randomise(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10))
+    ours = ResNet((1, 1, 1, 1), block=BottleneckBlock, num_classes=10)
     check(theirs, ours, cases.normal((2, 64, 64, 3), 0), "torchvision")
-    squeeze = randomise(torchvision.ops.SqueezeExcitation(32, 4))
+    squeeze = randomise(ops.SqueezeExcitation(32, 4))
     block = flax_attn.SE(reduction=8, use_bias=True)
     check(squeeze, block, cases.normal((2, 5, 4, 32), 1), "torchvision", atol=1e-6)
 
