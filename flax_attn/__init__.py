@@ -1,4 +1,4 @@
-"""Channel and spatial attention blocks (SE, ECA, CBAM) for Flax Linen.
+"""Channel and spatial attention blocks (SE, ECA, CBAM and more) for Flax Linen.
 
 Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 
@@ -10,15 +10,18 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
   (2, 8, 8, 64)
 """
 
+from flax_attn.bam import BAM
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
 from flax_attn.functional import eca_kernel_size
 from flax_attn.layout import ChannelsFirst
+from flax_attn.scse import scSE
 from flax_attn.spatial import SpatialAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BAM",
     "CBAM",
     "ChannelAttention",
     "ChannelsFirst",
@@ -26,4 +29,5 @@ __all__ = [
     "SE",
     "SpatialAttention",
     "eca_kernel_size",
+    "scSE",
 ]

@@ -193,7 +193,8 @@ def _windows(maps: Array, k: int) -> tuple[Array, int]:
     *batch, w, m = maps.shape
     # A window's last k - 1 columns lie in the next tile. Tiles of about equal width
     # leave little to fill up.
-    tile = max(-(-w // -(-w // TILE)), k - 1)
+    # A width that export leaves open gets whole tiles.
+    tile = max(-(-w // -(-w // TILE)) if isinstance(w, int) else TILE, k - 1)
     tiles = -(-w // tile)
     padded = _pad(maps, -2, k // 2, (tiles + 1) * tile - w - k // 2)
     padded = padded.reshape(*batch, tiles + 1, tile * m)
@@ -285,8 +286,7 @@ def _mean_of_gated(x: Array, gate: Array) -> Array:
 
 
 def _rows(x: Array) -> Array:
-    *_, h, w, c = x.shape
-    return x.reshape(-1, h * w, c)
+    return x.reshape(-1, math.prod(x.shape[-3:-1]), x.shape[-1])
 
 
 def _reduced(x: Array, axes: Axes) -> tuple[int, ...]:

@@ -52,6 +52,14 @@ def gate_of(module: Any, logits: Array) -> Array:
     return 2 * module.gate(logits)
 
 
+def normalise(norm: ModuleDef | None, x: Array, mask: Array | None, name: str) -> Array:
+    """``x`` through ``norm``, over the valid positions alone where there is a mask."""
+    if norm is None:
+        return x
+    options = {} if mask is None else {"mask": mask}
+    return norm(name=name)(x, **options)
+
+
 class Conv(nn.Module):
     """A convolution to one channel: its parameters, named as ``nn.Conv`` names them.
 

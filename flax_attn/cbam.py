@@ -64,6 +64,8 @@ class CBAM(nn.Module):
       identity_init: whether both gates start at exactly 1, so that the block starts as
         the identity: their last kernels and biases start at zero, and the gates are
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -92,10 +94,15 @@ class CBAM(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the spatial gate is zero there.
+        """
         # Checked here as well, under the name that the user wrote.
         functional.check_odd("spatial_kernel_size", self.spatial_kernel_size)
         common: dict[str, Any] = {
@@ -107,6 +114,7 @@ class CBAM(nn.Module):
             "bias_init": self.bias_init,
             "implementation": self.implementation,
             "identity_init": self.identity_init,
+            "spatial_dims": self.spatial_dims,
         }
         channel = ChannelAttention(
             reduction=self.reduction,
@@ -128,9 +136,13 @@ class CBAM(nn.Module):
             name="spatial",
         )
         # spatial(channel(x)), but for the squeeze that is taken with the first product.
-        x = functional.check_feature_map(x)
-        x, gate = promote_dtype(x, channel.channel_gate(x), dtype=self.dtype)
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
         y, maps = functional.scale_and_squeeze(
-            x, gate, implementation=self.implementation
+            x,
+            gate,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
         )
-        return spatial.scale(y, spatial.gate_of(maps.astype(y.dtype)))
+        return spatial.scale(y, spatial.gate_of(maps.astype(y.dtype), mask))

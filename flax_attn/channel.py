@@ -51,6 +51,8 @@ class SE(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -75,15 +77,20 @@ class SE(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, pools=(self.pool,), excite=_mlp)
+        return _channel_gate(self, x, mask, pools=(self.pool,), excite=mlp)
 
 
 class ECA(nn.Module):
@@ -123,6 +130,8 @@ class ECA(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -147,15 +156,20 @@ class ECA(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, pools=(self.pool,), excite=_conv)
+        return _channel_gate(self, x, mask, pools=(self.pool,), excite=_conv)
 
 
 class ChannelAttention(nn.Module):
@@ -202,6 +216,8 @@ class ChannelAttention(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -231,49 +247,80 @@ class ChannelAttention(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return _scale(self, x, self.channel_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        return _scale(self, x, self.channel_gate(x, mask), mask)
 
     @nn.compact
-    def channel_gate(self, x: Array) -> Array:
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         functional.check_choice("excite", self.excite, functional.EXCITES)
-        excite = _mlp if self.excite == "mlp" else _conv
-        return _channel_gate(self, x, pools=functional.POOLS, excite=excite)
+        excite = mlp if self.excite == "mlp" else _conv
+        return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
 
 
-def _scale(module: Any, x: Array, gate: Array) -> Array:
+def _scale(module: Any, x: Array, gate: Array, mask: Array | None) -> Array:
     x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
-    return x * gate
+    return functional.keep(x, functional.check_mask(mask, x)) * gate
 
 
 def _channel_gate(
-    module: Any, x: Array, *, pools: tuple[Pool, ...], excite: Callable[..., Any]
+    module: Any,
+    x: Array,
+    mask: Array | None,
+    *,
+    pools: tuple[Pool, ...],
+    excite: Callable[..., Any],
 ) -> Array:
-    """Squeezes by each of ``pools``, excites all alike, sums the logits, gates."""
-    x = functional.check_feature_map(x)
-    logits_of = excite(module, x.shape[-1])
-    squeeze = partial(
-        functional.squeeze_spatial, x, implementation=module.implementation
-    )
-    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
-    squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
-    logits = logits_of(jnp.stack(squeezed)).sum(axis=0)
+    """The gate, ``(..., 1, 1, C)``, sown."""
+    logits = channel_logits(module, x, mask, pools=pools, excite=excite)
     gate = gate_of(module, logits)
     module.sow("intermediates", "channel_gate", gate)
     return gate
 
 
-def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
+def channel_logits(
+    module: Any,
+    x: Array,
+    mask: Array | None,
+    *,
+    pools: tuple[Pool, ...],
+    excite: Callable[..., Any],
+) -> Array:
+    """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
+    x = functional.check_feature_map(x, spatial_dims=module.spatial_dims)
+    logits_of = excite(module, x.shape[-1])
+    squeeze = partial(
+        functional.squeeze_spatial,
+        x,
+        mask=functional.check_mask(mask, x),
+        spatial_dims=module.spatial_dims,
+        implementation=module.implementation,
+    )
+    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
+    squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
+    return logits_of(jnp.stack(squeezed)).sum(axis=0)
+
+
+def hidden_width(module: Any, features: int) -> int:
+    """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
         functional.check_positive("reduction", module.reduction)
         hidden = max(features // module.reduction, 1)
     hidden = width_of("hidden_features", hidden, features)
     functional.check_positive("hidden_features", hidden)
+    return hidden
+
+
+def mlp(module: Any, features: int) -> Callable[[Array], Array]:
+    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
     layer = partial(
         nn.Dense,
         use_bias=module.use_bias,
@@ -285,7 +332,7 @@ def _mlp(module: Any, features: int) -> Callable[[Array], Array]:
         "kernel_init": module.kernel_init,
         "bias_init": module.bias_init,
     }
-    reduce = layer(hidden, **first, name="reduce")
+    reduce = layer(hidden_width(module, features), **first, name="reduce")
     expand = layer(features, **last_layer(module), name="expand")
     return lambda s: expand(module.act(reduce(s)))
 

@@ -3,7 +3,8 @@
 Each block squeezes a feature map ``x`` of shape ``(..., H, W, C)`` to descriptors,
 excites them to logits, turns the logits into a gate and multiplies. The squeezes, the
 two convolutions and the product with a spatial gate are defined here and nowhere else;
-the modules add parameters, an activation and a gate function.
+the modules add parameters, an activation and a gate function. With ``spatial_dims=1``
+a map is ``(..., L, C)``, and with 3 ``(..., D, H, W, C)``.
 
 What works on feature maps has two implementations. ``"plain"`` is the definition, in
 the obvious operations, differentiated automatically. ``"fast"`` computes the same with
@@ -17,7 +18,7 @@ Options are keyword-only. A bad option raises ``ValueError``; arrays are checked
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -37,6 +38,9 @@ POOLS: tuple[Pool, ...] = ("avg", "max")
 EXCITES: tuple[Excite, ...] = ("mlp", "conv")
 PADDINGS: tuple[Padding, ...] = ("zeros", "circular")
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("fast", "plain")
+
+# The spatial axes, by their number.
+LAYOUTS = {1: "L", 2: "H, W", 3: "D, H, W"}
 
 
 def check_choice(field: str, value: Any, choices: Sequence[str]) -> None:
@@ -68,17 +72,25 @@ def check_odd(field: str, value: Any) -> None:
         )
 
 
-def check_feature_map(x: Any) -> Array:
+def check_feature_map(x: Any, *, spatial_dims: int = 2) -> Array:
     """Returns ``x`` as an array, or raises ``ValueError`` where no block is defined.
 
     Args:
       x: floating-point array ``(..., H, W, C)`` without empty axes.
+      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
     """
-    x = jnp.asarray(x)
-    if x.ndim < 3:
+    if not is_int(spatial_dims) or spatial_dims not in LAYOUTS:
         raise ValueError(
-            f"`x` must have at least 3 axes (..., H, W, C), got shape {x.shape}; add "
-            "the missing axes, e.g. x[:, None, None, :] for a batch of vectors."
+            f"`spatial_dims` must be 1, 2 or 3, got {spatial_dims!r}; it counts the "
+            "axes between the batch and the channels."
+        )
+    x = jnp.asarray(x)
+    if x.ndim < spatial_dims + 1:
+        ones = "None, " * spatial_dims
+        raise ValueError(
+            f"`x` must have at least {spatial_dims + 1} axes (..., "
+            f"{LAYOUTS[spatial_dims]}, C), got shape {x.shape}; add the missing axes, "
+            f"e.g. x[:, {ones}:] for a batch of vectors."
         )
     if 0 in x.shape:
         raise ValueError(
@@ -91,6 +103,43 @@ def check_feature_map(x: Any) -> Array:
             "first, e.g. x.astype(jnp.float32)."
         )
     return x
+
+
+def check_mask(mask: Any, x: Array) -> Array | None:
+    """Returns ``mask`` as ``(..., H, W, 1)``, or raises ``ValueError``.
+
+    Args:
+      mask: boolean array that broadcasts to ``(..., H, W)``, or None.
+      x: array ``(..., H, W, C)``.
+    """
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"`mask` must be boolean, True where `x` is valid, got dtype {mask.dtype}; "
+            "convert it first, e.g. mask != 0."
+        )
+    rule = (
+        f"`mask` must have the shape of `x` without its channels, {x.shape[:-1]}, or "
+        f"broadcast to it, got {mask.shape}"
+    )
+    if mask.ndim > x.ndim - 1:
+        raise ValueError(f"{rule}; drop the last axis, e.g. mask[..., 0].")
+    try:
+        return jnp.broadcast_to(mask, x.shape[:-1])[..., None]
+    except ValueError as error:
+        raise ValueError(f"{rule}; pad it as `x` is padded.") from error
+
+
+def keep(x: Array, mask: Array | None) -> Array:
+    """``x`` where ``mask`` is True, and zero elsewhere, whatever stood there.
+
+    Args:
+      x: array ``(..., H, W, C)``.
+      mask: boolean array ``(..., H, W, 1)``, or None for all of ``x``.
+    """
+    return x if mask is None else jnp.where(mask, x, 0)
 
 
 def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
@@ -127,12 +176,18 @@ def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
 
 
 def squeeze_spatial(
-    x: Array, *, pool: Pool = "avg", implementation: Implementation = "fast"
+    x: Array,
+    *,
+    pool: Pool = "avg",
+    mask: Array | None = None,
+    spatial_dims: int = 2,
+    implementation: Implementation = "fast",
 ) -> Array:
     """Reduces H and W: ``(..., H, W, C)`` to ``(..., 1, 1, C)``.
 
     The mean is accumulated in float32 or wider and *returned* so; the maximum keeps the
-    dtype of ``x``. Elements that tie for the maximum share its gradient evenly.
+    dtype of ``x``. Elements that tie for the maximum share its gradient evenly. Where
+    ``mask`` admits none, both are zero.
 
       >>> squeeze_spatial(jnp.full((2, 3, 4), 300.0, jnp.float16)).ravel().tolist()
       [300.0, 300.0, 300.0, 300.0]
@@ -140,13 +195,24 @@ def squeeze_spatial(
     Args:
       x: floating-point array ``(..., H, W, C)``.
       pool: ``"avg"`` or ``"max"`` (default: ``"avg"``).
+      mask: boolean array ``(..., H, W, 1)``, True where ``x`` counts (default: None,
+        everywhere).
+      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("pool", pool, POOLS)
+    if mask is not None:
+        x = jnp.where(mask, x, 0 if pool == "avg" else -jnp.inf)
+    folded = _fold(x, spatial_dims)
     if _is_fast(implementation):
         squeeze = _kernels.mean if pool == "avg" else _kernels.maximum
-        return squeeze(x, SPATIAL)
-    return _mean(x, SPATIAL) if pool == "avg" else x.max(SPATIAL, keepdims=True)
+        y = squeeze(folded, SPATIAL)
+    elif pool == "avg":
+        y = _mean(folded, SPATIAL)
+    else:
+        y = folded.max(SPATIAL, keepdims=True)
+    y = y.reshape(*x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1])
+    return y if mask is None else _of_valid(y, mask, pool, spatial_dims)
 
 
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
@@ -183,19 +249,27 @@ def scale(x: Array, gate: Array, *, implementation: Implementation = "fast") -> 
 
 
 def scale_and_squeeze(
-    x: Array, gate: Array, *, implementation: Implementation = "fast"
+    x: Array,
+    gate: Array,
+    *,
+    spatial_dims: int = 2,
+    implementation: Implementation = "fast",
 ) -> tuple[Array, Array]:
     """``y = x * gate`` for a channel gate, and ``squeeze_channels(y)``.
 
     Args:
       x: array ``(..., H, W, C)``.
       gate: array ``(..., 1, 1, C)`` of the same dtype.
+      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``). The fast form
         squeezes the product before it is rounded to a half-precision dtype.
     """
     if _is_fast(implementation):
-        y, maximum, mean = _kernels.scale_and_squeeze(x, gate)
-        return y, jnp.concatenate([maximum, mean], axis=-1)
+        y, maximum, mean = _kernels.scale_and_squeeze(
+            _fold(x, spatial_dims), _fold(gate, spatial_dims)
+        )
+        maps = jnp.concatenate([maximum, mean], axis=-1)
+        return y.reshape(x.shape), maps.reshape(*x.shape[:-1], 2)
     y = x * gate
     return y, squeeze_channels(y, implementation=implementation)
 
@@ -207,7 +281,9 @@ def conv_spatial(
     precision: lax.PrecisionLike = None,
     implementation: Implementation = "fast",
 ) -> Array:
-    """A convolution that keeps H and W, with zeros outside.
+    """A convolution that keeps the size of its maps, with zeros outside.
+
+    The kernel has as many spatial axes as the maps have, from one to three.
 
     Args:
       maps: array ``(..., H, W, M)`` of few channels.
@@ -219,14 +295,15 @@ def conv_spatial(
       Array ``(..., H, W, O)``.
     """
     if _is_fast(implementation):
-        return _kernels.conv(maps, kernel, precision)
-    flat = maps.reshape(-1, *maps.shape[-3:])
+        return _CONVS[kernel.ndim - 2](maps, kernel, precision)
+    spatial = "DHW"[5 - kernel.ndim :]
+    flat = maps.reshape(-1, *maps.shape[1 - kernel.ndim :])
     y = lax.conv_general_dilated(
         flat,
         kernel,
-        window_strides=(1, 1),
+        window_strides=(1,) * len(spatial),
         padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         precision=precision,
     )
     return y.reshape(*maps.shape[:-1], kernel.shape[-1])
@@ -254,12 +331,49 @@ def conv_channels(
     p = kernel.shape[0] // 2 if padding == "circular" else 0
     row = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(p, p)], mode="wrap")
     y = conv_spatial(
-        row[..., None, :, None],
-        kernel[None],
-        precision=precision,
-        implementation=implementation,
+        row[..., None], kernel, precision=precision, implementation=implementation
     )
-    return y[..., 0, p : p + s.shape[-1], 0]
+    return y[..., p : p + s.shape[-1], 0]
+
+
+def _fold(x: Array, spatial_dims: int) -> Array:
+    """The same elements as ``(..., H, W, C)``, whatever the number of spatial axes."""
+    batch, spatial = x.shape[: -1 - spatial_dims], x.shape[-1 - spatial_dims : -1]
+    return x.reshape(*batch, math.prod(spatial[:-1]), spatial[-1], x.shape[-1])
+
+
+def _of_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
+    """Mends what was squeezed over a whole map, of which only ``mask`` counts."""
+    axes = tuple(range(-1 - spatial_dims, -1))
+    valid = mask.sum(axes, keepdims=True)
+    if pool == "max":
+        return jnp.where(valid > 0, y, 0)
+    size = math.prod(mask.shape[a] for a in axes)
+    return y * (size / jnp.maximum(valid, 1).astype(y.dtype))
+
+
+def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    return _kernels.conv(maps[..., None, :, :], kernel[None], precision)[..., 0, :, :]
+
+
+def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    """Each slice of the kernel over H and W at once, then shifted sums along D."""
+    kd, kh, kw, m, o = kernel.shape
+    d, dtype = maps.shape[-4], _kernels.wide(maps)
+    flat = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, m, kd * o)
+    planes = _kernels.conv(maps.astype(dtype), flat.astype(dtype), precision)
+    pads = [(0, 0)] * planes.ndim
+    pads[-4] = (kd // 2, kd // 2)
+    planes = jnp.pad(planes, pads)
+    slices = [planes[..., i : i + d, :, :, i * o : (i + 1) * o] for i in range(kd)]
+    return sum(slices[1:], slices[0]).astype(maps.dtype)
+
+
+_CONVS: dict[int, Callable[..., Array]] = {
+    1: _conv_1d,
+    2: _kernels.conv,
+    3: _conv_3d,
+}
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from flax_attn import functional
+
 
 class ChannelsFirst(nn.Module):
     """Runs a module written for ``(..., H, W, C)`` on arrays ``(..., C, H, W)``.
@@ -27,12 +29,14 @@ class ChannelsFirst(nn.Module):
 
     Attributes:
       module: any module from ``(..., H, W, C)`` to ``(..., H', W', C')``.
+      spatial_dims: number of spatial axes, at least 1 (default: 2).
 
     Raises:
-      ValueError: at the first call, for an input of fewer than 3 axes.
+      ValueError: at the first call, for an input of too few axes.
     """
 
     module: nn.Module
+    spatial_dims: int = 2
 
     def setup(self) -> None:
         """Puts the parameters of ``module`` where they are without this wrapper."""
@@ -41,11 +45,14 @@ class ChannelsFirst(nn.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns ``module(x, *args, **kwargs)`` for ``x`` of shape (..., C, H, W)."""
         x = jnp.asarray(x)
-        if x.ndim < 3:
+        functional.check_positive("spatial_dims", self.spatial_dims)
+        channels = -1 - self.spatial_dims
+        if x.ndim < -channels:
+            spatial = functional.LAYOUTS.get(self.spatial_dims, "...")
             raise ValueError(
-                "`x` must have at least 3 axes (..., C, H, W), got shape "
-                f"{x.shape}; add the missing axes, e.g. x[:, :, None, None] for a "
-                "batch of vectors."
+                f"`x` must have at least {-channels} axes (..., C, {spatial}), got "
+                f"shape {x.shape}; add the missing axes, e.g. "
+                f"x[:, :{', None' * self.spatial_dims}] for a batch of vectors."
             )
-        y = self.module(jnp.moveaxis(x, -3, -1), *args, **kwargs)
-        return jnp.moveaxis(y, -1, -3)
+        y = self.module(jnp.moveaxis(x, channels, -1), *args, **kwargs)
+        return jnp.moveaxis(y, -1, channels)

@@ -8,7 +8,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn._linen import Conv, GateFn, ModuleDef, gate_of, last_layer
+from flax_attn._linen import Conv, GateFn, ModuleDef, gate_of, last_layer, normalise
 from flax_attn.functional import Array, Implementation
 
 
@@ -46,6 +46,8 @@ class SpatialAttention(nn.Module):
       identity_init: whether the gate starts at exactly 1, so that the block starts as
         the identity: the last kernel and bias start at zero, and the gate is
         ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -69,20 +71,31 @@ class SpatialAttention(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     implementation: Implementation = "fast"
     identity_init: bool = False
+    spatial_dims: int = 2
 
-    def __call__(self, x: Array) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        return self.scale(x, self.spatial_gate(x))
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
 
-    def spatial_gate(self, x: Array) -> Array:
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the gate is zero there.
+        """
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        return self.scale(x, self.spatial_gate(x, mask))
+
+    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""
-        x = functional.check_feature_map(x)
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
         maps = functional.squeeze_channels(x, implementation=self.implementation)
-        return self.gate_of(maps.astype(self.dtype or x.dtype))
+        return self.gate_of(maps.astype(self.dtype or x.dtype), mask)
 
     @nn.compact
-    def gate_of(self, maps: Array) -> Array:
-        """Returns the gate for squeezed maps [max, mean], ``(..., H, W, 2)``."""
+    def gate_of(self, maps: Array, mask: Array | None = None) -> Array:
+        """Returns the gate for squeezed maps [max, mean], ``(..., H, W, 2)``.
+
+        They are to be zero where ``mask`` is False, as the convolution's padding is.
+        """
         functional.check_odd("kernel_size", self.kernel_size)
         logits = Conv(
             partial(
@@ -90,16 +103,16 @@ class SpatialAttention(nn.Module):
                 precision=self.precision,
                 implementation=self.implementation,
             ),
-            kernel_shape=(self.kernel_size, self.kernel_size, 2, 1),
+            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, 2, 1),
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             **last_layer(self),
             name="conv",
         )(maps)
-        if self.norm is not None:
-            logits = self.norm(name="norm")(logits)
-        gate = gate_of(self, logits)
+        mask = functional.check_mask(mask, maps)
+        logits = normalise(self.norm, logits, mask, "norm")
+        gate = functional.keep(gate_of(self, logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
 

@@ -36,18 +36,26 @@ def conv_along_channels(params, s, padding="zeros"):
 
 
 def conv_over_positions(params, maps):
-    """Slides a k x k kernel over maps (..., H, W, 2), with zeros outside."""
+    """Slides a kernel over all axes of maps (..., H, W, 2) but the last."""
     kernel = params["conv"]["kernel"]
-    k, h, w = kernel.shape[0], *maps.shape[-3:-1]
-    out = np.zeros(maps.shape[:-1])
-    for y in range(h):
-        for x in range(w):
-            for i in range(k):
-                for j in range(k):
-                    u, v = y + i - k // 2, x + j - k // 2
-                    if 0 <= u < h and 0 <= v < w:
-                        out[..., y, x] += maps[..., u, v, :] @ kernel[i, j, :, 0]
+    out = convolve(maps, kernel)[..., 0]
     return out + params["conv"].get("bias", 0.0)
+
+
+def convolve(x, kernel, dilation=1):
+    """Slides a kernel (k, ..., M, O) over maps (..., H, W, M), with zeros outside."""
+    sizes = x.shape[1 - kernel.ndim : -1]
+    out = np.zeros((*x.shape[:-1], kernel.shape[-1]))
+    for position in np.ndindex(*sizes):
+        for tap in np.ndindex(*kernel.shape[:-2]):
+            source = [
+                p + (t - k // 2) * dilation
+                for p, t, k in zip(position, tap, kernel.shape, strict=False)
+            ]
+            if all(0 <= s < n for s, n in zip(source, sizes, strict=True)):
+                here, there = (..., *position, slice(None)), (..., *source, slice(None))
+                out[here] += x[there] @ kernel[tap]
+    return out
 
 
 def average(x):
@@ -91,3 +99,20 @@ def cbam(params, x):
 
 def cbam_conv(params, x):
     return spatial(params["spatial"], channel_conv(params["channel"], x))
+
+
+def bam(params, x, dilation=4):
+    """x * (1 + sigmoid(channel + spatial)), for maps (..., H, W, C) and biases."""
+
+    def layer(name, x, dilation=1):
+        return convolve(x, params[name]["kernel"], dilation) + params[name]["bias"]
+
+    channel = mlp(params, average(x))[..., None, None, :]
+    y = layer("spatial_reduce", x)
+    y = layer("spatial_conv2", layer("spatial_conv1", y, dilation), dilation)
+    return x * (1 + sigmoid(channel + layer("spatial_expand", y)))
+
+
+def scse(params, x, combine=np.add):
+    by_position = x * sigmoid(x @ params["spatial"]["kernel"])
+    return combine(se(params["channel"], x), by_position)

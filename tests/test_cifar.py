@@ -43,15 +43,15 @@ def test_help_imports_neither_jax_nor_flax():
 
 
 def test_digits(tmp_path, environment):
-    run = partial(run_command, environment=environment | {"XLA_FLAGS": ""})
+    run = partial(run_command, environment=environment)
     workdir = tmp_path / "run"
     arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1)
-    arguments += ("--attention", "cbam", "--workdir", workdir)
+    arguments += ("--attention", "se", "--workdir", workdir)
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
     accuracy = json.loads(line)["test_accuracy"]
-    assert "ResNet-8, attention cbam, on digits" in result.stdout
+    assert "ResNet-8, attention se, on digits" in result.stdout
     assert f"test accuracy {accuracy:.2%} after 1 epoch in" in result.stdout
     assert "epoch 1/1" in result.stderr
     # The same folder again: there is nothing left to do.

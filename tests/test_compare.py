@@ -505,6 +505,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_alone(
 run = partial(processes.complete, "train.compare")
 
 
+@pytest.mark.long
 def test_a_comparison_that_really_trains(environment, tmp_path):
     work = tmp_path / "work"
     arguments = ("--attentions", "none", "cbam", "--seeds", 0, "--workdir", work)

@@ -68,7 +68,7 @@ def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
     assert code == 0 and "Going on from step 20 of 20." in err, err
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_dies_ends_the_other(dies, environment, tmp_path):
     """Within the time-out, and with what was saved still there."""
     both = start_two(tmp_path, environment, "--epochs", 10**4, "--peer-timeout", 10)
@@ -77,8 +77,10 @@ def test_a_process_that_dies_ends_the_other(dies, environment, tmp_path):
     killed = time.monotonic()
     (code, _, err), _ = finish(both[1 - dies], both[dies])
     assert time.monotonic() - killed < 60
-    assert code == 3, (code, err[-3000:])
-    assert "another process of the run is gone" in err.splitlines()[-1]
+    # Who notices first, the run or JAX's own watch, which aborts, is a matter of luck.
+    assert code in (3, -signal.SIGABRT), (code, err[-3000:])
+    said = "another process of the run is gone" if code == 3 else "UNAVAILABLE"
+    assert said in err
 
 
 def test_a_refused_folder_ends_all(environment, tmp_path):

@@ -33,6 +33,7 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_imagenet_family(data_dir, environment, tmp_path):
     _, out, err = run(
         *(environment, "train.imagenet"),
@@ -56,6 +57,7 @@ def small(data_dir, workdir):
     )
 
 
+@pytest.mark.long
 def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
     """The same images and crops again: the end is that of a run nobody touched.
 

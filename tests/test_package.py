@@ -27,6 +27,8 @@ FIELDS = {
     "SpatialAttention": "kernel_size norm gate use_bias",
     "CBAM": "reduction spatial_kernel_size excite hidden_features kernel_size gamma b "
     "spatial_norm act gate use_bias",
+    "BAM": "reduction dilation hidden_features norm act gate use_bias",
+    "scSE": "reduction combine hidden_features act gate use_bias",
 }
 DEFAULTS = {
     "reduction": 16,
@@ -45,6 +47,13 @@ DEFAULTS = {
     "spatial_kernel_size": 7,
     "dtype": None,
     "precision": None,
+}
+
+
+OTHER_DEFAULTS = {
+    ("SpatialAttention", "kernel_size"): 7,
+    ("BAM", "use_bias"): True,
+    ("scSE", "reduction"): 2,
 }
 
 
@@ -77,8 +86,7 @@ def test_fields_in_their_order_and_with_their_defaults(name):
     assert list(fields)[: len(expected)] == expected
     for field in expected:
         default = DEFAULTS.get(field, fields[field])
-        if (name, field) == ("SpatialAttention", "kernel_size"):
-            default = 7
+        default = OTHER_DEFAULTS.get((name, field), default)
         assert fields[field] == default, field
 
 

@@ -9,6 +9,7 @@ from tests import processes
 run = partial(processes.complete, "train.passes")
 
 
+@pytest.mark.long
 def test_tables(tmp_path):
     out = tmp_path / "out.json"
     result = run(

@@ -112,7 +112,10 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(
     assert kills >= min(KILLS, 3)
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "which",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+)
 def test_a_stopped_run_saves_and_goes_on_from_that_step(
     which, environment, untouched, tmp_path
 ):
