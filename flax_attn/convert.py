@@ -63,7 +63,7 @@ class ConversionError(ValueError):
 
     def __init__(self, report: "Report") -> None:
         """Makes the error that says what ``report`` says."""
-        super().__init__(f"{report}\n`strict=False` (--lenient) converts the rest.")
+        super().__init__(str(report))
         self.report = report
 
 
@@ -478,6 +478,7 @@ def _convert(
         raise ConversionError(report)
     report.headline = f"Not all keys fit (naming {naming!r})."
     if report and strict:
+        report.headline += " `strict=False` (--lenient) converts the rest."
         raise ConversionError(report)
     if report:
         print(report)
@@ -533,7 +534,7 @@ def _compare(
 
 
 def _template(like: Mapping[str, Any]) -> dict[str, Any]:
-    template = flatten_dict(like, sep="/")
+    template = flatten_dict(dict(like), sep="/")
     for key, value in template.items():
         if not hasattr(value, "shape"):
             raise ValueError(
@@ -637,7 +638,7 @@ def _text(pattern: _Shape) -> str:
 def _flat(state: Mapping[str, Any]) -> _Arrays:
     """The arrays of a dict or a tree by their joined keys."""
     arrays = {}
-    for key, value in flatten_dict(state, sep="/").items():
+    for key, value in flatten_dict(dict(state), sep="/").items():
         arrays[key] = _array(value)
         if arrays[key].dtype.kind in "OSU":
             raise ValueError(
