@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal
-from train.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
+from train.resnet import ATTENTIONS, _mean_pool, cifar_resnet, imagenet_resnet
 
 official_cbam = partial(
     flax_attn.CBAM,
@@ -63,6 +63,31 @@ def test_parameters_of_resnet_50(attention, parameters):
 )
 def test_parameters_of_the_imagenet_family(depth, parameters):
     assert count(imagenet_resnet(depth, num_classes=1000), 64) == parameters
+
+
+# timm's resnet18d, resnet50d and ecaresnet50d.
+@pytest.mark.parametrize(
+    "depth, attention, parameters",
+    [(18, None, 11_708_744), (50, None, 25_576_264), (50, flax_attn.ECA, 25_576_350)],
+)
+def test_parameters_of_the_d_variants(depth, attention, parameters):
+    fields = {"deep_stem": True, "pooled_shortcut": True, "attention": attention}
+    assert count(imagenet_resnet(depth, num_classes=1000, **fields), 64) == parameters
+
+
+def test_a_deep_stem_is_one_for_imagenet():
+    model = cifar_resnet(8, num_classes=10, deep_stem=True)
+    with pytest.raises(ValueError, match="`deep_stem` needs `imagenet_stem`"):
+        model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_the_mean_pool_of_odd_maps_counts_what_is_there():
+    x = normal((2, 5, 4, 3), 0)
+    rows = [x[:, 0:2], x[:, 2:4], x[:, 4:5]]
+    patches = [[row[:, :, j : j + 2].mean((1, 2)) for j in (0, 2)] for row in rows]
+    expected = np.stack([np.stack(row, axis=1) for row in patches], axis=1)
+    np.testing.assert_allclose(_mean_pool(x, 2), expected, atol=1e-6)
+    np.testing.assert_array_equal(_mean_pool(x, 1), x)
 
 
 # 272,474: ResNet-20 with 1x1 projection shortcuts and ten classes.

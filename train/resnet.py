@@ -52,6 +52,7 @@ class BasicBlock(nn.Module):
       norm: makes a normalisation.
       attention: makes the block between the last normalisation and the addition, or
         None.
+      pooled_shortcut: as in ``ResNet`` (default: False).
     """
 
     features: int
@@ -59,6 +60,7 @@ class BasicBlock(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     attention: ModuleDef | None
+    pooled_shortcut: bool = False
 
     expansion = 1
 
@@ -83,6 +85,7 @@ class BottleneckBlock(nn.Module):
       norm: makes a normalisation.
       attention: makes the block between the last normalisation and the addition, or
         None.
+      pooled_shortcut: as in ``ResNet`` (default: False).
     """
 
     features: int
@@ -90,6 +93,7 @@ class BottleneckBlock(nn.Module):
     conv: ModuleDef
     norm: ModuleDef
     attention: ModuleDef | None
+    pooled_shortcut: bool = False
 
     expansion = 4
 
@@ -132,6 +136,14 @@ class ResNet(nn.Module):
         None for a plain network (default: None).
       dtype: the dtype of the computation and the logits; parameters and batch
         statistics are float32 (default: float32).
+      deep_stem: three 3x3 convolutions, of width / 2, width / 2 and width filters,
+        instead of the 7x7 one. With ``pooled_shortcut`` it makes the networks that timm
+        calls "d", https://arxiv.org/abs/1812.01187, section 4 (default: False).
+      pooled_shortcut: shortcuts halve H and W by the mean of 2x2, not by the stride of
+        their convolution (default: False).
+
+    Raises:
+      ValueError: at the first call, for ``deep_stem`` without ``imagenet_stem``.
     """
 
     stages: Sequence[int]
@@ -141,6 +153,8 @@ class ResNet(nn.Module):
     imagenet_stem: bool = True
     attention: ModuleDef | None = None
     dtype: Dtype = jnp.float32
+    deep_stem: bool = False
+    pooled_shortcut: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -155,7 +169,17 @@ class ResNet(nn.Module):
         )
         attention = self.attention and partial(self.attention, dtype=self.dtype)
         x = jnp.asarray(images, self.dtype)
-        if self.imagenet_stem:
+        if self.deep_stem:
+            if not self.imagenet_stem:
+                raise ValueError(
+                    "`deep_stem` needs `imagenet_stem`, got imagenet_stem=False; set "
+                    "both, or neither."
+                )
+            for i in (1, 2):
+                x = conv(self.width // 2, 3, 3 - i, name=f"conv_stem{i}")(x)
+                x = nn.relu(norm(name=f"norm_stem{i}")(x))
+            x = conv(self.width, 3, 1, name="conv_stem3")(x)
+        elif self.imagenet_stem:
             x = conv(self.width, 7, 2, name="conv_stem")(x)
         else:
             x = conv(self.width, 3, 1, name="conv_stem")(x)
@@ -170,6 +194,7 @@ class ResNet(nn.Module):
                     conv=conv,
                     norm=norm,
                     attention=attention,
+                    pooled_shortcut=self.pooled_shortcut,
                     name=f"stage{i + 1}_block{j + 1}",
                 )(x)
         # Summing thousands of half-precision values wants a float32 accumulator.
@@ -252,6 +277,17 @@ def _join(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     if block.attention is not None:
         y = block.attention(name="attention")(y)
     if x.shape != y.shape:
-        x = block.conv(y.shape[-1], 1, block.stride, name="conv_shortcut")(x)
-        x = block.norm(name="norm_shortcut")(x)
+        name, stride = "shortcut", block.stride
+        if block.pooled_shortcut:
+            # A name of its own: the convolution's stride is another, its shape is not.
+            name, stride, x = "pooled_shortcut", 1, _mean_pool(x, stride)
+        x = block.conv(y.shape[-1], 1, stride, name=f"conv_{name}")(x)
+        x = block.norm(name=f"norm_{name}")(x)
     return nn.relu(x + y)
+
+
+def _mean_pool(x: jax.Array, size: int) -> jax.Array:
+    """The means of ``size`` x ``size`` patches, less what the last ones lack."""
+    padding = [(0, -length % size) for length in x.shape[-3:-1]]
+    window = (size, size)
+    return nn.avg_pool(x, window, window, padding, count_include_pad=False)
