@@ -29,6 +29,7 @@ needs_torch = pytest.mark.skipif(
 )
 
 
+NORM = partial(nn.BatchNorm, use_running_average=True)
 timm_cbam = presets.timm_cbam(train=False)
 D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
 CBAM = {"block_args": {"attn_layer": "cbam"}}
