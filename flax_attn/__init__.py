@@ -13,6 +13,7 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
 from flax_attn.functional import eca_kernel_size
+from flax_attn.insertion import assert_active, insert, merge, parameter_labels, sites
 from flax_attn.layout import ChannelsFirst
 from flax_attn.spatial import SpatialAttention
 
@@ -25,5 +26,10 @@ __all__ = [
     "ECA",
     "SE",
     "SpatialAttention",
+    "assert_active",
     "eca_kernel_size",
+    "insert",
+    "merge",
+    "parameter_labels",
+    "sites",
 ]
