@@ -84,8 +84,8 @@ def insert(
     Args:
       model: any Linen module.
       attention: a module that maps ``(..., H, W, C)`` to the same shape, or a function
-        that returns one when called with ``parent=None``, such as a class or a
-        ``functools.partial`` of one.
+        without arguments that returns one, such as a class or a
+        ``functools.partial`` of one. Each submodule gets a copy.
       where: the submodules, by one of
 
         * a subclass of ``nn.Module`` or a tuple of them: their instances;
@@ -115,19 +115,28 @@ def insert(
     block = _instance(attention)
     if init is not None:
         block = _starting_as(init, block)
-    return Inserted(model=model, hook=_Insertion(block, _selector(where), where, name))
+    return Inserted(_Insertion(model, block, _selector(where), where, name))
 
 
 def _instance(attention: Any) -> nn.Module:
     if isinstance(attention, nn.Module):
         return attention.clone(parent=None, name=None)
-    made = attention(parent=None) if callable(attention) else attention
+    made = attention
+    if callable(attention):
+        # A module made inside another one's method would become a part of that one.
+        made = attention(parent=None) if _is_module_def(attention) else attention()
     if isinstance(made, nn.Module):
-        return made
+        return made.clone(parent=None, name=None)
     raise ValueError(
         "`attention` must be a Linen module, or a function that returns one, got "
         f"{attention!r}; pass e.g. flax_attn.SE()."
     )
+
+
+def _is_module_def(value: Any) -> bool:
+    while isinstance(value, functools.partial):
+        value = value.func
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _starting_as(init: str, block: nn.Module) -> nn.Module:
@@ -145,7 +154,7 @@ def _starting_as(init: str, block: nn.Module) -> nn.Module:
 def _selector(where: Any) -> Select:
     """``where`` as a function from a module and its path."""
     kinds = where if isinstance(where, tuple) else (where,)
-    if kinds and all(isinstance(k, type) and issubclass(k, nn.Module) for k in kinds):
+    if kinds and all(isinstance(k, type) and _is_module_def(k) for k in kinds):
         return lambda module, path: isinstance(module, kinds)
     if isinstance(where, str):
         return lambda module, path: fnmatch.fnmatchcase(path, where)
@@ -160,13 +169,15 @@ def _selector(where: Any) -> Select:
 
 
 class _Hook:
-    """What an ``Intercepted`` model does besides calling its methods.
+    """A model, and what an ``Intercepted`` does besides calling its methods.
 
     Neither a dataclass nor hashable by its contents: nn.jit keeps what it compiled by
-    hashes, and those of two hooks must differ however alike the two look.
+    hashes, and those of two hooks must differ however alike the two look. For Linen it
+    is no submodule either, so the model needs no scope but that of the ``Intercepted``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.token = str(uuid.uuid4())
 
     def __hash__(self) -> int:
@@ -176,7 +187,7 @@ class _Hook:
         return isinstance(other, _Hook) and self.token == other.token
 
     def run(self, model: nn.Module, method: str, call: Callable[[], Any]) -> Any:
-        """Returns ``call()``, a call of ``model``'s ``method``, and does its part."""
+        """Returns ``call()``, of a ``method`` of the bound model, and does its part."""
         raise NotImplementedError
 
 
@@ -184,17 +195,25 @@ class _Insertion(_Hook):
     """Runs an attention after the submodules that a function selects."""
 
     def __init__(
-        self, attention: nn.Module, select: Select, where: Where, name: str
+        self,
+        model: nn.Module,
+        attention: nn.Module,
+        select: Select,
+        where: Where,
+        name: str,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         self.attention = attention
         self.select = select
         self.where = where
         self.name = name
-        self.found: set[tuple[type, str]] = set()
+        self.found: set[str] = set()
 
     def __repr__(self) -> str:
-        return f"{type(self.attention).__name__} after {self.where!r}"
+        return (
+            f"{type(self.attention).__name__} as {self.name!r} after {self.where!r} "
+            f"in {self.model!r}"
+        )
 
     def run(self, model: nn.Module, method: str, call: Callable[[], Any]) -> Any:
         """Returns ``call()`` with the attentions in it."""
@@ -227,17 +246,26 @@ class _Insertion(_Hook):
 
         with nn.intercept_methods(interceptor):
             result = call()
-        # What nn.jit has compiled it runs without a call; then this method has been
-        # traced before, with the same hook.
         if sites:
-            self.found.add((type(model), method))
-        elif (type(model), method) not in self.found:
+            self.found.add(method)
+        elif not self.known(model, method):
             raise ValueError(
                 f"`where` must select a submodule that {type(model).__name__}."
                 f"{method} calls, got {self.where!r}, which selects none of "
                 f"{_listed(f'{path} ({kind})' for path, kind in seen.items())}."
             )
         return result
+
+    def known(self, model: nn.Module, method: str) -> bool:
+        """Whether a call that meets no site is in order.
+
+        What nn.jit has compiled runs without a call, but not before its first trace.
+        And a method may be a part of the model that has none, if another part has.
+        """
+        if method in self.found or method == "__call__":
+            return method in self.found
+        params = _plain(_scope(model).variables().get("params", {}))
+        return any(self.name in path for path in traverse_util.flatten_dict(params))
 
     def attend(self, module: nn.Module, path: str, y: Any) -> Array:
         """Returns ``y``, the output of ``module``, after an attention of its own."""
@@ -248,7 +276,7 @@ class _Insertion(_Hook):
                 f"{_described(y)}; select others, e.g. by a function of the path."
             )
         scope = self.child(_scope(module), module, path)
-        out = self.attention.clone(parent=scope, name=self.name, _deep_clone=True)(y)
+        out = self.attention.clone(parent=scope, name=self.name)(y)
         if not isinstance(out, jax.Array) or out.shape != y.shape:
             raise ValueError(
                 f"`attention` must keep the shape {y.shape} of its input at {path}, "
@@ -278,21 +306,21 @@ class Intercepted(nn.Module):
     """A model whose methods run with a hook; its variables are those of the model.
 
     Attributes:
-      model: any Linen module.
-      hook: what happens besides.
+      hook: the model, and what happens besides.
     """
 
-    model: nn.Module
     hook: _Hook
 
     def setup(self) -> None:
-        """Puts the variables of ``model`` where they are without this wrapper."""
-        own, bound = self.scope, _scope(self.model)
-        if own is not None and bound.parent is own and bound.name is not None:
-            # Else the model itself could not call a submodule "model".
-            own.reservations.pop(bound.name, None)
-        nn.share_scope(self, self.model)
-        _set_paths(self.model)
+        """Binds the model to this module's scope, or takes over that of the model."""
+        model = self.hook.model
+        if model.scope is None:
+            model = model.clone(parent=self.scope)
+        else:
+            # Made in another module's method, where it has a name.
+            nn.share_scope(self, model)
+        # Not as an attribute that Linen sees, which would name it below this module.
+        object.__setattr__(self, "_bound", model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns ``model(*args, **kwargs)``, run with the hook."""
@@ -300,9 +328,11 @@ class Intercepted(nn.Module):
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """The methods of ``model``, run with the hook."""
-        model = vars(self).get("model")
-        if name.startswith("_") or not callable(getattr(type(model), name, None)):
+        """The methods of the model, run with the hook."""
+        hook = vars(self).get("hook")
+        if hook is None or name.startswith("_"):
+            return super().__getattr__(name)
+        if not callable(getattr(type(hook.model), name, None)):
             return super().__getattr__(name)
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -311,31 +341,23 @@ class Intercepted(nn.Module):
         return types.MethodType(method, self)
 
     def _run(self, method: str, args: Any, kwargs: Any) -> Any:
-        call = functools.partial(getattr(self.model, method), *args, **kwargs)
-        with _flagged(self.model, self.hook.token):
-            return self.hook.run(self.model, method, call)
+        if self.scope is None:
+            raise ValueError(
+                f"`model` must be bound, but {method} is called outside of init and "
+                "apply; call model.init, model.apply or model.bind."
+            )
+        model: nn.Module = vars(self)["_bound"]
+        call = functools.partial(getattr(model, method), *args, **kwargs)
+        with _flagged(model, self.hook.token):
+            return self.hook.run(model, method, call)
 
 
 class Inserted(Intercepted):
     """A model with attention in it, as ``insert`` returns it.
 
     Attributes:
-      model: the model without attention.
-      hook: the attention and where it is to be.
+      hook: the model, the attention and where it is to be.
     """
-
-
-def _set_paths(module: nn.Module) -> None:
-    """Gives submodules that came as fields the paths that share_scope left as is."""
-    scope = _scope(module)
-    for child in module._state.children.values():
-        if not isinstance(child, nn.Module) or child.scope is None:
-            continue
-        below = child.scope
-        if below.parent is scope and below.name is not None:
-            below.path = (*scope.path, below.name)
-            below.debug_path = (*scope.debug_path, below.name)
-            _set_paths(child)
 
 
 @contextmanager
@@ -354,8 +376,8 @@ def _flagged(model: nn.Module, token: str) -> Iterator[None]:
 def _scope(module: nn.Module) -> Scope:
     if module.scope is None:
         raise ValueError(
-            f"`model` must be bound, but {type(module).__name__} is called outside of "
-            "init and apply; call model.init or model.apply."
+            f"`model` must be bound, but {type(module).__name__} in it is not; call it "
+            "in init or apply."
         )
     return module.scope
 
@@ -415,8 +437,8 @@ class Sites(tuple[Site, ...]):
 class _Watch(_Hook):
     """Intercepts the calls of a model with any function."""
 
-    def __init__(self, interceptor: Callable[..., Any]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, interceptor: Callable[..., Any]) -> None:
+        super().__init__(model)
         self.interceptor = interceptor
 
     def run(self, model: nn.Module, method: str, call: Callable[[], Any]) -> Any:
@@ -426,7 +448,7 @@ class _Watch(_Hook):
 
 
 def _watched(model: nn.Module, interceptor: Callable[..., Any]) -> Intercepted:
-    return Intercepted(model=model, hook=_Watch(interceptor))
+    return Intercepted(_Watch(model, interceptor))
 
 
 def _is_inserted(context: Any) -> bool:
