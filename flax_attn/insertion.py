@@ -614,22 +614,19 @@ def assert_active(
     return tuple("/".join(path) for path in gates)
 
 
-def _is_gate(context: Any) -> bool:
-    return any(
-        context.method_name == method and isinstance(context.module, kinds)
-        for kinds, method in _GATES
-    )
-
-
-def _find_gates(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[Path]:
-    gates: dict[Path, None] = {}
-    others: dict[Path, None] = {}
+def _find_gates(
+    model: nn.Module, variables: Any, args: Any, kwargs: Any
+) -> dict[Path, str]:
+    """The gates' paths, and the methods that return them."""
+    gates: dict[Path, str] = {}
+    others: dict[Path, str] = {}
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if _is_gate(context):
-            gates[context.module.path] = None
-        elif _is_inserted(context):
-            others[context.module.path] = None
+        for kinds, method in _GATES:
+            if isinstance(context.module, kinds) and context.method_name == method:
+                gates[context.module.path] = method
+        if _is_inserted(context):
+            others[context.module.path] = context.method_name
         return next_fun(*args, **kwargs)
 
     dynamic, call = _split(args, kwargs)
@@ -640,7 +637,7 @@ def _find_gates(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> lis
 
     jax.eval_shape(apply, variables, dynamic)
     with_gates = {path[:i] for path in gates for i in range(len(path) + 1)}
-    return [*gates, *(path for path in others if path not in with_gates)]
+    return gates | {p: m for p, m in others.items() if p not in with_gates}
 
 
 def _output(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> Any:
@@ -653,7 +650,7 @@ def _output(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _switchable(
-    model: nn.Module, variables: Any, args: Any, kwargs: Any, gates: list[Path]
+    model: nn.Module, variables: Any, args: Any, kwargs: Any, gates: dict[Path, str]
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
     """The output as a function of one switch per gate, which adds noise at 1.
 
@@ -666,12 +663,14 @@ def _switchable(
     def run(switches: Array, variables: Any, dynamic: list[Any]) -> Any:
         def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             y = next_fun(*args, **kwargs)
-            i = index.get(context.module.path)
-            if i is None or not (_is_gate(context) or _is_inserted(context)):
+            path = context.module.path
+            if gates.get(path) != context.method_name:
                 return y
             # Other at each element: the norms that follow undo a common factor.
-            noise = jax.random.uniform(jax.random.key(i), y.shape, y.dtype, 0.5, 1.5)
-            return y + switches[i].astype(y.dtype) * noise
+            noise = jax.random.uniform(
+                jax.random.key(index[path]), y.shape, y.dtype, 0.5, 1.5
+            )
+            return y + switches[index[path]].astype(y.dtype) * noise
 
         args, kwargs = call(dynamic)
         return _output(_watched(model, interceptor), variables, args, kwargs)
