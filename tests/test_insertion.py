@@ -16,24 +16,16 @@ from tests.user_models import DoubleConv, InvertedResidual, MobileNet, ResNet, U
 X = normal((2, 8, 8, 3), 0)
 # Its generator compiles faster than the default.
 KEY = jax.random.key(0, impl="rbg")
+# Programs this small take longer to compile than to run. Nothing is fused, either, so
+# that equal arithmetic gives equal bits.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 CBAM = partial(flax_attn.CBAM, reduction=4, spatial_kernel_size=3)
 SE = partial(flax_attn.SE, reduction=2)
 MODELS = {
     "resnet": (ResNet(), CBAM, "ResNetBlock_*/BatchNorm_1", {"train": False}),
     "mobilenet": (MobileNet(), SE(), "blocks_*/project", {}),
-    "unet": (UNet(), flax_attn.ECA(), DoubleConv, {}),
+    "unet": (UNet(widths=(4,)), flax_attn.ECA(), DoubleConv, {}),
 }
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def case(request, shared_compilations):
-    """A model, its variables, the same with attention, its variables, arguments."""
-    model, attention, where, kwargs = MODELS[request.param]
-    inserted = flax_attn.insert(model, attention, where, init="identity")
-    init = partial(inserted.init, **kwargs)
-    fresh = jax.jit(init)(KEY, X)
-    pretrained = without_attention(fresh)
-    return model, pretrained, inserted, fresh, kwargs
 
 
 def without_attention(tree):
@@ -80,7 +72,7 @@ def assert_same_function(f, g, params, x):
         y, pullback = jax.vjp(function, params, x)
         return y, *pullback(cotangent)
 
-    a, b = (jax.jit(partial(both, function))(params, x) for function in (f, g))
+    a, b = (quick(partial(both, function))(params, x) for function in (f, g))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), a, b)
 
 
@@ -139,7 +131,7 @@ def test_under_scan():
 
     assert_same_function(scanned, loop, stacked, X)
     # Each step starts with weights of its own.
-    fresh = jax.jit(model.init)(KEY, X)["params"]["body"]["chain"]
+    fresh = quick(model.init)(KEY, X)["params"]["body"]["chain"]
     first, *others = fresh["second"]["attention"]["reduce"]["kernel"]
     assert all(np.abs(first - other).max() > 1e-3 for other in others)
     paths = ("body/chain/second/attention",)
@@ -161,7 +153,7 @@ def test_under_vmap():
 
     model = flax_attn.insert(Ensemble(), SE(), nn.Conv)
     variables = variables_for(model, X)
-    y = jax.jit(model.apply)(variables, X)
+    y = quick(model.apply)(variables, X)
     for i in range(2):
         member = jax.tree.map(lambda p: p[i], variables["params"]["members"])  # noqa: B023
         np.testing.assert_allclose(y[i], by_hand(member, X), atol=1e-5)
@@ -169,10 +161,10 @@ def test_under_vmap():
     # jax.vmap of apply, by example and by weights.
     model = flax_attn.insert(Chain(), SE(), nn.Conv)
     member = variables["params"]["members"]
-    z = jax.jit(jax.vmap(lambda p: model.apply({"params": p}, X)))(member)
+    z = quick(jax.vmap(lambda p: model.apply({"params": p}, X)))(member)
     np.testing.assert_allclose(z, y, atol=1e-5)
     one = {"params": jax.tree.map(lambda p: p[0], member)}
-    z = jax.jit(jax.vmap(partial(model.apply, one)))(X)
+    z = quick(jax.vmap(partial(model.apply, one)))(X)
     np.testing.assert_allclose(z, y[0], atol=1e-5)
 
 
@@ -193,13 +185,11 @@ total                                         80
 """,
     # ECA: the kernel of the article's rule.
     "unet": """
-path     type        output         parameters
-down_4   DoubleConv  (2, 8, 8, 4)            1
-down_8   DoubleConv  (2, 4, 4, 8)            3
-bottom   DoubleConv  (2, 2, 2, 16)           3
-merge_8  DoubleConv  (2, 4, 4, 8)            3
-merge_4  DoubleConv  (2, 8, 8, 4)            1
-total                                       11
+path     type        output        parameters
+down_4   DoubleConv  (2, 8, 8, 4)           1
+bottom   DoubleConv  (2, 4, 4, 8)           3
+merge_4  DoubleConv  (2, 8, 8, 4)           1
+total                                       5
 """,
 }
 
@@ -218,24 +208,34 @@ def test_the_table(name):
     assert count(inserted) - count(model) == table.parameters
 
 
-def test_as_it_was_at_the_start_bit_for_bit(case):
-    model, pretrained, inserted, fresh, kwargs = case
+@pytest.mark.parametrize("name", MODELS)
+def test_as_it_was_at_the_start_bit_for_bit(name):
+    model, attention, where, kwargs = MODELS[name]
+    inserted = flax_attn.insert(model, attention, where, init="identity")
+    init = partial(inserted.init, **kwargs)
+    fresh = quick(init)(KEY, X)
     # Variables that no initialiser of the new model has made.
-    pretrained = jax.tree.map(lambda v: v + np.float32(0.01), pretrained)
+    pretrained = jax.tree.map(lambda v: v + np.float32(0.01), without_attention(fresh))
     variables, new = flax_attn.merge(pretrained, fresh)
-    y = jax.jit(partial(model.apply, **kwargs))(pretrained, X)
-    run = jax.jit(partial(inserted.apply, **kwargs))
-    np.testing.assert_array_equal(run(variables, X), y)
     assert new and all("/attention/" in path for path in new)
-    merged = jax.tree.map(lambda a, b: bool((a == b).all()), variables, fresh)
-    kept = without_attention(jax.tree.map(lambda same: not same, merged))
-    assert all(jax.tree.leaves(kept))
+    jax.tree.map(
+        np.testing.assert_array_equal, without_attention(variables), pretrained
+    )
 
-    def loss(params):
-        y = inserted.apply(variables | {"params": params}, X, **kwargs)
-        return jnp.sum(y * normal(y.shape, 3))
+    y = quick(partial(model.apply, **kwargs))(pretrained, X)
+    now = quick(partial(inserted.apply, **kwargs))(variables, X)
+    np.testing.assert_array_equal(now, y)
+    cotangent = normal(y.shape, 3)
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    @jax.jit  # quick is wrong about the gradients of maxima.
+    def gradients_of(params):
+        def loss(params):
+            y = inserted.apply(variables | {"params": params}, X, **kwargs)
+            return jnp.sum(y * cotangent)
+
+        return jax.grad(loss)(params)
+
+    gradients = gradients_of(variables["params"])
     last = [
         g
         for path, g in jax.tree_util.tree_leaves_with_path(gradients)
@@ -243,26 +243,31 @@ def test_as_it_was_at_the_start_bit_for_bit(case):
     ]
     assert last and all(np.abs(g).max() > 0 for g in last)
     # And the gates move the output as soon as they move.
-    assert flax_attn.assert_active(inserted, variables, X, **kwargs)
+    gates = flax_attn.assert_active(inserted, variables, X, **kwargs)
+    assert len(gates) == len(last)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_model_without_attention_initialises_alike(name):
-    model, attention, where, kwargs = MODELS[name]
-    inserted = flax_attn.insert(model, attention, where)
-    kwargs = {k: True for k in kwargs}
-    a, b = (jax.jit(partial(m.init, **kwargs)) for m in (model, inserted))
-    a, b = a(KEY, X), without_attention(b(KEY, X))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_as_it_was_without_jit():
+    model = flax_attn.insert(Chain(), SE, nn.Conv, init="identity")
+    variables = quick(model.init)(KEY, X)
+    y = Chain().apply(without_attention(variables), X)
+    np.testing.assert_array_equal(model.apply(variables, X), y)
+
+
+@pytest.mark.parametrize("model", [Chain(), InvertedResidual(4)])
+def test_the_model_without_attention_initialises_alike(model):
+    inserted = flax_attn.insert(model, SE(), nn.Conv)
+    a, b = (quick(m.init)(KEY, X) for m in (model, inserted))
+    jax.tree.map(np.testing.assert_array_equal, a, without_attention(b))
 
 
 def test_in_half_precision_the_sites_keep_their_dtype():
     model = ResNet(stage_sizes=(1,), dtype=jnp.bfloat16)
     inserted = flax_attn.insert(model, SE, nn.BatchNorm, init="identity")
-    fresh = jax.jit(partial(inserted.init, train=False))(KEY, X)
-    y = jax.jit(partial(inserted.apply, train=False))(fresh, X)
+    fresh = quick(partial(inserted.init, train=False))(KEY, X)
+    y = quick(partial(inserted.apply, train=False))(fresh, X)
     plain = without_attention(fresh)
-    expected = jax.jit(partial(model.apply, train=False))(plain, X)
+    expected = quick(partial(model.apply, train=False))(plain, X)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(y), np.float32(expected))
 
@@ -279,7 +284,7 @@ def test_batch_statistics_and_methods_and_rngs_pass_through():
     inserted = flax_attn.insert(MobileNet(), SE(), InvertedResidual)
     variables = variables_for(inserted, X)
 
-    @jax.jit
+    @quick
     def run(variables, x):
         y = inserted.apply(variables, x)
         encoded = inserted.apply(variables, x, method="encode")
@@ -460,7 +465,7 @@ def test_a_submodule_that_is_called_twice_has_one_attention():
     expected = X
     for _ in range(2):
         expected = SE().apply(attention, conv(expected))
-    y = jax.jit(model.apply)(variables, X)
+    y = quick(model.apply)(variables, X)
     np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
@@ -487,7 +492,7 @@ def test_a_submodule_that_calls_its_super_class_has_one_attention():
     params = variables["params"]["block"]
     y = 2 * nn.Conv(3, (1, 1)).apply({"params": params["conv"]}, X)
     y = SE().apply({"params": params["attention"]}, y)
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, X), y, atol=1e-6)
+    np.testing.assert_allclose(quick(model.apply)(variables, X), y, atol=1e-6)
 
 
 def test_parameters_lie_where_they_did():
@@ -599,7 +604,7 @@ class Gated(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = flax_attn.CBAM(reduction=2, name="used")(x)
+        y = CBAM(name="used")(x)
         z = flax_attn.SE(reduction=1, name="second")(y)
         if self.broken == "result":
             z = y
@@ -612,18 +617,15 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("broken", ["", "result", "zero"])
 def test_idle_gates_are_found(broken):
     model = Gated(broken)
-    variables = jax.jit(model.init)(KEY, X)
+    variables = quick(model.init)(KEY, X)
     run = partial(flax_attn.assert_active, model, variables, X)
     if not broken:
         assert run() == ("used/channel", "used/spatial", "second")
-        # What is sown moves with the gate, and is no output.
-        assert len(run(mutable=["intermediates"])) == 3
     else:
         dead = "second" if broken == "result" else "used/channel, used/spatial, second"
-        message = f"does not depend on the gates of {dead}\\. "
-        for kwargs in ({}, {"mutable": ["intermediates"]}):
-            with pytest.raises(AssertionError, match=message):
-                run(**kwargs)
+        with pytest.raises(AssertionError, match=f"on the gates of {dead}\\. "):
+            # What is sown moves with the gate, and is no output.
+            run(mutable=["intermediates"])
 
 
 def test_a_gate_that_is_closed_is_active_all_the_same():
@@ -638,7 +640,7 @@ def test_scales_that_start_at_zero_are_told():
         SE,
         nn.LayerNorm,
     )
-    variables = jax.jit(model.init)(KEY, X)
+    variables = quick(model.init)(KEY, X)
     with pytest.raises(AssertionError, match="gates of layers_0/attention.*at zero"):
         flax_attn.assert_active(model, variables, X)
 
@@ -727,7 +729,7 @@ def test_labels_train_the_attention_apart():
         y = inserted.apply({"params": params}, X)
         return jnp.sum(y * normal(y.shape, 3))
 
-    @jax.jit
+    @jax.jit  # As above.
     def step(params):
         gradients = jax.grad(loss)(params)
         updates, _ = optimiser.update(gradients, optimiser.init(params), params)
@@ -741,6 +743,6 @@ def test_labels_train_the_attention_apart():
         np.testing.assert_allclose(q, p - rate * (g + decay), atol=1e-6)
 
     jax.tree.map(check, labels, params, gradients, new)
-    assert np.abs(gradients["GroupNorm_0"]["scale"]).max() > 0
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     mask = jax.tree.map(lambda label: label == "attention", labels)
     optax.adamw(1e-3, mask=mask).init(params)
