@@ -20,6 +20,7 @@ from flax_attn.cbam import CBAM
 from flax_attn.channel import ECA, SE, ChannelAttention
 from flax_attn.cost import cost
 from flax_attn.functional import eca_kernel_size
+from flax_attn.insertion import assert_active, insert, merge, parameter_labels, sites
 from flax_attn.layout import ChannelsFirst
 from flax_attn.scse import scSE
 from flax_attn.spatial import SpatialAttention
@@ -34,10 +35,15 @@ __all__ = [
     "ECA",
     "SE",
     "SpatialAttention",
+    "assert_active",
     "cost",
     "eca_kernel_size",
+    "insert",
+    "merge",
+    "parameter_labels",
     "presets",
     "scSE",
+    "sites",
 ]
 
 
