@@ -701,7 +701,7 @@ def test_merge_keeps_the_metadata_of_the_new_variables():
 
 def test_labels_train_the_attention_apart():
     inserted = flax_attn.insert(Gated(), SE(use_bias=True), "used", name="extra")
-    variables = variables_for(inserted, X)
+    variables = variables_for(inserted, X, seed=2)
     params = variables["params"]
     labels = flax_attn.parameter_labels(inserted, X)
     decayed, spared = "attention", "attention_no_decay"
@@ -743,6 +743,17 @@ def test_labels_train_the_attention_apart():
         np.testing.assert_allclose(q, p - rate * (g + decay), atol=1e-6)
 
     jax.tree.map(check, labels, params, gradients, new)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
+    moved = jax.tree.map(lambda g: bool(np.abs(g).max() > 0), gradients)
+    assert all(jax.tree.leaves(moved)), moved
     mask = jax.tree.map(lambda label: label == "attention", labels)
     optax.adamw(1e-3, mask=mask).init(params)
+
+
+def test_the_gates_of_the_relatives():
+    model = nn.Sequential([flax_attn.BAM(), flax_attn.scSE()])
+    variables = variables_for(model, X)
+    gates = flax_attn.assert_active(model, variables, X)
+    assert set(gates) == {"layers_0", "layers_1", "layers_1/channel"}
+    labels = flax_attn.parameter_labels(model, X)
+    assert labels["layers_1"]["spatial"] == {"kernel": "attention"}
+    assert labels["layers_0"]["spatial_conv1"]["bias"] == "attention_no_decay"
