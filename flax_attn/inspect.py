@@ -18,7 +18,7 @@ Array = jax.Array
 
 COLLECTION = "intermediates"
 # What the blocks call their gates, whatever else a model sows.
-GATES = ("channel_gate", "spatial_gate")
+GATES = ("channel_gate", "spatial_gate", "element_gate")
 
 # Dark to light, so that it reads in grey as well: the value, and its red, green, blue.
 _COLOURS = np.array(
@@ -37,8 +37,9 @@ def attention_maps(
 ) -> dict[str, Array]:
     """Returns every gate of ``model`` for the input ``x``, by its path.
 
-    The block's output is its input times these, bit for bit: the program that computes
-    the output is the one that they are read from::
+    The block's output is its input times these, bit for bit (BAM and scSE join them as
+    their docs say): the program that computes the output is the one that they are read
+    from::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -61,8 +62,8 @@ def attention_maps(
 
     Returns:
       The gates in the order in which they were computed (under ``jax.jit``: sorted), in
-      the dtype and the shape that the block gave them, ``(..., 1, 1, C)`` or
-      ``(..., H, W, 1)``. A block that is called several times has a path for each call,
+      the dtype and the shape that the block gave them, ``(..., 1, 1, C)``,
+      ``(..., H, W, 1)`` or, of BAM, ``(..., H, W, C)``. A block that is called several times has a path for each call,
       ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
       are one gate with the axis that ``variable_axes`` names.
 
@@ -157,7 +158,8 @@ def statistics(
       a         4  25.0%  25.0%  0.500    0.500
 
     Args:
-      gates: what ``attention_maps`` returns, or one gate.
+      gates: what ``attention_maps`` returns, or one gate. Those of ``identity_init``
+        reach to 2: halve them first.
       low: elements below it count as shut (default: 0.05).
       high: elements above it count as open (default: 0.95).
 
@@ -188,8 +190,8 @@ def _statistics(path: str, gate: Any, low: float, high: float) -> GateStatistics
     if not (g.size and g.min() >= 0 and g.max() <= 1):
         got = f"values from {g.min()} to {g.max()}" if g.size else f"shape {g.shape}"
         raise ValueError(
-            f"{name} must have elements, all within [0, 1], got {got}; map the gate of "
-            "another function there first, e.g. (1 + tanh) / 2."
+            f"{name} must have elements, all within [0, 1], got {got}; map them "
+            "there first: halve what `identity_init` has doubled, or (1 + tanh) / 2."
         )
     return GateStatistics(
         path=path,
