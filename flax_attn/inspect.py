@@ -63,9 +63,10 @@ def attention_maps(
     Returns:
       The gates in the order in which they were computed (under ``jax.jit``: sorted), in
       the dtype and the shape that the block gave them, ``(..., 1, 1, C)``,
-      ``(..., H, W, 1)`` or, of BAM, ``(..., H, W, C)``. A block that is called several times has a path for each call,
-      ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
-      are one gate with the axis that ``variable_axes`` names.
+      ``(..., H, W, 1)`` or, of BAM, ``(..., H, W, C)``. A block that is called several
+      times has a path for each call, ending in ``/0``, ``/1`` and so on. Layers that
+      ``nn.scan`` or ``nn.vmap`` stacks are one gate with the axis that
+      ``variable_axes`` names.
 
     Raises:
       ValueError: there is no gate, or ``mutable`` is among the keyword arguments.

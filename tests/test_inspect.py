@@ -388,7 +388,7 @@ def test_what_overlay_refuses(image, gate, options, says):
 def test_the_gates_of_the_relatives():
     model = nn.Sequential([flax_attn.BAM(), flax_attn.scSE()])
     x = normal((2, 5, 4, 8), 1)
-    gates = inspect.attention_maps(model, variables_for(model, x), x)
+    gates = attention_maps(model, variables_for(model, x), x)
     assert {path: gate.shape for path, gate in gates.items()} == {
         "layers_0/element_gate": (2, 5, 4, 8),
         "layers_1/channel/channel_gate": (2, 1, 1, 8),
