@@ -13,7 +13,7 @@ import flax_attn
 from tests.cases import BLOCKS, normal, variables_for
 
 SHAPES = ((1, 1, 1, 32), (2, 9, 13, 32), (3, 20, 40, 32))
-EXPORTED = {name: BLOCKS[name] for name in ("se", "eca", "cbam", "cbam-conv")} | {
+EXPORTED = {name: BLOCKS[name] for name in ("se", "cbam-conv")} | {
     "bam": flax_attn.BAM,
     "scse": flax_attn.scSE,
 }

@@ -48,6 +48,7 @@ def assert_same_losses(workdir, alone):
     print("one:", [line["train_loss"] for line in alone])
 
 
+@pytest.mark.long
 def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
     """Stopped through one process, gone on with by two of two devices each."""
     both = start_two(tmp_path, environment, "--epochs", 4)

@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_run(images, done):
     chex.assert_trees_all_equal(again.state.params, done[0].state.params)
 
 
+@pytest.mark.long
 def test_steps_in_one_call_are_the_same_steps(images, done):
     """Three steps an epoch, as two and one."""
     many = loop.train(dataclasses.replace(TINY, epochs=1, steps_per_call=2), images)

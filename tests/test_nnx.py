@@ -11,15 +11,21 @@ from flax import linen as nn
 from flax import nnx
 
 import flax_attn
-from tests.cases import BLOCKS, normal
+from tests.cases import normal
 
-ALL = BLOCKS | {"bam": flax_attn.BAM, "scse": flax_attn.scSE}
+SOME = {
+    "eca": flax_attn.ECA,
+    "spatial": flax_attn.SpatialAttention,
+    "cbam": flax_attn.CBAM,
+    "bam": flax_attn.BAM,
+    "scse": flax_attn.scSE,
+}
 X = normal((4, 5, 4, 16), 1)
 
 
-@pytest.mark.parametrize("block", ALL)
+@pytest.mark.parametrize("block", SOME)
 def test_the_same_in_nnx(block):
-    linen = ALL[block]()
+    linen = SOME[block]()
     model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(X)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     expected = linen.apply({"params": params}, X)

@@ -133,6 +133,7 @@ def test_a_stopped_run_saves_and_goes_on_from_that_step(
     assert_same_run(tmp_path, untouched)
 
 
+@pytest.mark.long
 def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     """After a step, before its epoch ends: here and not in the next process."""
     images = tiny_run.images()
@@ -343,6 +344,7 @@ def test_the_newest_stay(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "4"]
 
 
+@pytest.mark.long
 def test_a_full_disk_does_not_stop_the_run(environment, untouched, tmp_path):
     """A limit on the size of files stands for the disk: writing fails in its midst."""
     process = start(

@@ -22,7 +22,6 @@ from tests.cases import (
 
 SIZES = {1: (9,), 2: (5, 4), 3: (3, 5, 4)}
 CHANNELS = 20
-SOME = ["se", "eca", "channel-conv", "spatial", "cbam"]
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -43,7 +42,7 @@ def reference(block, dims):
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-@pytest.mark.parametrize("block", SOME)
+@pytest.mark.parametrize("block", ["eca", "spatial", "cbam"])
 def test_signals_and_volumes(block, dims):
     x = normal((2, *SIZES[dims], CHANNELS), 1)
     cotangent = normal(x.shape, 2)
@@ -135,8 +134,12 @@ def padded(x, dims, value):
 
 @pytest.mark.parametrize(
     "block, dims, implementation",
-    [(block, 2, i) for block in SOME for i in IMPLEMENTATIONS]
-    + [("se-max", 2, "fast"), ("cbam", 1, "fast"), ("cbam", 3, "plain")],
+    [
+        *((block, 2, "fast") for block in ("se-max", "channel-conv", "cbam")),
+        *((block, 2, "plain") for block in ("eca", "spatial", "cbam")),
+        ("cbam", 1, "fast"),
+        ("cbam", 3, "plain"),
+    ],
 )
 def test_a_padded_map_gives_what_the_map_gives(block, dims, implementation):
     """Whatever stands in the padding: here what poisons all that it touches."""
@@ -173,8 +176,8 @@ def test_a_row_of_nothing(implementation):
     def loss(variables, x, mask):
         return jnp.sum(module.apply(variables, x, mask) ** 2)
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables, x, mask)
-    alone = jax.grad(loss, argnums=(0, 1))(variables, x[:1], mask[:1])
+    run = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gradients, alone = run(variables, x, mask), run(variables, x[:1], mask[:1])
     chex.assert_trees_all_close(gradients[0], alone[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(gradients[1][1], 0)
     np.testing.assert_array_equal(module.apply(variables, x, mask)[1], 0)
