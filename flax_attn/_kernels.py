@@ -21,6 +21,7 @@ it differently: seen on CPU with ``--xla_backend_optimization_level=0`` alone, a
 """
 
 import math
+from collections.abc import Callable
 from functools import partial, reduce
 
 import jax
@@ -38,6 +39,10 @@ CHANNEL: Axes = (-1,)
 # the convolution's arithmetic, at the speed of a product.
 TILE = 16
 
+# Slices that a sum of something computed is cut into on CPU. From 15 on, XLA no longer
+# computes an operand of theirs in the loop but stores it first.
+SLICES = 8
+
 
 def wide(*arrays: Array) -> jnp.dtype:
     """The dtype to accumulate in: float32, or wider where an array is wider."""
@@ -47,7 +52,7 @@ def wide(*arrays: Array) -> jnp.dtype:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def mean(x: Array, axes: Axes) -> Array:
     """The mean over ``axes``, which stay with size 1, in ``wide(x)``."""
-    return _sum(x.astype(wide(x)), axes) / _size(x, axes)
+    return _sum(x, axes) / _size(x, axes)
 
 
 def _mean_fwd(x: Array, axes: Axes) -> tuple[Array, Array]:
@@ -74,25 +79,26 @@ def _maximum_fwd(x: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
 
 def _maximum_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array]:
     x, m = res
-    return (_to_ties(_exact(x), m, ct.astype(m.dtype), axes).astype(x.dtype),)
+    ct = ct.astype(m.dtype) / _sum_of(_ties, axes, x, m)
+    return ((_ties(x, m) * ct).astype(x.dtype),)
 
 
 maximum.defvjp(_maximum_fwd, _maximum_bwd)
 
 
-@jax.custom_vjp
-def scale(x: Array, gate: Array) -> Array:
-    """``x * gate`` for a spatial gate, ``(..., H, W, 1)``."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scale(x: Array, gate: Array, axes: Axes) -> Array:
+    """``x * gate`` for a gate that has size 1 along ``axes``."""
     return x * gate
 
 
-def _scale_fwd(x: Array, gate: Array) -> tuple[Array, tuple[Array, Array]]:
+def _scale_fwd(x: Array, gate: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
     return x * gate, (x, gate)
 
 
-def _scale_bwd(res: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+def _scale_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     x, gate = res
-    d_gate = _sum_of_product(x.astype(wide(x)), ct.astype(wide(x)))
+    d_gate = _sum_of(lambda x, ct: _widen(x) * _widen(ct), axes, x, ct)
     return ct * gate, d_gate.astype(gate.dtype)
 
 
@@ -105,7 +111,9 @@ def scale_and_squeeze(x: Array, gate: Array) -> tuple[Array, Array, Array]:
 
     The two come in ``wide(x)``, with a last axis of size 1.
     """
-    return x * gate, _product(x, gate).max(-1, keepdims=True), _mean_of_gated(x, gate)
+    # Another product than `y` to XLA's CPU backend, which else stores it for both.
+    maximum = _product(x, lax.optimization_barrier(gate)).max(-1, keepdims=True)
+    return x * gate, maximum, _mean_of_gated(x, gate)
 
 
 def _scale_and_squeeze_fwd(
@@ -120,10 +128,17 @@ def _scale_and_squeeze_bwd(
 ) -> tuple[Array, Array]:
     x, gate, m = res
     ct_y, ct_m, ct_mean = cts
-    d_y = ct_y.astype(m.dtype) + ct_mean / x.shape[-1]
-    d_y += _to_ties(_product(x, gate), m, ct_m, CHANNEL)
-    d_gate = _sum(x.astype(m.dtype) * d_y, SPATIAL)
-    return (d_y * gate.astype(m.dtype)).astype(x.dtype), d_gate.astype(gate.dtype)
+    ct_m = ct_m / _sum_of(_ties_of_gated, CHANNEL, x, gate, m)
+    ct_mean = ct_mean / x.shape[-1]
+
+    def d_y(x: Array, gate: Array, m: Array, *cts: Array) -> Array:
+        ct_y, ct_m, ct_mean = cts
+        return ct_y.astype(m.dtype) + ct_mean + _ties_of_gated(x, gate, m) * ct_m
+
+    maps = (x, gate, m, ct_y, ct_m, ct_mean)
+    d_gate = _sum_of(lambda x, *rest: _widen(x) * d_y(x, *rest), SPATIAL, *maps)
+    d_x = d_y(*maps) * gate.astype(m.dtype)
+    return d_x.astype(x.dtype), d_gate.astype(gate.dtype)
 
 
 scale_and_squeeze.defvjp(_scale_and_squeeze_fwd, _scale_and_squeeze_bwd)
@@ -141,12 +156,11 @@ def conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     """
     *batch, h, w, _ = maps.shape
     kh, kw, _, o = kernel.shape
-    windows, tile = _windows(maps, kw)
+    windows, tile = _windows(maps, kh, kw)
     matrix = _einsum("ijmo,jvt->vmito", kernel, _band(kw, tile, kernel.dtype))
     matrix = matrix.reshape(windows.shape[-1], kh * tile * o)
     rows = _matmul(windows, matrix, precision)
-    rows = rows.reshape(*batch, h, -1, kh, tile * o)
-    rows = _pad(rows, -4, kh // 2, kh // 2)
+    rows = rows.reshape(*batch, h + kh - 1, -1, kh, tile * o)
     out = reduce(jnp.add, [rows[..., i : i + h, :, i, :] for i in range(kh)])
     return out.reshape(*batch, h, -1, o)[..., :w, :].astype(maps.dtype)
 
@@ -161,21 +175,22 @@ def _conv_bwd(
     precision: lax.PrecisionLike, res: tuple[Array, Array], ct: Array
 ) -> tuple[Array, Array]:
     maps, kernel = res
-    h, w = maps.shape[-3:-1]
-    kh, kw, m, o = kernel.shape
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    d_maps = conv(ct, flipped, precision)
-    # The gradient of `rows` is `ct` at kh offsets along H, and that of `matrix` one
-    # product with the windows, whose band is then summed along its diagonals.
-    windows, tile = _windows(maps, kw)
-    ct = _pad(_pad(ct, -3, kh // 2, kh // 2), -2, 0, -w % tile)
-    d_rows = jnp.stack([ct[..., i : i + h, :, :] for i in reversed(range(kh))], -4)
-    d_rows = d_rows.reshape(*ct.shape[:-3], kh, h, -1, tile * o)
-    d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
-    windows = windows.reshape(-1, windows.shape[-1])
-    d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
-    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
-    return d_maps, d_kernel.astype(kernel.dtype)
+    h, w, m = maps.shape[-3:]
+    kh, kw, _, o = kernel.shape
+    # Here the taps along H lie in the windows too, which both gradients then share:
+    # the convolution of `ct` with the flipped kernel is their product with its matrix,
+    # and the gradient of that matrix their product with `maps`, in tiles.
+    windows, tile = _windows(ct, kh, kw)
+    windows = jnp.stack([windows[..., i : i + h, :, :] for i in range(kh)], -2)
+    windows = windows.reshape(-1, kh * windows.shape[-1])
+    band = _band(kw, tile, kernel.dtype)
+    matrix = _einsum("ijmo,jvt->ivotm", kernel[::-1, ::-1], band)
+    d_maps = _matmul(windows, matrix.reshape(-1, tile * m), precision)
+    d_maps = d_maps.reshape(*maps.shape[:-2], -1, m)[..., :w, :].astype(maps.dtype)
+    tiles = _pad(maps, -2, 0, -w % tile).reshape(-1, tile * m)
+    d_matrix = _matmul(windows.T, tiles, precision).reshape(kh, -1, o, tile, m)
+    d_kernel = _einsum("ivotm,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
+    return d_maps, d_kernel[::-1, ::-1].astype(kernel.dtype)
 
 
 conv.defvjp(_conv_fwd, _conv_bwd)
@@ -185,20 +200,21 @@ def _matmul(x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
     return jnp.matmul(x, y, precision=precision, preferred_element_type=wide(x))
 
 
-def _windows(maps: Array, k: int) -> tuple[Array, int]:
-    """Windows of ``tile + k - 1`` columns, one every ``tile`` columns, and ``tile``.
+def _windows(maps: Array, kh: int, kw: int) -> tuple[Array, int]:
+    """Windows of ``tile + kw - 1`` columns, one every ``tile`` columns, and ``tile``.
 
-    ``(..., H, W, M)`` becomes ``(..., H, tiles, (tile + k - 1) * M)``.
+    ``(..., H, W, M)`` becomes ``(..., H + kh - 1, tiles, (tile + kw - 1) * M)``.
     """
-    *batch, w, m = maps.shape
-    # A window's last k - 1 columns lie in the next tile. Tiles of about equal width
+    *batch, h, w, m = maps.shape
+    # A window's last kw - 1 columns lie in the next tile. Tiles of about equal width
     # leave little to fill up.
     # A width that export leaves open gets whole tiles.
-    tile = max(-(-w // -(-w // TILE)) if isinstance(w, int) else TILE, k - 1)
+    tile = max(-(-w // -(-w // TILE)) if isinstance(w, int) else TILE, kw - 1)
     tiles = -(-w // tile)
-    padded = _pad(maps, -2, k // 2, (tiles + 1) * tile - w - k // 2)
-    padded = padded.reshape(*batch, tiles + 1, tile * m)
-    heads = padded[..., 1:, : (k - 1) * m]
+    padded = _pad(maps, -3, kh // 2, kh // 2)
+    padded = _pad(padded, -2, kw // 2, (tiles + 1) * tile - w - kw // 2)
+    padded = padded.reshape(*batch, h + kh - 1, tiles + 1, tile * m)
+    heads = padded[..., 1:, : (kw - 1) * m]
     return jnp.concatenate([padded[..., :-1, :], heads], axis=-1), tile
 
 
@@ -218,6 +234,10 @@ def _pad(x: Array, axis: int, before: int, after: int) -> Array:
     return jnp.pad(x, pads)
 
 
+def _widen(x: Array) -> Array:
+    return x.astype(wide(x))
+
+
 def _exact(x: Array) -> Array:
     """``x`` in ``wide(x)``, rounded to what its own dtype can hold."""
     info = jnp.finfo(x.dtype)
@@ -230,52 +250,81 @@ def _product(x: Array, gate: Array) -> Array:
     return _exact(x) * _exact(gate)
 
 
-def _to_ties(y: Array, m: Array, ct: Array, axes: Axes) -> Array:
-    """Shares ``ct`` evenly between the elements of ``y`` that equal ``m``."""
-    mask = (y == m).astype(ct.dtype)
-    return mask * (ct / _sum(mask, axes))
+def _ties(y: Array, m: Array) -> Array:
+    """1 where an element of ``y`` equals the maximum ``m``, and 0 elsewhere."""
+    return (_exact(y) == m).astype(m.dtype)
 
 
-# XLA's CPU backend emits slow loops for most sums of a computed operand, where it has
-# fast products; elsewhere a sum fuses what it sums. So each sum has two forms. The
+def _ties_of_gated(x: Array, gate: Array, m: Array) -> Array:
+    return (_product(x, gate) == m).astype(m.dtype)
+
+
+# XLA's CPU backend writes out what a sum computes before it sums it, or emits slow
+# loops. It has fast products and fast elementwise loops. So each sum has two forms. The
 # products are over maps of shape (N, HW, C): with H and W apart, they would transpose.
 
 
 def _sum(x: Array, axes: Axes) -> Array:
-    """The sum over ``axes``, which stay with size 1."""
-
-    def by_product(x: Array) -> Array:
-        rows = _rows(x)
-        if axes == SPATIAL:
-            y = _einsum("nkc,nk->nc", rows, jnp.ones(rows.shape[:2], x.dtype))
-        else:
-            y = _einsum("nkc,c->nk", rows, jnp.ones(x.shape[-1], x.dtype))
-        return y.reshape(_reduced(x, axes))
-
+    """The sum of ``x`` in ``wide(x)`` over ``axes``, which stay with size 1."""
+    if x.dtype != wide(x):
+        return _sum_of(_widen, axes, x)
     return lax.platform_dependent(
-        x, cpu=by_product, default=lambda x: x.sum(axes, keepdims=True)
+        x,
+        cpu=lambda x: _contract(_rows(x), axes).reshape(_reduced(x.shape, axes)),
+        default=lambda x: x.sum(axes, keepdims=True),
     )
 
 
-def _sum_of_product(x: Array, y: Array) -> Array:
-    """``(x * y).sum(-1, keepdims=True)`` for two feature maps."""
+def _sum_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+    """The sum of ``function(*maps)`` over ``axes``, which stay with size 1.
 
-    def by_product(x: Array, y: Array) -> Array:
-        z = _einsum("nkc,nkc->nk", _rows(x), _rows(y))
-        return z.reshape(_reduced(x, CHANNEL))
+    ``function`` is elementwise, and ``maps`` broadcast to ``(..., H, W, C)``.
+    """
+    shape = jnp.broadcast_shapes(*(a.shape for a in maps))
+    size = math.prod(shape[a] for a in axes)
+    # The axis of (N, HW, C). One that export leaves open stays in one piece.
+    axis = 1 if axes == SPATIAL else 2
+    slices = min(SLICES, size) if isinstance(size, int) else 1
+    step = size // slices
+
+    def by_slices(*maps: Array) -> Array:
+        # One loop computes and adds the slices; a product sums the little that is left.
+        rows = [_rows(a) for a in maps]
+        ends = [(i * step, (i + 1) * step) for i in range(slices)]
+        parts = [function(*_slice(rows, axis, *pair)) for pair in ends]
+        y = _contract(reduce(jnp.add, parts), axes)
+        if slices * step != size:
+            rest = function(*_slice(rows, axis, slices * step, size))
+            y += _contract(rest, axes)
+        return y.reshape(_reduced(shape, axes))
 
     return lax.platform_dependent(
-        x, y, cpu=by_product, default=lambda x, y: (x * y).sum(-1, keepdims=True)
+        *maps,
+        cpu=by_slices,
+        default=lambda *maps: function(*maps).sum(axes, keepdims=True),
     )
+
+
+def _slice(rows: list[Array], axis: int, start: int, stop: int) -> list[Array]:
+    return [
+        a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis)
+        for a in rows
+    ]
+
+
+def _contract(rows: Array, axes: Axes) -> Array:
+    if axes == SPATIAL:
+        return _einsum("nkc,nk->nc", rows, jnp.ones(rows.shape[:2], rows.dtype))
+    return _einsum("nkc,c->nk", rows, jnp.ones(rows.shape[-1], rows.dtype))
 
 
 def _mean_of_gated(x: Array, gate: Array) -> Array:
     """``(x * gate).mean(-1, keepdims=True)`` for a map and a channel gate."""
-    x, gate = x.astype(wide(x)), gate.astype(wide(x)) / x.shape[-1]
+    x, gate = _widen(x), gate.astype(wide(x)) / x.shape[-1]
 
     def by_product(x: Array, gate: Array) -> Array:
         y = _einsum("nkc,nc->nk", _rows(x), gate.reshape(-1, x.shape[-1]))
-        return y.reshape(_reduced(x, CHANNEL))
+        return y.reshape(_reduced(x.shape, CHANNEL))
 
     return lax.platform_dependent(
         x,
@@ -289,8 +338,8 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, math.prod(x.shape[-3:-1]), x.shape[-1])
 
 
-def _reduced(x: Array, axes: Axes) -> tuple[int, ...]:
-    return tuple(1 if i - x.ndim in axes else n for i, n in enumerate(x.shape))
+def _reduced(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    return tuple(1 if i - len(shape) in axes else n for i, n in enumerate(shape))
 
 
 def _einsum(equation: str, *operands: Array) -> Array:

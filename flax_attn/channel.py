@@ -267,7 +267,12 @@ class ChannelAttention(nn.Module):
 
 def _scale(module: Any, x: Array, gate: Array, mask: Array | None) -> Array:
     x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
-    return functional.keep(x, functional.check_mask(mask, x)) * gate
+    return functional.scale(
+        functional.keep(x, functional.check_mask(mask, x)),
+        gate,
+        spatial_dims=module.spatial_dims,
+        implementation=module.implementation,
+    )
 
 
 def _channel_gate(

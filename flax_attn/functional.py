@@ -235,17 +235,29 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
     return jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
 
 
-def scale(x: Array, gate: Array, *, implementation: Implementation = "fast") -> Array:
-    """Multiplies a feature map by a spatial gate: ``x * gate``.
-
-    For a channel gate the plain product is the fast one.
+def scale(
+    x: Array,
+    gate: Array,
+    *,
+    spatial_dims: int = 2,
+    implementation: Implementation = "fast",
+) -> Array:
+    """Multiplies a feature map by a channel gate or a spatial gate: ``x * gate``.
 
     Args:
       x: array ``(..., H, W, C)``.
-      gate: array ``(..., H, W, 1)`` of the same dtype.
+      gate: array ``(..., 1, 1, C)`` or ``(..., H, W, 1)`` of the same dtype.
+      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
-    return _kernels.scale(x, gate) if _is_fast(implementation) else x * gate
+    if not _is_fast(implementation):
+        return x * gate
+    of_channels = gate.shape[-1] == x.shape[-1] and all(
+        n == 1 for n in gate.shape[-1 - spatial_dims : -1]
+    )
+    folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)
+    y = _kernels.scale(*folded, SPATIAL if of_channels else CHANNEL)
+    return y.reshape(x.shape)
 
 
 def scale_and_squeeze(

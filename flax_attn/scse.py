@@ -123,12 +123,20 @@ class scSE(nn.Module):
             self.spatial_gate(x, mask),
             dtype=self.dtype,
         )
-        by_channel = x * channel
-        by_position = functional.scale(x, spatial, implementation=self.implementation)
+        by_channel, by_position = (
+            functional.scale(
+                x,
+                gate,
+                spatial_dims=self.spatial_dims,
+                implementation=self.implementation,
+            )
+            for gate in (channel, spatial)
+        )
         if self.combine == "max":
             return jnp.maximum(by_channel, by_position)
-        y = by_channel + by_position
-        return y / 2 if self.identity_init else y
+        if self.identity_init:  # Halved before they are added: twice x may overflow.
+            return by_channel / 2 + by_position / 2
+        return by_channel + by_position
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""

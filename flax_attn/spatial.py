@@ -119,4 +119,9 @@ class SpatialAttention(nn.Module):
     def scale(self, x: Array, gate: Array) -> Array:
         """Returns ``x`` times a spatial gate."""
         x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
-        return functional.scale(x, gate, implementation=self.implementation)
+        return functional.scale(
+            x,
+            gate,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )

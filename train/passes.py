@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from tqdm.auto import tqdm
 
@@ -44,6 +43,7 @@ class Options:
 
 
 Arrays = dict[str, jax.Array]
+INNER = ("x", "channel", "cotangent", "spatial", "max_c", "mean_c")
 # Name, maps read and written, and the pass: what its one compiled program computes.
 PASSES: tuple[tuple[str, float, Callable[[Arrays], Any]], ...] = (
     ("mean over HW", 1, lambda a: _kernels.mean(a["x"], _kernels.SPATIAL)),
@@ -54,39 +54,54 @@ PASSES: tuple[tuple[str, float, Callable[[Arrays], Any]], ...] = (
     (
         "spatial gate's gradient",
         2,
-        lambda a: _kernels._sum_of_product(a["x"] * a["channel"], a["cotangent"]),
+        lambda a: _kernels._sum_of(
+            lambda x, gate, ct: x * gate * ct,
+            _kernels.CHANNEL,
+            *(a[name] for name in ("x", "channel", "cotangent")),
+        ),
     ),
     (
         "ties over C",
         1,
-        lambda a: _ties(a["x"] * a["channel"], a["max_c"], _kernels.CHANNEL),
+        lambda a: _kernels._sum_of(
+            _kernels._ties_of_gated,
+            _kernels.CHANNEL,
+            *(a[name] for name in ("x", "channel", "max_c")),
+        ),
     ),
     (
         "channel gate's gradient",
         2,
-        lambda a: _kernels._sum(a["x"] * _inner(a), _kernels.SPATIAL),
+        lambda a: _kernels._sum_of(
+            lambda *maps: maps[0] * _inner(*maps),
+            _kernels.SPATIAL,
+            *(a[name] for name in INNER),
+        ),
     ),
-    ("ties over HW", 1, lambda a: _ties(a["x"], a["max_hw"], _kernels.SPATIAL)),
+    (
+        "ties over HW",
+        1,
+        lambda a: _kernels._sum_of(
+            _kernels._ties, _kernels.SPATIAL, a["x"], a["max_hw"]
+        ),
+    ),
     (
         "gradient of x",
         3,
         lambda a: (
-            _inner(a) * a["channel"]
+            _inner(*(a[name] for name in INNER)) * a["channel"]
             + a["mean_hw"]
-            + jnp.where(a["x"] == a["max_hw"], a["mean_hw"], 0)
+            + _kernels._ties(a["x"], a["max_hw"]) * a["mean_hw"]
         ),
     ),
 )
 
 
-def _ties(y: jax.Array, m: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return _kernels._sum((y == m).astype(y.dtype), axes)
-
-
-def _inner(a: Arrays) -> jax.Array:
-    """The cotangent of ``x * channel gate``."""
-    y = a["cotangent"] * a["spatial"] + a["mean_c"]
-    return y + jnp.where(a["x"] * a["channel"] == a["max_c"], a["mean_c"], 0)
+def _inner(x: jax.Array, gate: jax.Array, *rest: jax.Array) -> jax.Array:
+    """The cotangent of ``x * gate`` for a channel gate."""
+    cotangent, spatial, maximum, mean = rest
+    ties = _kernels._ties_of_gated(x, gate, maximum)
+    return cotangent * spatial + mean + ties * mean
 
 
 def make_arrays(shape: Shape) -> Arrays:
