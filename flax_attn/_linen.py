@@ -1,4 +1,4 @@
-"""What the modules share beside the arithmetic: types, a start, a convolution."""
+"""What the modules share beside the arithmetic: types, a start, a norm, a layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +32,10 @@ def width_of(field: str, value: Width, features: int) -> int:
 
 def last_layer(module: Any) -> dict[str, Any]:
     """The initializers of the layer that makes the logits."""
-    if module.identity_init:
-        zeros = nn.initializers.zeros_init()
-        return {"kernel_init": zeros, "bias_init": zeros}
+    # Before a norm, zeros would be amplified or leave nothing to learn from: there the
+    # norm's scale starts at zero instead.
+    if module.identity_init and getattr(module, "norm", None) is None:
+        return {"kernel_init": _ZEROS, "bias_init": _ZEROS}
     return {"kernel_init": module.kernel_init, "bias_init": module.bias_init}
 
 
@@ -52,12 +53,39 @@ def gate_of(module: Any, logits: Array) -> Array:
     return 2 * module.gate(logits)
 
 
-def normalise(norm: ModuleDef | None, x: Array, mask: Array | None, name: str) -> Array:
-    """``x`` through ``norm``, over the valid positions alone where there is a mask."""
-    if norm is None:
+def normalise(module: Any, x: Array, mask: Array | None, name: str) -> Array:
+    """``x`` through the norm of ``module``, if any, over what ``mask`` admits."""
+    if module.norm is None:
         return x
-    options = {} if mask is None else {"mask": mask}
-    return norm(name=name)(x, **options)
+    norm = _make_norm(module, name)
+    if mask is None:
+        return norm(x)
+    # What has nothing valid is normalised as it is, since the mean of nothing is NaN:
+    # a row, or for statistics of the batch, the whole of it.
+    axes = tuple(range(-1 - module.spatial_dims, -1))
+    shared = isinstance(norm, nn.BatchNorm)
+    valid = mask.any(None if shared else axes, keepdims=True)
+    return norm(x, mask=mask | ~valid)
+
+
+def _make_norm(module: Any, name: str) -> Any:
+    if not module.identity_init:
+        return module.norm(name=name)
+    try:
+        norm = module.norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
+    except TypeError as error:
+        raise ValueError(_NO_SCALE.format(module.norm)) from error
+    if not getattr(norm, "use_scale", True):
+        raise ValueError(_NO_SCALE.format(module.norm))
+    return norm
+
+
+_ZEROS = nn.initializers.zeros_init()
+_NO_SCALE = (
+    "`identity_init` starts the scale and the bias of `norm` at zero, so `norm` must "
+    "have the fields `scale_init` and `bias_init` and use a scale, got {}; pass a norm "
+    "such as nn.BatchNorm, or identity_init=False."
+)
 
 
 class Conv(nn.Module):

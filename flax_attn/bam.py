@@ -51,7 +51,8 @@ class BAM(nn.Module):
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
       norm: module at the end of each branch, ``partial(nn.BatchNorm,
-        use_running_average=not train)`` in the paper (default: None).
+        use_running_average=not train)`` in the paper; called as Flax's norms are, with
+        ``mask=`` where the block has a mask (default: None).
       act: activation between the MLP's layers (default: nn.relu).
       gate: function from the summed logits to the gate (default: nn.sigmoid).
       use_bias: whether all layers add a bias (default: True, as in the paper).
@@ -64,8 +65,9 @@ class BAM(nn.Module):
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
       identity_init: whether the block starts as the identity: the last kernels and
-        biases start at zero, and ``2 * gate(logits)`` stands in the place of
-        ``1 + gate(logits)`` and is sown (default: False).
+        biases start at zero, or with ``norm`` the norms' scales and biases, and
+        ``2 * gate(logits)`` stands in the place of ``1 + gate(logits)`` and is sown
+        (default: False).
       spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
         ``(..., D, H, W, C)`` (default: 2).
 
@@ -114,7 +116,9 @@ class BAM(nn.Module):
         valid = functional.check_mask(mask, x)
         x = functional.keep(x, valid)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
-        channel = normalise(self.norm, channel, None, "channel_norm")
+        axes = tuple(range(-1 - self.spatial_dims, -1))
+        rows = None if valid is None else valid.any(axes, keepdims=True)
+        channel = normalise(self, channel, rows, "channel_norm")
         logits = channel + self._spatial_logits(x, valid)
         gate = functional.keep(gate_of(self, logits), valid)
         self.sow("intermediates", "element_gate", gate)
@@ -140,4 +144,4 @@ class BAM(nn.Module):
         y = wide(name="spatial_conv1")(functional.keep(y, mask))
         y = wide(name="spatial_conv2")(functional.keep(y, mask))
         y = conv(1, ones, **last_layer(self), name="spatial_expand")(y)
-        return normalise(self.norm, y, mask, "spatial_norm")
+        return normalise(self, y, mask, "spatial_norm")

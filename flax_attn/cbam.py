@@ -47,8 +47,8 @@ class CBAM(nn.Module):
         (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
       gamma: slope divisor of the rule for that width, not 0 (default: 2).
       b: offset of the rule for that width (default: 1).
-      spatial_norm: module between the spatial convolution and its gate (default:
-        None).
+      spatial_norm: module between the spatial convolution and its gate, see
+        ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
       gate: function from logits to the gate, for both halves (default: nn.sigmoid).
       use_bias: whether layers add a bias (default: False). Before ``spatial_norm``,
@@ -62,8 +62,9 @@ class CBAM(nn.Module):
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
       identity_init: whether both gates start at exactly 1, so that the block starts as
-        the identity: their last kernels and biases start at zero, and the gates are
-        ``2 * gate(logits)`` (default: False).
+        the identity: their last kernels and biases start at zero, or the scale and
+        bias of ``spatial_norm``, and the gates are ``2 * gate(logits)`` (default:
+        False).
       spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
         ``(..., D, H, W, C)`` (default: 2).
 

@@ -29,10 +29,12 @@ class ChannelsFirst(nn.Module):
 
     Attributes:
       module: any module from ``(..., H, W, C)`` to ``(..., H', W', C')``.
-      spatial_dims: number of spatial axes, at least 1 (default: 2).
+      spatial_dims: number of spatial axes, at least 1, and that of ``module`` if it has
+        such a field (default: 2).
 
     Raises:
-      ValueError: at the first call, for an input of too few axes.
+      ValueError: at the first call, for an input of too few axes, or for another
+        ``spatial_dims`` than that of ``module``.
     """
 
     module: nn.Module
@@ -46,6 +48,12 @@ class ChannelsFirst(nn.Module):
         """Returns ``module(x, *args, **kwargs)`` for ``x`` of shape (..., C, H, W)."""
         x = jnp.asarray(x)
         functional.check_positive("spatial_dims", self.spatial_dims)
+        inner = getattr(self.module, "spatial_dims", self.spatial_dims)
+        if inner != self.spatial_dims:
+            raise ValueError(
+                f"`spatial_dims` must be that of `module`, {inner!r}, got "
+                f"{self.spatial_dims}; pass the same number to both."
+            )
         channels = -1 - self.spatial_dims
         if x.ndim < -channels:
             spatial = functional.LAYOUTS.get(self.spatial_dims, "...")

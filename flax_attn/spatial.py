@@ -31,7 +31,8 @@ class SpatialAttention(nn.Module):
       kernel_size: k, any odd size (default: 7).
       norm: module between the convolution and the gate, such as
         ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
-        official code (default: None).
+        official code; called as Flax's norms are, with ``mask=`` where the block has a
+        mask (default: None).
       gate: function from logits to the gate (default: nn.sigmoid).
       use_bias: whether the convolution adds a bias (default: False).
       dtype: the dtype of the result (default: infer from input and params). The mean
@@ -44,8 +45,8 @@ class SpatialAttention(nn.Module):
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
       identity_init: whether the gate starts at exactly 1, so that the block starts as
-        the identity: the last kernel and bias start at zero, and the gate is
-        ``2 * gate(logits)`` (default: False).
+        the identity: the last kernel and bias start at zero, or with ``norm`` the
+        norm's scale and bias, and the gate is ``2 * gate(logits)`` (default: False).
       spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
         ``(..., D, H, W, C)`` (default: 2).
 
@@ -111,7 +112,7 @@ class SpatialAttention(nn.Module):
             name="conv",
         )(maps)
         mask = functional.check_mask(mask, maps)
-        logits = normalise(self.norm, logits, mask, "norm")
+        logits = normalise(self, logits, mask, "norm")
         gate = functional.keep(gate_of(self, logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate

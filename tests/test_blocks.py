@@ -513,6 +513,40 @@ def test_identity_at_the_start(block, implementation):
     assert last and all(jnp.abs(leaf).max() > 0 for leaf in last)
 
 
+@pytest.mark.parametrize("block", [flax_attn.CBAM, flax_attn.BAM])
+def test_identity_with_a_norm_can_learn(block):
+    """Zeros before a norm would learn nothing, or all at once."""
+    norm = partial(nn.BatchNorm, use_running_average=False)
+    field = "spatial_norm" if block is flax_attn.CBAM else "norm"
+    module = block(identity_init=True, **{field: norm})
+    x = normal((2, 5, 4, 32), 1)
+    variables = module.init(jax.random.key(0), x)
+
+    @jax.jit
+    def run(params):
+        state = variables | {"params": params}
+        y, _ = module.apply(state, x, mutable=["batch_stats"])
+        return y
+
+    np.testing.assert_array_equal(run(variables["params"]), x)
+    gradients = jax.grad(lambda p: jnp.sum(run(p) ** 2))(variables["params"])
+    scales = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(gradients)
+        if path[-1].key == "scale"
+    ]
+    assert scales and all(jnp.abs(leaf).max() > 1e-3 for leaf in scales)
+    stepped = jax.tree.map(lambda p, g: p - 1e-6 * g, variables["params"], gradients)
+    assert 0 < jnp.abs(run(stepped) - x).max() < 0.01
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, partial(nn.LayerNorm, use_scale=False)])
+def test_identity_needs_a_norm_with_a_scale(norm):
+    module = flax_attn.SpatialAttention(identity_init=True, norm=norm)
+    with pytest.raises(ValueError, match="`norm` must have .* pass a norm such as"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
+
+
 def test_identity_needs_a_gate_of_a_half():
     module = flax_attn.ECA(identity_init=True, gate=nn.relu)
     with pytest.raises(ValueError, match="`gate` must be 0.5 at 0, got 0.0"):

@@ -69,6 +69,13 @@ def test_too_few_axes():
         )
 
 
+@pytest.mark.parametrize("outer, inner", [(1, 2), (2, 1)])
+def test_spatial_dims_must_be_those_of_the_module(outer, inner):
+    wrapped = flax_attn.ChannelsFirst(flax_attn.SE(spatial_dims=inner), outer)
+    with pytest.raises(ValueError, match=f"of `module`, {inner}, got {outer}; pass"):
+        wrapped.init(jax.random.key(0), np.ones((2, 4, 6, 6), np.float32))
+
+
 def test_transposes_between_wrapped_blocks_cancel():
     class Chain(nn.Module):
         length: int

@@ -111,6 +111,13 @@ def test_identity_at_the_start(block):
     assert len(last) == 4 and all(jnp.abs(leaf).max() > 0 for leaf in last)
 
 
+def test_the_identity_of_large_half_precision_maps():
+    x = jnp.full((1, 2, 2, 4), 40000.0, jnp.float16)
+    module = flax_attn.scSE(reduction=2, identity_init=True, dtype=jnp.float16)
+    y, _ = module.init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, x)
+
+
 @pytest.mark.parametrize("identity_init", [False, True])
 def test_sown_gates_multiply_back_to_the_output(identity_init):
     x = normal((2, 5, 4, 20), 1)

@@ -183,6 +183,45 @@ def test_a_row_of_nothing(implementation):
     np.testing.assert_array_equal(module.apply(variables, x, mask)[1], 0)
 
 
+NORMS = {
+    "batch": partial(nn.BatchNorm, use_running_average=False, momentum=0.5),
+    "group": partial(nn.GroupNorm, num_groups=1),
+}
+# A row of BAM's channel branch has no spatial axes left to take statistics over.
+NORMED = [
+    (flax_attn.SpatialAttention, "batch"),
+    (flax_attn.SpatialAttention, "group"),
+    (flax_attn.BAM, "batch"),
+]
+
+
+@pytest.mark.parametrize("block, norm", NORMED)
+def test_a_row_of_nothing_before_a_norm(block, norm):
+    x = normal((3, 5, 4, CHANNELS), 1)
+    mask = np.ones(x.shape[:-1], bool)
+    mask[1] = False
+    module = block(norm=NORMS[norm])
+    variables = variables_for(module, x)
+
+    def loss(params, x, mask):
+        y, state = module.apply(
+            variables | {"params": params}, x, mask, mutable=["batch_stats"]
+        )
+        return jnp.sum(y**2), (y, state)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, (y, state) = run(variables["params"], x, mask)
+    alone, (expected, kept) = run(variables["params"], x[::2], mask[::2])
+    chex.assert_trees_all_close(gradients, alone, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(state, kept, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[::2], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(y[1], 0)
+    # A batch of nothing leaves everything finite.
+    gradients, (y, state) = run(variables["params"], x, np.zeros_like(mask))
+    chex.assert_tree_all_finite((gradients, state))
+    np.testing.assert_array_equal(y, 0)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_masked_statistics_of_the_norm(train):
     x = normal((2, 5, 4, CHANNELS), 1)
