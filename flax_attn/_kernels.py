@@ -174,23 +174,57 @@ def _conv_fwd(
 def _conv_bwd(
     precision: lax.PrecisionLike, res: tuple[Array, Array], ct: Array
 ) -> tuple[Array, Array]:
-    maps, kernel = res
+    d_maps, d_kernel = lax.platform_dependent(
+        *res,
+        ct,
+        cpu=partial(_conv_bwd_by_windows, precision),
+        default=partial(_conv_bwd_by_rows, precision),
+    )
+    return d_maps.astype(res[0].dtype), d_kernel.astype(res[1].dtype)
+
+
+def _conv_bwd_by_windows(
+    precision: lax.PrecisionLike, maps: Array, kernel: Array, ct: Array
+) -> tuple[Array, Array]:
+    """With the taps along H in the windows of ``ct`` too, which both gradients share.
+
+    A CPU makes fewer passes so; a TPU would pad the windows to its tiles.
+    """
     h, w, m = maps.shape[-3:]
     kh, kw, _, o = kernel.shape
-    # Here the taps along H lie in the windows too, which both gradients then share:
-    # the convolution of `ct` with the flipped kernel is their product with its matrix,
-    # and the gradient of that matrix their product with `maps`, in tiles.
     windows, tile = _windows(ct, kh, kw)
     windows = jnp.stack([windows[..., i : i + h, :, :] for i in range(kh)], -2)
     windows = windows.reshape(-1, kh * windows.shape[-1])
+    # A convolution of `ct` with the flipped kernel. The gradient of its matrix is the
+    # product of the windows with `maps`.
     band = _band(kw, tile, kernel.dtype)
     matrix = _einsum("ijmo,jvt->ivotm", kernel[::-1, ::-1], band)
     d_maps = _matmul(windows, matrix.reshape(-1, tile * m), precision)
-    d_maps = d_maps.reshape(*maps.shape[:-2], -1, m)[..., :w, :].astype(maps.dtype)
+    d_maps = d_maps.reshape(*maps.shape[:-2], -1, m)[..., :w, :]
     tiles = _pad(maps, -2, 0, -w % tile).reshape(-1, tile * m)
     d_matrix = _matmul(windows.T, tiles, precision).reshape(kh, -1, o, tile, m)
-    d_kernel = _einsum("ivotm,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
-    return d_maps, d_kernel[::-1, ::-1].astype(kernel.dtype)
+    d_kernel = _einsum("ivotm,jvt->ijmo", d_matrix, band.astype(d_matrix.dtype))
+    return d_maps, d_kernel[::-1, ::-1]
+
+
+def _conv_bwd_by_rows(
+    precision: lax.PrecisionLike, maps: Array, kernel: Array, ct: Array
+) -> tuple[Array, Array]:
+    h, w, m = maps.shape[-3:]
+    kh, kw, _, o = kernel.shape
+    d_maps = conv(ct, kernel[::-1, ::-1].swapaxes(2, 3), precision)
+    # The gradient of `rows` is `ct` at kh offsets along H, and that of `matrix` one
+    # product with the windows, whose band is then summed along its diagonals.
+    windows, tile = _windows(maps, 1, kw)
+    ct = _pad(_pad(ct, -3, kh // 2, kh // 2), -2, 0, -w % tile)
+    d_rows = jnp.stack([ct[..., i : i + h, :, :] for i in reversed(range(kh))], -4)
+    d_rows = d_rows.reshape(*ct.shape[:-3], kh, h, -1, tile * o)
+    d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
+    windows = windows.reshape(-1, windows.shape[-1])
+    d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
+    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
+    # The other form comes in this dtype too.
+    return d_maps.astype(wide(maps)), d_kernel
 
 
 conv.defvjp(_conv_fwd, _conv_bwd)

@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from functools import partial
 
 import chex
 import jax
@@ -116,6 +117,20 @@ def test_a_lost_maximum_is_seen():
         functional.SPATIAL, (x, jnp.full((1, 1, 1), 2.0)), jnp.ones((1, 1, 1))
     )
     assert jnp.isnan(g).all()
+
+
+@pytest.mark.parametrize("h, w, k, m, o", [(1, 1, 3, 2, 1), (5, 40, 7, 2, 1)])
+@pytest.mark.parametrize("form", ["by_rows", "by_windows"])
+def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
+    from flax_attn import _kernels
+
+    maps, kernel = normal((2, h, w, m), 0), normal((k, k, m, o), 1)
+    cotangent = normal((2, h, w, o), 2)
+    plain = partial(functional.conv_spatial, implementation="plain")
+    expected = jax.vjp(plain, maps, kernel)[1](cotangent)
+    gradients = getattr(_kernels, f"_conv_bwd_{form}")(None, maps, kernel, cotangent)
+    for got, want in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
