@@ -294,7 +294,8 @@ def to_flax(
         (default: True).
 
     Returns:
-      A tree of NumPy arrays, copies, with the dtypes of ``state``.
+      A tree of NumPy arrays, copies, with the dtypes of ``state``; what is taken from
+      ``like`` has its dtypes.
 
     Raises:
       ConversionError: keys are unused, missing, of the wrong shape or lead to the same
@@ -331,7 +332,8 @@ def to_torch(
       strict: as in ``to_flax`` (default: True).
 
     Returns:
-      A dict of NumPy arrays, copies, with the dtypes of ``variables``.
+      A dict of NumPy arrays, copies, with the dtypes of ``variables``; what is taken
+      from ``like`` has its dtypes.
 
     Raises:
       ConversionError: as in ``to_flax``.
@@ -471,8 +473,9 @@ def _convert(
     report = Report()
     flat = _flat(state)
     moved = _translate(flat, source, naming, report)
+    template = {} if like is None else _template(like)
     if like is not None:
-        moved = _compare(moved, like, report)
+        moved = _compare(moved, template, report)
     if not moved:
         report.headline = _nothing_fits(flat, source, naming)
         raise ConversionError(report)
@@ -482,8 +485,13 @@ def _convert(
         raise ConversionError(report)
     if report:
         print(report)
-    given = {key: _array(x) for key, x in _template(like or {}).items() if _is_array(x)}
-    return given | {key: array for key, (_, array) in moved.items()}
+    # Of all others in `like` the shape is enough, and some have nothing else.
+    kept = {
+        key: np.array(_array(x))
+        for key, x in template.items()
+        if key not in moved and _is_array(x)
+    }
+    return kept | {key: array for key, (_, array) in moved.items()}
 
 
 def _translate(
@@ -515,10 +523,9 @@ def _translate(
 
 
 def _compare(
-    moved: dict[str, tuple[str, np.ndarray]], like: Mapping[str, Any], report: Report
+    moved: dict[str, tuple[str, np.ndarray]], template: dict[str, Any], report: Report
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """What of ``moved`` has a place in ``like``, and the shape that it has there."""
-    template = _template(like)
+    """What of ``moved`` has a place in ``template``, and the shape of that."""
     fit = {}
     for new_key, (key, array) in moved.items():
         line = f"{key} as {new_key} {array.shape}"
@@ -661,7 +668,9 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | jax.Array) or hasattr(value, "detach")
+    if hasattr(value, "detach"):
+        return not value.is_meta
+    return isinstance(value, np.ndarray | jax.Array)
 
 
 def _load(path: Path) -> _Arrays:

@@ -449,6 +449,27 @@ def test_not_strict(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_what_is_taken_from_like_is_a_copy():
+    like = {"fc1.weight": numbers(1, 2, 1, 1), "fc1.bias": np.ones(1, np.float16)}
+    variables = {"params": {"reduce": {"kernel": numbers(2, 1)}}}
+    state = convert.to_torch(variables, like=like, strict=False)
+    assert_same(state, like)
+    assert not np.shares_memory(state["fc1.bias"], like["fc1.bias"])
+
+
+def test_of_like_the_shapes_are_enough():
+    gone = jnp.ones((32, 2))
+    gone.delete()
+    like = {"params": SE_LIKE["params"] | {"reduce": {"kernel": gone}}}
+    variables = convert.to_flax(SE_STATE, like=like)
+    assert_same(variables, convert.to_flax(SE_STATE))
+    torch = pytest.importorskip("torch")
+    meta = {key: torch.empty(x.shape, device="meta") for key, x in SE_STATE.items()}
+    assert_same(convert.to_torch(variables, like=meta), SE_STATE)
+    more = meta | {"fc1.bias": torch.empty(2, device="meta")}
+    assert_same(convert.to_torch(variables, like=more, strict=False), SE_STATE)
+
+
 def test_another_model():
     vit = {"blocks.0.attn.qkv.weight": numbers(6, 2), "cls_token": numbers(1, 1, 2)}
     for strict in (True, False):
