@@ -235,8 +235,8 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
 
 def _official_cbam_init(key: PRNGKey, shape: Shape, dtype: Dtype) -> Array:
     # The official ResNet's initialisation looks for "conv" in a name: it finds the 7x7
-    # and not the linear layers of the MLP.
-    draw = _KAIMING_FAN_OUT if len(shape) == 4 else _TORCH_UNIFORM
+    # and not the linear layers of the MLP; it would find a convolution in their place.
+    draw = _KAIMING_FAN_OUT if len(shape) > 2 else _TORCH_UNIFORM
     return draw(key, shape, dtype)
 
 

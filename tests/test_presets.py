@@ -212,6 +212,19 @@ def test_the_official_cbam_starts_as_its_code_does():
     assert not any(map(np.any, (*biases, params["spatial"]["norm"]["bias"])))
 
 
+@pytest.mark.parametrize("spatial_dims", [1, 3])
+def test_the_official_cbam_starts_alike_in_any_dimension(spatial_dims):
+    block = make("official_cbam")(spatial_dims=spatial_dims)
+    x = jnp.zeros((1, *(2,) * spatial_dims, 32))
+    params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    shape = params["spatial"]["conv"]["kernel"].shape
+    assert shape == (*(7,) * spatial_dims, 2, 1)
+    draws = [
+        block.kernel_init(jax.random.key(i), shape, jnp.float32) for i in range(20)
+    ]
+    assert np.std(draws) == pytest.approx(math.sqrt(2 / 7**spatial_dims), rel=0.15)
+
+
 def test_the_official_cbam_starts_with_a_spatial_gate_of_one_half():
     block = presets.official_cbam(train=True)()
     x = normal((2, 4, 4, 32), 0)
