@@ -159,6 +159,11 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
     Raises:
       ValueError: there are no widths, or one is not odd.
     """
+    if not isinstance(widths, Mapping):
+        raise ValueError(
+            "`widths` must be a dict from numbers of channels to widths, got "
+            f"{widths!r}; pass e.g. {{256: 3, 512: 5, 1024: 5, 2048: 7}}."
+        )
     if not widths:
         raise ValueError(
             "`widths` must name at least one number of channels, got none; pass e.g. "

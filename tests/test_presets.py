@@ -142,6 +142,8 @@ def test_widths_of_another_network():
         ({64: 4}, "`widths` must be an odd integer of at least 1, got 4"),
         ({64: 3.0}, "`widths` must be an odd integer of at least 1, got 3.0"),
         ({0: 3}, "`widths` must be an integer of at least 1, got 0"),
+        ([64], r"`widths` must be a dict from .*, got \[64\]; pass e.g. {256: 3"),
+        (5, "`widths` must be a dict from numbers of channels to widths, got 5"),
     ],
 )
 def test_widths_that_are_none(widths, message):
