@@ -74,7 +74,8 @@ class Report:
     Attributes:
       headline: what it is about.
       unused: keys that no rule knows, or that the template lacks.
-      missing: keys of the template that nothing gave.
+      missing: keys of the template that nothing gave; without a template, keys that a
+        module lacks of which others are there.
       misshapen: keys whose array has another shape than it should have.
       repeated: keys that lead to a place which another key has filled.
     """
@@ -114,12 +115,19 @@ class _Kind:
     """Of the weight, to each side from the other one."""
     leaves: dict[str, str | None]
     """PyTorch's names of the arrays, the weight first, to ours; None is dropped."""
+    whole: bool = False
+    """Whether a module has all of the arrays. Otherwise it has the weight at least."""
 
     def targets(self, source: _Side) -> Mapping[str, str | None]:
         """The names of the arrays on ``source`` to those on the other side."""
         if source == "torch":
             return self.leaves
         return {ours: theirs for theirs, ours in self.leaves.items() if ours}
+
+    def needed(self, source: _Side) -> list[str]:
+        """The names on ``source`` of the arrays without which there is no module."""
+        names = [name for name, other in self.targets(source).items() if other]
+        return names if self.whole else names[:1]
 
     def shape(self, leaf: str, arrays: _Arrays, source: _Side) -> _Shape:
         """Of the array ``leaf`` among those of its module."""
@@ -179,6 +187,7 @@ _NORM = _Kind(
         "running_var": "batch_stats/var",
         "num_batches_tracked": None,
     },
+    whole=True,
 )
 
 
@@ -287,8 +296,9 @@ def to_flax(
       state: from dotted keys to NumPy, JAX or PyTorch arrays.
       naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
       like: variables, or what ``jax.eval_shape`` gives for ``init``: the paths and
-        shapes of the result. Without it nobody knows what is missing, and the shapes
-        are checked as far as a name tells them (default: None).
+        shapes of the result. Without it nobody knows which modules are missing, a
+        module must have its weight, a norm its statistics too, and the shapes are
+        checked as far as a name tells them (default: None).
       strict: whether to raise for what does not fit. If not, it is printed and left
         out, and what is missing is taken from ``like`` if that holds arrays
         (default: True).
@@ -503,6 +513,8 @@ def _translate(
     for (block, module), keys in _modules(state, source, report).items():
         arrays = {leaf: state[key] for leaf, key in keys.items()}
         rule = _choose(block, module, arrays, source, naming)
+        if rule is not None:
+            report.missing += _absent(rule, block, arrays, source)
         for leaf, key in keys.items():
             line = f"{key} {state[key].shape}"
             if rule is None or leaf not in rule.kind.targets(source):
@@ -522,6 +534,19 @@ def _translate(
     return moved
 
 
+def _absent(rule: _Rule, block: _Block, arrays: _Arrays, source: _Side) -> list[str]:
+    """What a module lacks of which other arrays are there."""
+    if not arrays.keys() & rule.kind.targets(source).keys():
+        return []
+    module = getattr(rule, source)
+    return [
+        f"{_join(source, block, module, leaf)} "
+        + _text(rule.kind.shape(leaf, arrays, source))
+        for leaf in rule.kind.needed(source)
+        if leaf not in arrays
+    ]
+
+
 def _compare(
     moved: dict[str, tuple[str, np.ndarray]], template: dict[str, Any], report: Report
 ) -> dict[str, tuple[str, np.ndarray]]:
@@ -535,8 +560,9 @@ def _compare(
             report.misshapen.append(f"{line}: expected {shape}")
         else:
             fit[new_key] = key, array
+    # Instead of what the rules alone find missing: a norm may do without a scale.
     gone = [key for key in template if key not in moved]
-    report.missing += [f"{key} {tuple(template[key].shape)}" for key in gone]
+    report.missing = [f"{key} {tuple(template[key].shape)}" for key in gone]
     return fit
 
 

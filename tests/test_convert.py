@@ -39,6 +39,10 @@ D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
 IMAGE = np.zeros((1, 32, 32, 3), np.float32)
 
 
+def norm_state(name, size=3):
+    return {f"{name}.{leaf}": numbers(size) for leaf in NORM_LEAVES}
+
+
 def numbers(*shape, dtype=np.float32):
     """Distinct numbers, so that any exchange is seen."""
     return np.arange(1, 1 + math.prod(shape)).reshape(shape).astype(dtype)
@@ -215,8 +219,8 @@ def test_the_spatial_kernel_of_timm_is_swapped_and_that_of_the_article_is_not():
 
 
 def test_counters_are_dropped_where_a_norm_has_them():
-    state = {"bn1.weight": numbers(3), "bn1.num_batches_tracked": np.array(7)}
-    assert_same(convert.to_flax(state), {"params/norm_stem/scale": numbers(3)})
+    state = norm_state("bn1") | {"bn1.num_batches_tracked": np.array(7)}
+    assert_same(convert.to_torch(convert.to_flax(state)), norm_state("bn1"))
     with pytest.raises(convert.ConversionError, match="num_batches_tracked") as error:
         convert.to_flax(state | {"conv1.num_batches_tracked": np.array(7)})
     assert error.value.report.unused == ["conv1.num_batches_tracked ()"]
@@ -283,7 +287,7 @@ def test_numbers_that_compare_unequal_to_themselves():
 
 
 def test_results_are_copies():
-    state = {"bn1.weight": numbers(3)}
+    state = norm_state("bn1")
     variables = convert.to_flax(state)
     state["bn1.weight"][:] = 0
     assert variables["params"]["norm_stem"]["scale"].tolist() == [1, 2, 3]
@@ -403,7 +407,8 @@ def test_paths_that_no_rule_knows(key):
 )
 def test_shapes_that_a_name_rules_out(key, shape, expected):
     other = {"layer1.0.conv1.weight": numbers(2, 2, 3, 3)}
-    report = report_of(other | {key: np.zeros(shape)})
+    norms = norm_state("bn1") | norm_state("layer1.0.downsample.1")
+    report = report_of(norms | other | {key: np.zeros(shape)})
     assert report.misshapen == [f"{key} {shape}: expected {expected}"]
     assert not (report.missing or report.unused or report.repeated)
 
@@ -411,11 +416,44 @@ def test_shapes_that_a_name_rules_out(key, shape, expected):
 def test_vectors_are_as_long_as_their_weight():
     report = report_of({"fc.weight": numbers(2, 3), "fc.bias": numbers(3)})
     assert report.misshapen == ["fc.bias (3,): expected (2,)"]
-    norm = {"bn1.weight": numbers(2), "bn1.running_var": numbers(1)}
+    norm = norm_state("bn1", 2) | {"bn1.running_var": numbers(1)}
     assert report_of(norm).misshapen == ["bn1.running_var (1,): expected (2,)"]
     kernel = {"params/head/kernel": numbers(2, 3), "params/head/bias": numbers(2)}
     with pytest.raises(convert.ConversionError, match=r"bias \(2,\): expected \(3,\)"):
         convert.to_torch(kernel)
+
+
+@pytest.mark.parametrize(
+    "module, gone, expected",
+    [
+        ("fc.", "weight", "(*, *)"),
+        ("fc1.", "weight", "(*, *, 1, 1)"),
+        ("layer1.0.se.fc2.", "weight", "(*, *, 1, 1)"),
+        ("bn1.", "weight", "(*,)"),
+        ("bn1.", "bias", "(3,)"),
+        ("layer2.0.downsample.1.", "running_var", "(3,)"),
+    ],
+)
+def test_half_a_module(module, gone, expected):
+    leaves = NORM_LEAVES if expected.endswith(",)") else ("weight", "bias")
+    state = {module + leaf: numbers(3) for leaf in leaves if leaf != gone}
+    other = {"conv1.weight": numbers(2, 2, 3, 3)}
+    report = report_of(other | state)
+    assert report.missing == [f"{module}{gone} {expected}"]
+    assert not (report.unused or report.misshapen or report.repeated)
+    # The template knows better.
+    like = convert.to_flax(other | state, strict=False)
+    assert_same(convert.to_flax(other | state, like=like), like)
+
+
+def test_variables_without_statistics():
+    variables = convert.to_flax(norm_state("bn1"))
+    with pytest.raises(convert.ConversionError) as error:
+        convert.to_torch({"params": variables["params"]})
+    assert error.value.report.missing == [
+        "batch_stats/norm_stem/mean (3,)",
+        "batch_stats/norm_stem/var (3,)",
+    ]
 
 
 def test_two_keys_for_one_place():
