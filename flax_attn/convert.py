@@ -310,7 +310,8 @@ def to_flax(
     Raises:
       ConversionError: keys are unused, missing, of the wrong shape or lead to the same
         place; or nothing fits, whatever ``strict`` is.
-      ValueError: ``naming`` is not one of the three, or a value is not an array.
+      ValueError: ``naming`` is not one of the three, or a value is not an array that
+        NumPy can hold.
     """
     arrays = _convert(state, "torch", naming=naming, like=like, strict=strict)
     return unflatten_dict(arrays, sep="/")
@@ -364,7 +365,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
       a tree, so that a Flax file gives variables.
 
     Raises:
-      ValueError: the file is damaged, or holds anything else than arrays by name.
+      ValueError: the file is damaged, or holds anything else than arrays by name, or
+        arrays that NumPy has no like of, such as those of float8.
       OSError: the file cannot be opened.
       ImportError: safetensors, or PyTorch for its files, is not installed.
     """
@@ -394,7 +396,8 @@ def save(
       overwrite: whether a file of that name may go (default: False).
 
     Raises:
-      ValueError: for a name or a dtype that safetensors does not have.
+      ValueError: for a name or a dtype that safetensors does not have, or that
+        ``load`` could not read.
       FileExistsError: the file exists and ``overwrite`` is False.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -404,6 +407,13 @@ def save(
     safetensors = _safetensors()
     # safetensors reads memory as it lies there, whatever the strides are.
     flat = {key: np.array(x, order="C") for key, x in _flat(state).items()}
+    for key, array in flat.items():
+        # safetensors would write these, and not read them.
+        if array.dtype.name.startswith(("float8", "float4")):
+            raise ValueError(
+                f"`{key}` must be of a dtype that NumPy has, got {array.dtype}; pass "
+                "its .astype(np.float32)."
+            )
     try:
         data = safetensors.numpy.save(flat)
     except safetensors.SafetensorError as error:
@@ -497,7 +507,7 @@ def _convert(
         print(report)
     # Of all others in `like` the shape is enough, and some have nothing else.
     kept = {
-        key: np.array(_array(x))
+        key: np.array(_array(key, x))
         for key, x in template.items()
         if key not in moved and _is_array(x)
     }
@@ -670,27 +680,52 @@ def _text(pattern: _Shape) -> str:
 
 def _flat(state: Mapping[str, Any]) -> _Arrays:
     """The arrays of a dict or a tree by their joined keys."""
-    arrays = {}
-    for key, value in flatten_dict(dict(state), sep="/").items():
-        arrays[key] = _array(value)
-        if arrays[key].dtype.kind in "OSU":
-            raise ValueError(
-                f"`{key}` must be an array, got {type(value).__name__}; pass the state "
-                "dict or the variables alone."
-            )
-    return arrays
+    leaves = flatten_dict(dict(state), sep="/")
+    return {key: _array(key, value) for key, value in leaves.items()}
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(key: str, value: Any) -> np.ndarray:
     """``value`` in NumPy, bit for bit."""
-    if not hasattr(value, "detach"):
-        return np.asarray(value)
+    if hasattr(value, "detach"):
+        return _array_of_tensor(key, value)
+    try:
+        array = np.asarray(value)
+    # Random keys, JAX arrays that are deleted or on other hosts, and ragged lists.
+    except (TypeError, RuntimeError, ValueError) as error:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(
+            f"`{key}` must be an array whose numbers NumPy can read, got {got} "
+            f"({error}); pass a copy in NumPy, or leave it out."
+        ) from error
+    if array.dtype.kind in "OSU":
+        raise ValueError(
+            f"`{key}` must be an array, got {type(value).__name__}; pass the state "
+            "dict or the variables alone."
+        )
+    return array
+
+
+def _array_of_tensor(key: str, tensor: Any) -> np.ndarray:
     import torch
 
-    tensor = value.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+    try:
+        if tensor.dtype == torch.bfloat16:
+            bits = tensor.detach().view(torch.int16)
+            return bits.numpy(force=True).view(jnp.bfloat16)
+        return tensor.numpy(force=True)
+    except (TypeError, RuntimeError) as error:
+        if tensor.is_meta:
+            way = "load its numbers first"
+        elif tensor.is_quantized:
+            way = "pass its .dequantize()"
+        elif tensor.layout != torch.strided:
+            way = "pass its .to_dense()"
+        else:
+            way = "pass its .float()"
+        raise ValueError(
+            f"`{key}` must be a dense tensor of a dtype that NumPy has, got "
+            f"{tensor.dtype}, {tensor.layout}, device {tensor.device}; {way}."
+        ) from error
 
 
 def _is_array(value: Any) -> bool:
@@ -702,10 +737,23 @@ def _is_array(value: Any) -> bool:
 def _load(path: Path) -> _Arrays:
     safetensors = _safetensors()
     try:
-        return safetensors.numpy.load_file(str(path))
+        with safetensors.safe_open(path, framework="np") as file:
+            return {key: _read(file, key, path) for key in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file, or is not all there ({error})."
+        ) from error
+
+
+def _read(file: Any, key: str, path: Path) -> np.ndarray:
+    try:
+        return file.get_tensor(key)
+    # Which safetensors raises for a dtype that it does not find in NumPy.
+    except AttributeError as error:
+        raise ValueError(
+            f"`{path}: {key}` must be of a dtype that NumPy has, got "
+            f"{file.get_slice(key).get_dtype()}; save its .float() with "
+            "safetensors.torch.save_file."
         ) from error
 
 
@@ -741,7 +789,7 @@ def _load_torch(path: Path) -> _Arrays:
             f"{path} must hold a dict of tensors, got {held}; save the state "
             "dict alone."
         )
-    return {str(key): _array(tensor) for key, tensor in state.items()}
+    return {str(key): _array(f"{path}: {key}", tensor) for key, tensor in state.items()}
 
 
 def _safetensors() -> Any:

@@ -1,7 +1,9 @@
 """Conversion of weights without PyTorch: state dicts by hand, in NumPy."""
 
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -550,6 +552,33 @@ def test_arguments():
         convert.to_flax(SE_STATE, like={"params": 3})
 
 
+def test_arrays_that_numpy_cannot_read():
+    gone = jnp.ones(3)
+    gone.delete()
+    values = {"deleted": gone, r"key<fry>": jax.random.key(0), "list": [[1], 2]}
+    for message, value in values.items():
+        with pytest.raises(ValueError, match=rf"`a/b` must be .* got .*{message}"):
+            convert.to_torch({"a": {"b": value}})
+
+
+def strange_tensors(torch):
+    """Tensors that NumPy has no like of, and what the error says of them."""
+    ones = torch.ones(2, 2)
+    return {
+        "got torch.float8_e4m3fn, .*float": ones.to(torch.float8_e4m3fn),
+        "got .* torch.sparse_coo, .*to_dense": ones.to_sparse(),
+        "got torch.bfloat16, torch.sparse_coo": ones.bfloat16().to_sparse(),
+        "got .* device meta; load": torch.empty(2, 2, device="meta"),
+    }
+
+
+def test_tensors_that_numpy_cannot_read():
+    torch = pytest.importorskip("torch")
+    for message, tensor in strange_tensors(torch).items():
+        with pytest.raises(ValueError, match=f"`fc.weight` must be .*{message}"):
+            convert.to_flax({"fc.weight": tensor})
+
+
 # Files.
 def test_a_file_that_is_not_all_there(tmp_path):
     path = tmp_path / "se.safetensors"
@@ -574,6 +603,38 @@ def test_files_that_are_none(tmp_path):
     safetensors.numpy.save_file({"a/b": numbers(1), "a": numbers(1)}, path)
     with pytest.raises(ValueError, match="'a' both as an array and as a tree"):
         convert.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_a_file_of_dtypes_that_numpy_lacks(dtype, command):
+    entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, 2]}
+    header = json.dumps({"fc.bias": entry}).encode()
+    data = len(header).to_bytes(8, "little") + header + b"00"
+    Path("a.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"fc.bias` must be .* got {dtype}; .*float"):
+        convert.load("a.safetensors")
+    code, _, err = command("a.safetensors", "out.safetensors", "--to", "flax")
+    assert code == 1 and err.startswith("error: `a.safetensors: fc.bias` must be")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_dtypes_that_could_not_be_read_are_not_written(dtype, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="`fc.bias` must be .* got float8.*astype"):
+        convert.save(path, {"fc.bias": np.ones(2, dtype)})
+    with pytest.raises(ValueError, match="`rng` must be .* got key<fry>"):
+        convert.save(path, {"rng": jax.random.key(0)})
+    assert not path.exists()
+
+
+def test_files_of_torch_that_numpy_cannot_read(command):
+    torch = pytest.importorskip("torch")
+    for message, tensor in strange_tensors(torch).items():
+        torch.save({"fc.weight": tensor}, "a.pth")
+        code, _, err = command("a.pth", "out.safetensors", "--to", "flax")
+        assert code == 1 and re.match(
+            f"error: `a.pth: fc.weight` must .*{message}", err
+        )
 
 
 def test_without_libraries(tmp_path, monkeypatch):
