@@ -310,8 +310,8 @@ def to_flax(
     Raises:
       ConversionError: keys are unused, missing, of the wrong shape or lead to the same
         place; or nothing fits, whatever ``strict`` is.
-      ValueError: ``naming`` is not one of the three, or a value is not an array that
-        NumPy can hold.
+      ValueError: ``naming`` is not one of the three, an argument is no dict with
+        strings for keys, or a value is not an array that NumPy can hold.
     """
     arrays = _convert(state, "torch", naming=naming, like=like, strict=strict)
     return unflatten_dict(arrays, sep="/")
@@ -406,7 +406,7 @@ def save(
     _check_output(path, overwrite)
     safetensors = _safetensors()
     # safetensors reads memory as it lies there, whatever the strides are.
-    flat = {key: np.array(x, order="C") for key, x in _flat(state).items()}
+    flat = {key: np.array(x, order="C") for key, x in _flat("state", state).items()}
     for key, array in flat.items():
         # safetensors would write these, and not read them.
         if array.dtype.name.startswith(("float8", "float4")):
@@ -491,7 +491,7 @@ def _convert(
 ) -> _Arrays:
     functional.check_choice("naming", naming, tuple(_BLOCKS))
     report = Report()
-    flat = _flat(state)
+    flat = _flat("state" if source == "torch" else "variables", state)
     moved = _translate(flat, source, naming, report)
     template = {} if like is None else _template(like)
     if like is not None:
@@ -577,7 +577,7 @@ def _compare(
 
 
 def _template(like: Mapping[str, Any]) -> dict[str, Any]:
-    template = flatten_dict(dict(like), sep="/")
+    template = _leaves("like", like)
     for key, value in template.items():
         if not hasattr(value, "shape"):
             raise ValueError(
@@ -678,10 +678,24 @@ def _text(pattern: _Shape) -> str:
     return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
 
 
-def _flat(state: Mapping[str, Any]) -> _Arrays:
+def _flat(field: str, state: Mapping[str, Any]) -> _Arrays:
     """The arrays of a dict or a tree by their joined keys."""
-    leaves = flatten_dict(dict(state), sep="/")
-    return {key: _array(key, value) for key, value in leaves.items()}
+    return {key: _array(key, value) for key, value in _leaves(field, state).items()}
+
+
+def _leaves(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"`{field}` must be a dict, got {type(tree).__name__}; pass a state dict, "
+            "such as model.state_dict(), or variables."
+        )
+    leaves = flatten_dict(dict(tree))
+    if other := [key for path in leaves for key in path if not isinstance(key, str)]:
+        raise ValueError(
+            f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
+            "dict or the variables alone."
+        )
+    return {"/".join(path): value for path, value in leaves.items()}
 
 
 def _array(key: str, value: Any) -> np.ndarray:
@@ -783,11 +797,14 @@ def _load_torch(path: Path) -> _Arrays:
             "not loaded. Save the state dict alone, best with "
             f"safetensors.torch.save_file ({type(error).__name__})."
         ) from error
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        held = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state)
+    others = [type(state).__name__]
+    if isinstance(state, Mapping):
+        rest = {key: x for key, x in state.items() if not torch.is_tensor(x)}
+        others = [f"{key} ({type(x).__name__})" for key, x in rest.items()]
+    if others:
         raise ValueError(
-            f"{path} must hold a dict of tensors, got {held}; save the state "
-            "dict alone."
+            f"{path} must hold a dict of tensors, got {', '.join(others)}; save the "
+            "state dict alone."
         )
     return {str(key): _array(f"{path}: {key}", tensor) for key, tensor in state.items()}
 

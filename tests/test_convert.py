@@ -550,6 +550,18 @@ def test_arguments():
         convert.to_flax({"epoch": "3"})
     with pytest.raises(ValueError, match="`like` must hold arrays or shapes, got 3"):
         convert.to_flax(SE_STATE, like={"params": 3})
+    for wrong in (None, [numbers(2)], numbers(2)):
+        name = type(wrong).__name__
+        with pytest.raises(ValueError, match=f"`state` must be a dict, got {name}; p"):
+            convert.to_flax(wrong)
+        with pytest.raises(ValueError, match=f"`variables` must be a dict, got {name}"):
+            convert.to_torch(wrong)
+    with pytest.raises(ValueError, match="`like` must be a dict, got list"):
+        convert.to_flax(SE_STATE, like=[1])
+    with pytest.raises(ValueError, match="`state` must have strings for keys, got 0"):
+        convert.to_flax({0: numbers(2)})
+    with pytest.raises(ValueError, match="`variables` must have strings .* got 1"):
+        convert.to_torch({"params": {1: numbers(2)}})
 
 
 def test_arrays_that_numpy_cannot_read():
@@ -635,6 +647,19 @@ def test_files_of_torch_that_numpy_cannot_read(command):
         assert code == 1 and re.match(
             f"error: `a.pth: fc.weight` must .*{message}", err
         )
+
+
+def test_a_file_of_torch_names_what_is_no_tensor(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "a.pth"
+    held = {"fc.weight": torch.ones(2, 2), "epoch": 3, "best": {"bias": torch.ones(2)}}
+    torch.save(held, path)
+    with pytest.raises(ValueError, match=r"got epoch \(int\), best \(dict\); save"):
+        convert.load(path)
+    for other in ([torch.ones(2)], torch.ones(2)):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=f"got {type(other).__name__}; save"):
+            convert.load(path)
 
 
 def test_without_libraries(tmp_path, monkeypatch):
