@@ -493,7 +493,7 @@ def _convert(
     report = Report()
     flat = _flat("state" if source == "torch" else "variables", state)
     moved = _translate(flat, source, naming, report)
-    template = {} if like is None else _template(like)
+    template = {} if like is None else _template(like, source)
     if like is not None:
         moved = _compare(moved, template, report)
     if not moved:
@@ -576,7 +576,7 @@ def _compare(
     return fit
 
 
-def _template(like: Mapping[str, Any]) -> dict[str, Any]:
+def _template(like: Mapping[str, Any], source: _Side) -> dict[str, Any]:
     template = _leaves("like", like)
     for key, value in template.items():
         if not hasattr(value, "shape"):
@@ -584,18 +584,58 @@ def _template(like: Mapping[str, Any]) -> dict[str, Any]:
                 f"`like` must hold arrays or shapes, got {value!r} at {key!r}; pass "
                 "variables, a state dict, or what jax.eval_shape gives."
             )
+    if source == "torch" and template and not any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be Flax variables, with the collection `params`, got the key "
+            f"{next(iter(template))!r}; pass those of `init`, or what jax.eval_shape "
+            "gives for it."
+        )
+    if source == "flax" and any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be a state dict, got the key "
+            f"{next(filter(_is_ours, template))!r}; pass model.state_dict()."
+        )
     return {k: x for k, x in template.items() if not k.endswith(".num_batches_tracked")}
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(("params/", "batch_stats/"))
 
 
 def _nothing_fits(state: _Arrays, source: _Side, naming: Naming) -> str:
     if not state:
         return "There is nothing to convert: no arrays."
-    ours = [key.startswith(("params/", "batch_stats/")) for key in state]
-    if source == "torch" and all(ours):
+    dotted = [key for key in state if "." in key]
+    if source == "torch" and not dotted and all("/" in key for key in state):
         return "These are Flax variables already; use `to_torch` (--to torch)."
-    if source == "flax" and not any(ours):
-        return "These are not Flax variables; use `to_flax` (--to flax)."
-    return f"No key fits (naming {naming!r}): another model, or another naming."
+    if source == "flax" and not any(map(_is_ours, state)):
+        if dotted:
+            return "These are not Flax variables; use `to_flax` (--to flax)."
+        return (
+            "The collection is missing; pass {'params': ...}, with 'batch_stats' where "
+            "there is a BatchNorm."
+        )
+    hint = "another model, or another naming."
+    if source == "torch":
+        if outer := [key.partition("/")[0] for key in dotted if "/" in key]:
+            hint = f"they lie in a dict within the dict; pass state[{outer[0]!r}]."
+        elif prefix := _prefix(state, naming):
+            hint = f"all start with {prefix!r}; strip it, as key.removeprefix does."
+    return f"No key fits (naming {naming!r}): {hint}"
+
+
+def _prefix(state: _Arrays, naming: Naming) -> str:
+    """What all keys start with and without which some fit; empty if there is none."""
+    first = next(iter(state))
+    # Nothing comes first: keys that fit as they are do not fit the template alone.
+    for end in [0, *(dot.end() for dot in re.finditer(r"\.", first))]:
+        prefix = first[:end]
+        if not all(key.startswith(prefix) for key in state):
+            break
+        bare = {key.removeprefix(prefix): array for key, array in state.items()}
+        if _translate(bare, "torch", naming, Report()):
+            return prefix
+    return ""
 
 
 def _modules(

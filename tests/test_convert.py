@@ -541,6 +541,39 @@ def test_the_wrong_direction():
         convert.to_flax(convert.to_flax(SE_STATE))
     with pytest.raises(convert.ConversionError, match="not Flax variables; use `to_f"):
         convert.to_torch(SE_STATE)
+    variables = convert.to_flax(SE_STATE)
+    with pytest.raises(ValueError, match="`like` must be Flax .* got the key 'fc1.w"):
+        convert.to_flax(SE_STATE, like=SE_STATE)
+    with pytest.raises(ValueError, match="`like` must be Flax .* the key 'reduce/ker"):
+        convert.to_flax(SE_STATE, like=SE_LIKE["params"])
+    with pytest.raises(ValueError, match="`like` must be a state dict, .* 'params/red"):
+        convert.to_torch(variables, like=variables)
+
+
+def test_variables_without_collections():
+    variables = convert.to_flax(SE_STATE)
+    for wrong in (variables["params"], variables["params"]["reduce"]):
+        with pytest.raises(convert.ConversionError, match="pass {'params': ...}, with"):
+            convert.to_torch(wrong)
+    with pytest.raises(convert.ConversionError, match="Flax variables already"):
+        convert.to_flax(variables["params"])
+
+
+def test_a_state_dict_in_a_dict_and_with_a_prefix():
+    wrapped = {"epoch": 3, "state_dict": SE_STATE}
+    assert report_of(wrapped).headline.endswith("; pass state['state_dict'].")
+    for prefix in ("module.", "module._orig_mod."):
+        state = {prefix + key: array for key, array in SE_STATE.items()}
+        headline = report_of(state).headline
+        assert headline.startswith(
+            f"No key fits (naming 'timm'): all start with {prefix!r}"
+        )
+        assert report_of(state | {"more.weight": numbers(1)}).headline.endswith(
+            "naming."
+        )
+    # Not the stage where all lies in one, but the template is another's.
+    state = {"layer1.0.conv1.weight": numbers(2, 2, 3, 3)}
+    assert report_of(state, like=SE_LIKE).headline.endswith("another naming.")
 
 
 def test_arguments():
