@@ -74,7 +74,8 @@ class Report:
     Attributes:
       headline: what it is about.
       unused: keys that no rule knows, or that the template lacks.
-      missing: keys of the template that nothing gave.
+      missing: keys of the template that nothing gave; without a template, keys that a
+        module lacks of which others are there.
       misshapen: keys whose array has another shape than it should have.
       repeated: keys that lead to a place which another key has filled.
     """
@@ -114,12 +115,19 @@ class _Kind:
     """Of the weight, to each side from the other one."""
     leaves: dict[str, str | None]
     """PyTorch's names of the arrays, the weight first, to ours; None is dropped."""
+    whole: bool = False
+    """Whether a module has all of the arrays. Otherwise it has the weight at least."""
 
     def targets(self, source: _Side) -> Mapping[str, str | None]:
         """The names of the arrays on ``source`` to those on the other side."""
         if source == "torch":
             return self.leaves
         return {ours: theirs for theirs, ours in self.leaves.items() if ours}
+
+    def needed(self, source: _Side) -> list[str]:
+        """The names on ``source`` of the arrays without which there is no module."""
+        names = [name for name, other in self.targets(source).items() if other]
+        return names if self.whole else names[:1]
 
     def shape(self, leaf: str, arrays: _Arrays, source: _Side) -> _Shape:
         """Of the array ``leaf`` among those of its module."""
@@ -179,6 +187,7 @@ _NORM = _Kind(
         "running_var": "batch_stats/var",
         "num_batches_tracked": None,
     },
+    whole=True,
 )
 
 
@@ -287,19 +296,22 @@ def to_flax(
       state: from dotted keys to NumPy, JAX or PyTorch arrays.
       naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
       like: variables, or what ``jax.eval_shape`` gives for ``init``: the paths and
-        shapes of the result. Without it nobody knows what is missing, and the shapes
-        are checked as far as a name tells them (default: None).
+        shapes of the result. Without it nobody knows which modules are missing, a
+        module must have its weight, a norm its statistics too, and the shapes are
+        checked as far as a name tells them (default: None).
       strict: whether to raise for what does not fit. If not, it is printed and left
         out, and what is missing is taken from ``like`` if that holds arrays
         (default: True).
 
     Returns:
-      A tree of NumPy arrays, copies, with the dtypes of ``state``.
+      A tree of NumPy arrays, copies, with the dtypes of ``state``; what is taken from
+      ``like`` has its dtypes.
 
     Raises:
       ConversionError: keys are unused, missing, of the wrong shape or lead to the same
         place; or nothing fits, whatever ``strict`` is.
-      ValueError: ``naming`` is not one of the three, or a value is not an array.
+      ValueError: ``naming`` is not one of the three, an argument is no dict with
+        strings for keys, or a value is not an array that NumPy can hold.
     """
     arrays = _convert(state, "torch", naming=naming, like=like, strict=strict)
     return unflatten_dict(arrays, sep="/")
@@ -331,7 +343,8 @@ def to_torch(
       strict: as in ``to_flax`` (default: True).
 
     Returns:
-      A dict of NumPy arrays, copies, with the dtypes of ``variables``.
+      A dict of NumPy arrays, copies, with the dtypes of ``variables``; what is taken
+      from ``like`` has its dtypes.
 
     Raises:
       ConversionError: as in ``to_flax``.
@@ -352,7 +365,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
       a tree, so that a Flax file gives variables.
 
     Raises:
-      ValueError: the file is damaged, or holds anything else than arrays by name.
+      ValueError: the file is damaged, or holds anything else than arrays by name, or
+        arrays that NumPy has no like of, such as those of float8.
       OSError: the file cannot be opened.
       ImportError: safetensors, or PyTorch for its files, is not installed.
     """
@@ -382,7 +396,8 @@ def save(
       overwrite: whether a file of that name may go (default: False).
 
     Raises:
-      ValueError: for a name or a dtype that safetensors does not have.
+      ValueError: for a name or a dtype that safetensors does not have, or that
+        ``load`` could not read.
       FileExistsError: the file exists and ``overwrite`` is False.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -391,7 +406,14 @@ def save(
     _check_output(path, overwrite)
     safetensors = _safetensors()
     # safetensors reads memory as it lies there, whatever the strides are.
-    flat = {key: np.array(x, order="C") for key, x in _flat(state).items()}
+    flat = {key: np.array(x, order="C") for key, x in _flat("state", state).items()}
+    for key, array in flat.items():
+        # safetensors would write these, and not read them.
+        if array.dtype.name.startswith(("float8", "float4")):
+            raise ValueError(
+                f"`{key}` must be of a dtype that NumPy has, got {array.dtype}; pass "
+                "its .astype(np.float32)."
+            )
     try:
         data = safetensors.numpy.save(flat)
     except safetensors.SafetensorError as error:
@@ -469,10 +491,11 @@ def _convert(
 ) -> _Arrays:
     functional.check_choice("naming", naming, tuple(_BLOCKS))
     report = Report()
-    flat = _flat(state)
+    flat = _flat("state" if source == "torch" else "variables", state)
     moved = _translate(flat, source, naming, report)
+    template = {} if like is None else _template(like, source)
     if like is not None:
-        moved = _compare(moved, like, report)
+        moved = _compare(moved, template, report)
     if not moved:
         report.headline = _nothing_fits(flat, source, naming)
         raise ConversionError(report)
@@ -482,8 +505,13 @@ def _convert(
         raise ConversionError(report)
     if report:
         print(report)
-    given = {key: _array(x) for key, x in _template(like or {}).items() if _is_array(x)}
-    return given | {key: array for key, (_, array) in moved.items()}
+    # Of all others in `like` the shape is enough, and some have nothing else.
+    kept = {
+        key: np.array(_array(key, x))
+        for key, x in template.items()
+        if key not in moved and _is_array(x)
+    }
+    return kept | {key: array for key, (_, array) in moved.items()}
 
 
 def _translate(
@@ -495,6 +523,8 @@ def _translate(
     for (block, module), keys in _modules(state, source, report).items():
         arrays = {leaf: state[key] for leaf, key in keys.items()}
         rule = _choose(block, module, arrays, source, naming)
+        if rule is not None:
+            report.missing += _absent(rule, block, arrays, source)
         for leaf, key in keys.items():
             line = f"{key} {state[key].shape}"
             if rule is None or leaf not in rule.kind.targets(source):
@@ -514,11 +544,23 @@ def _translate(
     return moved
 
 
+def _absent(rule: _Rule, block: _Block, arrays: _Arrays, source: _Side) -> list[str]:
+    """What a module lacks of which other arrays are there."""
+    if not arrays.keys() & rule.kind.targets(source).keys():
+        return []
+    module = getattr(rule, source)
+    return [
+        f"{_join(source, block, module, leaf)} "
+        + _text(rule.kind.shape(leaf, arrays, source))
+        for leaf in rule.kind.needed(source)
+        if leaf not in arrays
+    ]
+
+
 def _compare(
-    moved: dict[str, tuple[str, np.ndarray]], like: Mapping[str, Any], report: Report
+    moved: dict[str, tuple[str, np.ndarray]], template: dict[str, Any], report: Report
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """What of ``moved`` has a place in ``like``, and the shape that it has there."""
-    template = _template(like)
+    """What of ``moved`` has a place in ``template``, and the shape of that."""
     fit = {}
     for new_key, (key, array) in moved.items():
         line = f"{key} as {new_key} {array.shape}"
@@ -528,31 +570,72 @@ def _compare(
             report.misshapen.append(f"{line}: expected {shape}")
         else:
             fit[new_key] = key, array
+    # Instead of what the rules alone find missing: a norm may do without a scale.
     gone = [key for key in template if key not in moved]
-    report.missing += [f"{key} {tuple(template[key].shape)}" for key in gone]
+    report.missing = [f"{key} {tuple(template[key].shape)}" for key in gone]
     return fit
 
 
-def _template(like: Mapping[str, Any]) -> dict[str, Any]:
-    template = flatten_dict(dict(like), sep="/")
+def _template(like: Mapping[str, Any], source: _Side) -> dict[str, Any]:
+    template = _leaves("like", like)
     for key, value in template.items():
         if not hasattr(value, "shape"):
             raise ValueError(
                 f"`like` must hold arrays or shapes, got {value!r} at {key!r}; pass "
                 "variables, a state dict, or what jax.eval_shape gives."
             )
+    if source == "torch" and template and not any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be Flax variables, with the collection `params`, got the key "
+            f"{next(iter(template))!r}; pass those of `init`, or what jax.eval_shape "
+            "gives for it."
+        )
+    if source == "flax" and any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be a state dict, got the key "
+            f"{next(filter(_is_ours, template))!r}; pass model.state_dict()."
+        )
     return {k: x for k, x in template.items() if not k.endswith(".num_batches_tracked")}
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(("params/", "batch_stats/"))
 
 
 def _nothing_fits(state: _Arrays, source: _Side, naming: Naming) -> str:
     if not state:
         return "There is nothing to convert: no arrays."
-    ours = [key.startswith(("params/", "batch_stats/")) for key in state]
-    if source == "torch" and all(ours):
+    dotted = [key for key in state if "." in key]
+    if source == "torch" and not dotted and all("/" in key for key in state):
         return "These are Flax variables already; use `to_torch` (--to torch)."
-    if source == "flax" and not any(ours):
-        return "These are not Flax variables; use `to_flax` (--to flax)."
-    return f"No key fits (naming {naming!r}): another model, or another naming."
+    if source == "flax" and not any(map(_is_ours, state)):
+        if dotted:
+            return "These are not Flax variables; use `to_flax` (--to flax)."
+        return (
+            "The collection is missing; pass {'params': ...}, with 'batch_stats' where "
+            "there is a BatchNorm."
+        )
+    hint = "another model, or another naming."
+    if source == "torch":
+        if outer := [key.partition("/")[0] for key in dotted if "/" in key]:
+            hint = f"they lie in a dict within the dict; pass state[{outer[0]!r}]."
+        elif prefix := _prefix(state, naming):
+            hint = f"all start with {prefix!r}; strip it, as key.removeprefix does."
+    return f"No key fits (naming {naming!r}): {hint}"
+
+
+def _prefix(state: _Arrays, naming: Naming) -> str:
+    """What all keys start with and without which some fit; empty if there is none."""
+    first = next(iter(state))
+    # Nothing comes first: keys that fit as they are do not fit the template alone.
+    for end in [0, *(dot.end() for dot in re.finditer(r"\.", first))]:
+        prefix = first[:end]
+        if not all(key.startswith(prefix) for key in state):
+            break
+        bare = {key.removeprefix(prefix): array for key, array in state.items()}
+        if _translate(bare, "torch", naming, Report()):
+            return prefix
+    return ""
 
 
 def _modules(
@@ -635,42 +718,96 @@ def _text(pattern: _Shape) -> str:
     return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
 
 
-def _flat(state: Mapping[str, Any]) -> _Arrays:
+def _flat(field: str, state: Mapping[str, Any]) -> _Arrays:
     """The arrays of a dict or a tree by their joined keys."""
-    arrays = {}
-    for key, value in flatten_dict(dict(state), sep="/").items():
-        arrays[key] = _array(value)
-        if arrays[key].dtype.kind in "OSU":
-            raise ValueError(
-                f"`{key}` must be an array, got {type(value).__name__}; pass the state "
-                "dict or the variables alone."
-            )
-    return arrays
+    return {key: _array(key, value) for key, value in _leaves(field, state).items()}
 
 
-def _array(value: Any) -> np.ndarray:
+def _leaves(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"`{field}` must be a dict, got {type(tree).__name__}; pass a state dict, "
+            "such as model.state_dict(), or variables."
+        )
+    leaves = flatten_dict(dict(tree))
+    if other := [key for path in leaves for key in path if not isinstance(key, str)]:
+        raise ValueError(
+            f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
+            "dict or the variables alone."
+        )
+    return {"/".join(path): value for path, value in leaves.items()}
+
+
+def _array(key: str, value: Any) -> np.ndarray:
     """``value`` in NumPy, bit for bit."""
-    if not hasattr(value, "detach"):
-        return np.asarray(value)
+    if hasattr(value, "detach"):
+        return _array_of_tensor(key, value)
+    try:
+        array = np.asarray(value)
+    # Random keys, JAX arrays that are deleted or on other hosts, and ragged lists.
+    except (TypeError, RuntimeError, ValueError) as error:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(
+            f"`{key}` must be an array whose numbers NumPy can read, got {got} "
+            f"({error}); pass a copy in NumPy, or leave it out."
+        ) from error
+    if array.dtype.kind in "OSU":
+        raise ValueError(
+            f"`{key}` must be an array, got {type(value).__name__}; pass the state "
+            "dict or the variables alone."
+        )
+    return array
+
+
+def _array_of_tensor(key: str, tensor: Any) -> np.ndarray:
     import torch
 
-    tensor = value.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+    try:
+        if tensor.dtype == torch.bfloat16:
+            bits = tensor.detach().view(torch.int16)
+            return bits.numpy(force=True).view(jnp.bfloat16)
+        return tensor.numpy(force=True)
+    except (TypeError, RuntimeError) as error:
+        if tensor.is_meta:
+            way = "load its numbers first"
+        elif tensor.is_quantized:
+            way = "pass its .dequantize()"
+        elif tensor.layout != torch.strided:
+            way = "pass its .to_dense()"
+        else:
+            way = "pass its .float()"
+        raise ValueError(
+            f"`{key}` must be a dense tensor of a dtype that NumPy has, got "
+            f"{tensor.dtype}, {tensor.layout}, device {tensor.device}; {way}."
+        ) from error
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | jax.Array) or hasattr(value, "detach")
+    if hasattr(value, "detach"):
+        return not value.is_meta
+    return isinstance(value, np.ndarray | jax.Array)
 
 
 def _load(path: Path) -> _Arrays:
     safetensors = _safetensors()
     try:
-        return safetensors.numpy.load_file(str(path))
+        with safetensors.safe_open(path, framework="np") as file:
+            return {key: _read(file, key, path) for key in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file, or is not all there ({error})."
+        ) from error
+
+
+def _read(file: Any, key: str, path: Path) -> np.ndarray:
+    try:
+        return file.get_tensor(key)
+    # Which safetensors raises for a dtype that it does not find in NumPy.
+    except AttributeError as error:
+        raise ValueError(
+            f"`{path}: {key}` must be of a dtype that NumPy has, got "
+            f"{file.get_slice(key).get_dtype()}; save its .float() with "
+            "safetensors.torch.save_file."
         ) from error
 
 
@@ -700,13 +837,16 @@ def _load_torch(path: Path) -> _Arrays:
             "not loaded. Save the state dict alone, best with "
             f"safetensors.torch.save_file ({type(error).__name__})."
         ) from error
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        held = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state)
+    others = [type(state).__name__]
+    if isinstance(state, Mapping):
+        rest = {key: x for key, x in state.items() if not torch.is_tensor(x)}
+        others = [f"{key} ({type(x).__name__})" for key, x in rest.items()]
+    if others:
         raise ValueError(
-            f"{path} must hold a dict of tensors, got {held}; save the state "
-            "dict alone."
+            f"{path} must hold a dict of tensors, got {', '.join(others)}; save the "
+            "state dict alone."
         )
-    return {str(key): _array(tensor) for key, tensor in state.items()}
+    return {str(key): _array(f"{path}: {key}", tensor) for key, tensor in state.items()}
 
 
 def _safetensors() -> Any:

@@ -159,6 +159,11 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
     Raises:
       ValueError: there are no widths, or one is not odd.
     """
+    if not isinstance(widths, Mapping):
+        raise ValueError(
+            "`widths` must be a dict from numbers of channels to widths, got "
+            f"{widths!r}; pass e.g. {{256: 3, 512: 5, 1024: 5, 2048: 7}}."
+        )
     if not widths:
         raise ValueError(
             "`widths` must name at least one number of channels, got none; pass e.g. "
@@ -235,8 +240,8 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
 
 def _official_cbam_init(key: PRNGKey, shape: Shape, dtype: Dtype) -> Array:
     # The official ResNet's initialisation looks for "conv" in a name: it finds the 7x7
-    # and not the linear layers of the MLP.
-    draw = _KAIMING_FAN_OUT if len(shape) == 4 else _TORCH_UNIFORM
+    # and not the linear layers of the MLP; it would find a convolution in their place.
+    draw = _KAIMING_FAN_OUT if len(shape) > 2 else _TORCH_UNIFORM
     return draw(key, shape, dtype)
 
 

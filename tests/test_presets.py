@@ -142,6 +142,8 @@ def test_widths_of_another_network():
         ({64: 4}, "`widths` must be an odd integer of at least 1, got 4"),
         ({64: 3.0}, "`widths` must be an odd integer of at least 1, got 3.0"),
         ({0: 3}, "`widths` must be an integer of at least 1, got 0"),
+        ([64], r"`widths` must be a dict from .*, got \[64\]; pass e.g. {256: 3"),
+        (5, "`widths` must be a dict from numbers of channels to widths, got 5"),
     ],
 )
 def test_widths_that_are_none(widths, message):
@@ -210,6 +212,19 @@ def test_the_official_cbam_starts_as_its_code_does():
     assert np.all(params["spatial"]["norm"]["scale"] == 0)
     biases = [params["channel"][k]["bias"] for k in ("reduce", "expand")]
     assert not any(map(np.any, (*biases, params["spatial"]["norm"]["bias"])))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 3])
+def test_the_official_cbam_starts_alike_in_any_dimension(spatial_dims):
+    block = make("official_cbam")(spatial_dims=spatial_dims)
+    x = jnp.zeros((1, *(2,) * spatial_dims, 32))
+    params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    shape = params["spatial"]["conv"]["kernel"].shape
+    assert shape == (*(7,) * spatial_dims, 2, 1)
+    draws = [
+        block.kernel_init(jax.random.key(i), shape, jnp.float32) for i in range(20)
+    ]
+    assert np.std(draws) == pytest.approx(math.sqrt(2 / 7**spatial_dims), rel=0.15)
 
 
 def test_the_official_cbam_starts_with_a_spatial_gate_of_one_half():
