@@ -5,6 +5,7 @@
 ``parameter_labels`` tells an optimiser which parameters are the attention's.
 """
 
+import dataclasses
 import fnmatch
 import functools
 import re
@@ -102,7 +103,8 @@ def insert(
         (default: None, which leaves ``attention`` as it is). The output is then that
         of ``model``, without jit to the last bit; under jit the compiler may sum in
         another order around a site.
-      name: the name of the attention below each submodule (default: "attention").
+      name: the name of the attention below each submodule, without slashes (default:
+        "attention").
 
     Returns:
       A Linen module. To give it pretrained variables see ``merge``.
@@ -118,6 +120,11 @@ def insert(
             "`model` must be an instance of a Linen module, got "
             f"{model!r}; pass e.g. Model()."
         )
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ValueError(
+            "`name` must be a string that is not empty and has no slash, got "
+            f"{name!r}; leave it out for 'attention'."
+        )
     block = _instance(attention)
     if init is not None:
         block = _starting_as(init, block)
@@ -130,7 +137,15 @@ def _instance(attention: Any) -> nn.Module:
     made = attention
     if callable(attention):
         # A module made inside another one's method would become a part of that one.
-        made = attention(parent=None) if _is_module_def(attention) else attention()
+        keywords = {"parent": None} if _is_module_def(attention) else {}
+        try:
+            made = attention(**keywords)
+        except TypeError as error:
+            raise ValueError(
+                f"`attention` must need no arguments, got {attention!r}, whose call "
+                f"raises {error}; give it them, as in presets.official_cbam(train=True)"
+                " or functools.partial(SE, reduction=4)."
+            ) from error
     if isinstance(made, nn.Module):
         return made.clone(parent=None, name=None)
     raise ValueError(
@@ -140,15 +155,27 @@ def _instance(attention: Any) -> nn.Module:
 
 
 def _is_module_def(value: Any) -> bool:
+    value = _function(value)
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _function(value: Any) -> Any:
     while isinstance(value, functools.partial):
         value = value.func
-    return isinstance(value, type) and issubclass(value, nn.Module)
+    return value
+
+
+def _fields(module: nn.Module) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)}
 
 
 def _starting_as(init: str, block: nn.Module) -> nn.Module:
     if init != "identity":
-        raise ValueError(f"`init` must be 'identity' or None, got {init!r}.")
-    if not hasattr(block, "identity_init"):
+        raise ValueError(
+            f"`init` must be 'identity' or None, got {init!r}; leave it out for an "
+            "attention that starts as its own fields say."
+        )
+    if "identity_init" not in _fields(block):
         raise ValueError(
             "`init='identity'` needs an attention with a field `identity_init`, got "
             f"{type(block).__name__}; pass a block of flax_attn, or init=None and an "
@@ -170,7 +197,8 @@ def _selector(where: Any) -> Select:
         return lambda module, path: bool(where(module, path))
     raise ValueError(
         "`where` must be a subclass of nn.Module or a tuple of them, a pattern of "
-        f"paths, or a function (module, path) -> bool, got {where!r}."
+        f"paths, or a function (module, path) -> bool, got {where!r}; several "
+        "classes go into a tuple, such as (nn.Conv, nn.Dense)."
     )
 
 

@@ -435,6 +435,11 @@ def test_another_name():
         ((UNet(), SE(), int), "`where` must be"),
         ((UNet(), SE(), ()), "`where` must be"),
         ((UNet(), SE(), (nn.Conv, "x")), "`where` must be"),
+        ((UNet(), SE(), [nn.Conv]), "`where` must be .*classes go into a tuple"),
+        (
+            (UNet(), flax_attn.presets.official_cbam, nn.Conv),
+            "`attention` must need no arguments, .*'train'; give it them",
+        ),
         ((UNet(), SE(), nn.Conv(3, (1, 1))), "`where` must be"),
     ],
 )
@@ -443,9 +448,18 @@ def test_arguments_out_of_their_range(arguments, message):
         flax_attn.insert(*arguments)
 
 
+@pytest.mark.parametrize("name", [None, "", "a/b", 3])
+def test_names_that_cannot_be(name):
+    message = f"`name` must be a string .* got {name!r}; leave it out"
+    with pytest.raises(ValueError, match=message):
+        flax_attn.insert(UNet(), SE(), nn.Conv, name=name)
+
+
 def test_starts_that_cannot_be():
     with pytest.raises(ValueError, match="`init` must be 'identity' or None, got 'id'"):
         flax_attn.insert(UNet(), SE(), nn.Conv, init="id")
+    with pytest.raises(ValueError, match="got True; leave it out"):
+        flax_attn.insert(UNet(), SE(), nn.Conv, init=True)
     with pytest.raises(ValueError, match="needs an attention with a field"):
         flax_attn.insert(UNet(), Halves(), nn.Conv, init="identity")
 
