@@ -241,7 +241,9 @@ class _Insertion(_Hook):
         self.select = select
         self.where = where
         self.name = name
-        self.found: set[str] = set()
+        # The attentions that have run, those with parameters by their paths.
+        self.found: set[Path] = set()
+        self.bare = False
 
     def __repr__(self) -> str:
         return (
@@ -280,9 +282,7 @@ class _Insertion(_Hook):
 
         with nn.intercept_methods(interceptor):
             result = call()
-        if sites:
-            self.found.add(method)
-        elif not self.known(model, method):
+        if not sites and not self.known(model):
             raise ValueError(
                 f"`where` must select a submodule that {type(model).__name__}."
                 f"{method} calls, got {self.where!r}, which selects none of "
@@ -290,16 +290,23 @@ class _Insertion(_Hook):
             )
         return result
 
-    def known(self, model: nn.Module, method: str) -> bool:
+    def known(self, model: nn.Module) -> bool:
         """Whether a call that meets no site is in order.
 
         What nn.jit has compiled runs without a call, but not before its first trace.
-        And a method may be a part of the model that has none, if another part has.
+        And a call may use a part of the model that has none, if another part has. The
+        variables tell, not what this object met before, which a new one has not.
         """
-        if method in self.found or method == "__call__":
-            return method in self.found
+        if self.bare:
+            return True
         params = _plain(_scope(model).variables().get("params", {}))
-        return any(self.name in path for path in traverse_util.flatten_dict(params))
+        paths = traverse_util.flatten_dict(params)
+        if model.is_initializing():
+            # Where the model itself may have a submodule of that name.
+            return any(
+                path[: len(site)] == site for path in paths for site in self.found
+            )
+        return any(self.name in path for path in paths)
 
     def attend(self, module: nn.Module, path: str, y: Any) -> Array:
         """Returns ``y``, the output of ``module``, after an attention of its own."""
@@ -316,6 +323,10 @@ class _Insertion(_Hook):
                 f"`attention` must keep the shape {y.shape} of its input at {path}, "
                 f"but {type(self.attention).__name__} returns {_described(out)}."
             )
+        if scope.variables().get("params"):
+            self.found.add((*path.split("/"), self.name))
+        else:
+            self.bare = True
         return out.astype(y.dtype)
 
     def child(self, scope: Scope, module: nn.Module, path: str) -> Scope:
