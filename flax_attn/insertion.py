@@ -128,7 +128,8 @@ def insert(
     block = _instance(attention)
     if init is not None:
         block = _starting_as(init, block)
-    return Inserted(_Insertion(model, block, _selector(where), where, name))
+    hook = _Insertion(model, block, _selector(where), where, name)
+    return _with_hook(Inserted, hook)
 
 
 def _instance(attention: Any) -> nn.Module:
@@ -284,7 +285,7 @@ class _Insertion(_Hook):
             result = call()
         if not sites and not self.known(model):
             raise ValueError(
-                f"`where` must select a submodule that {type(model).__name__}."
+                f"`where` must select a submodule that {type(_inmost(model)).__name__}."
                 f"{method} calls, got {self.where!r}, which selects none of "
                 f"{_listed(f'{path} ({kind})' for path, kind in seen.items())}."
             )
@@ -356,45 +357,110 @@ class Intercepted(nn.Module):
 
     hook: _Hook
 
+    def __post_init__(self) -> None:
+        """Takes over the scope of a model that a method of another module has made."""
+        super().__post_init__()
+        scope = self.hook.model.scope
+        if isinstance(self.parent, nn.Module) and self.scope and scope:
+            # Before any transformation, which is to lift this scope. Rewound, as the
+            # model's own calls reserve the names of its submodules.
+            object.__setattr__(self, "scope", scope.rewound())
+
     def setup(self) -> None:
-        """Binds the model to this module's scope, or takes over that of the model."""
-        model = self.hook.model
-        if model.scope is None:
-            model = model.clone(parent=self.scope)
-        else:
-            # Made in another module's method, where it has a name.
-            nn.share_scope(self, model)
+        """Binds the model to this module's scope."""
         # Not as an attribute that Linen sees, which would name it below this module.
-        object.__setattr__(self, "_bound", model)
+        bound = self.hook.model.clone(parent=self.scope)
+        object.__setattr__(self, "_bound", bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns ``model(*args, **kwargs)``, run with the hook."""
         return self._run("__call__", args, kwargs)
 
     @nn.nowrap
+    def apply(
+        self, variables: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        """As for any module; a ``method`` such as ``Model.encode`` has the hook too."""
+        method = self._hooked(method)
+        return super().apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def init_with_output(
+        self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        """As ``apply``. ``init``, ``lazy_init`` and ``tabulate`` go through here."""
+        method = self._hooked(method)
+        return super().init_with_output(rngs, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def _hooked(self, method: Any) -> Any:
+        """``method``, run on the model and with the hook if it is of the model's class.
+
+        Linen would call Model.encode with this module as self, hence without.
+        """
+        unbound = method.__func__ if isinstance(method, types.MethodType) else method
+        functions = (
+            value
+            for cls in type(_inmost(self)).__mro__
+            if cls not in nn.Module.__mro__
+            for value in vars(cls).values()
+        )
+        if method is None or all(_function(unbound) is not f for f in functions):
+            return method
+        return lambda self, *args, **kwargs: self._run(unbound, args, kwargs)
+
+    @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """The methods of the model, run with the hook."""
-        hook = vars(self).get("hook")
-        if hook is None or name.startswith("_"):
+        """The fields of the model, and its methods, run with the hook."""
+        if "hook" not in vars(self) or name.startswith("_"):
             return super().__getattr__(name)
-        if not callable(getattr(type(hook.model), name, None)):
-            return super().__getattr__(name)
+        model = _inmost(self)
+        value = getattr(model if name in _fields(model) else type(model), name, None)
+        if name in _fields(model) and not isinstance(value, nn.Module):
+            return value
+        if not callable(value):
+            kind = type(model).__name__
+            raise AttributeError(
+                f"The {type(self).__name__} {kind} has no attribute {name!r}, only the "
+                f"fields and methods of {kind}; use what its setup makes in a method "
+                f"of {kind}."
+            )
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._run(name, args, kwargs)
 
         return types.MethodType(method, self)
 
-    def _run(self, method: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, method: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = method if isinstance(method, str) else _function(method).__name__
         if self.scope is None:
             raise ValueError(
-                f"`model` must be bound, but {method} is called outside of init and "
+                f"`model` must be bound, but {name} is called outside of init and "
                 "apply; call model.init, model.apply or model.bind."
             )
         model: nn.Module = vars(self)["_bound"]
-        call = functools.partial(getattr(model, method), *args, **kwargs)
+        if isinstance(method, str):
+            call = getattr(model, method)
+        elif isinstance(model, Intercepted):
+            call = types.MethodType(model._hooked(method), model)
+        else:
+            call = types.MethodType(method, model)
         with _flagged(model, self.hook.token):
-            return self.hook.run(model, method, call)
+            return self.hook.run(model, name, functools.partial(call, *args, **kwargs))
+
+
+def _with_hook(kind: type[Intercepted], hook: _Hook) -> Intercepted:
+    module = kind(hook)
+    if module.parent is None and hook.model.scope is not None:
+        # Not made in a method but by bind: its variables are not those of the call.
+        hook.model = hook.model.copy(parent=None)
+    return module
+
+
+def _inmost(model: nn.Module) -> nn.Module:
+    while isinstance(model, Intercepted):
+        model = model.hook.model
+    return model
 
 
 class Inserted(Intercepted):
