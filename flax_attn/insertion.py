@@ -281,7 +281,7 @@ class _Insertion(_Hook):
                 within.discard(path)
             return self.attend(module, "/".join(inner), y)
 
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(_on_bound(interceptor)):
             result = call()
         if not sites and not self.known(model):
             raise ValueError(
@@ -554,12 +554,23 @@ class _Watch(_Hook):
 
     def run(self, model: nn.Module, method: str, call: Callable[[], Any]) -> Any:
         """Returns ``call()``."""
-        with nn.intercept_methods(self.interceptor):
+        with nn.intercept_methods(_on_bound(self.interceptor)):
             return call()
 
 
 def _watched(model: nn.Module, interceptor: Callable[..., Any]) -> Intercepted:
-    return Intercepted(_Watch(model, interceptor))
+    return _with_hook(Intercepted, _Watch(model, interceptor))
+
+
+def _on_bound(interceptor: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves alone the methods of modules without a scope, which have no path."""
+
+    def on_bound(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.scope is None:
+            return next_fun(*args, **kwargs)
+        return interceptor(next_fun, args, kwargs, context)
+
+    return on_bound
 
 
 def _is_inserted(context: Any) -> bool:
@@ -567,7 +578,6 @@ def _is_inserted(context: Any) -> bool:
     scope = context.module.scope
     return (
         context.method_name == "__call__"
-        and scope is not None
         and scope.has_flag(_SITE)
         and scope.parent is not None
         and not scope.parent.has_flag(_SITE)
