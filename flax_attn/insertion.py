@@ -5,6 +5,7 @@
 ``parameter_labels`` tells an optimiser which parameters are the attention's.
 """
 
+import dataclasses
 import fnmatch
 import functools
 import re
@@ -102,7 +103,8 @@ def insert(
         (default: None, which leaves ``attention`` as it is). The output is then that
         of ``model``, without jit to the last bit; under jit the compiler may sum in
         another order around a site.
-      name: the name of the attention below each submodule (default: "attention").
+      name: the name of the attention below each submodule, without slashes (default:
+        "attention").
 
     Returns:
       A Linen module. To give it pretrained variables see ``merge``.
@@ -118,10 +120,16 @@ def insert(
             "`model` must be an instance of a Linen module, got "
             f"{model!r}; pass e.g. Model()."
         )
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ValueError(
+            "`name` must be a string that is not empty and has no slash, got "
+            f"{name!r}; leave it out for 'attention'."
+        )
     block = _instance(attention)
     if init is not None:
         block = _starting_as(init, block)
-    return Inserted(_Insertion(model, block, _selector(where), where, name))
+    hook = _Insertion(model, block, _selector(where), where, name)
+    return _with_hook(Inserted, hook)
 
 
 def _instance(attention: Any) -> nn.Module:
@@ -130,7 +138,15 @@ def _instance(attention: Any) -> nn.Module:
     made = attention
     if callable(attention):
         # A module made inside another one's method would become a part of that one.
-        made = attention(parent=None) if _is_module_def(attention) else attention()
+        keywords = {"parent": None} if _is_module_def(attention) else {}
+        try:
+            made = attention(**keywords)
+        except TypeError as error:
+            raise ValueError(
+                f"`attention` must need no arguments, got {attention!r}, whose call "
+                f"raises {error}; give it them, as in presets.official_cbam(train=True)"
+                " or functools.partial(SE, reduction=4)."
+            ) from error
     if isinstance(made, nn.Module):
         return made.clone(parent=None, name=None)
     raise ValueError(
@@ -140,15 +156,27 @@ def _instance(attention: Any) -> nn.Module:
 
 
 def _is_module_def(value: Any) -> bool:
+    value = _function(value)
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _function(value: Any) -> Any:
     while isinstance(value, functools.partial):
         value = value.func
-    return isinstance(value, type) and issubclass(value, nn.Module)
+    return value
+
+
+def _fields(module: nn.Module) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)}
 
 
 def _starting_as(init: str, block: nn.Module) -> nn.Module:
     if init != "identity":
-        raise ValueError(f"`init` must be 'identity' or None, got {init!r}.")
-    if not hasattr(block, "identity_init"):
+        raise ValueError(
+            f"`init` must be 'identity' or None, got {init!r}; leave it out for an "
+            "attention that starts as its own fields say."
+        )
+    if "identity_init" not in _fields(block):
         raise ValueError(
             "`init='identity'` needs an attention with a field `identity_init`, got "
             f"{type(block).__name__}; pass a block of flax_attn, or init=None and an "
@@ -170,7 +198,8 @@ def _selector(where: Any) -> Select:
         return lambda module, path: bool(where(module, path))
     raise ValueError(
         "`where` must be a subclass of nn.Module or a tuple of them, a pattern of "
-        f"paths, or a function (module, path) -> bool, got {where!r}."
+        f"paths, or a function (module, path) -> bool, got {where!r}; several "
+        "classes go into a tuple, such as (nn.Conv, nn.Dense)."
     )
 
 
@@ -213,7 +242,9 @@ class _Insertion(_Hook):
         self.select = select
         self.where = where
         self.name = name
-        self.found: set[str] = set()
+        # The attentions that have run, those with parameters by their paths.
+        self.found: set[Path] = set()
+        self.bare = False
 
     def __repr__(self) -> str:
         return (
@@ -250,28 +281,33 @@ class _Insertion(_Hook):
                 within.discard(path)
             return self.attend(module, "/".join(inner), y)
 
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(_on_bound(interceptor)):
             result = call()
-        if sites:
-            self.found.add(method)
-        elif not self.known(model, method):
+        if not sites and not self.known(model):
             raise ValueError(
-                f"`where` must select a submodule that {type(model).__name__}."
+                f"`where` must select a submodule that {type(_inmost(model)).__name__}."
                 f"{method} calls, got {self.where!r}, which selects none of "
                 f"{_listed(f'{path} ({kind})' for path, kind in seen.items())}."
             )
         return result
 
-    def known(self, model: nn.Module, method: str) -> bool:
+    def known(self, model: nn.Module) -> bool:
         """Whether a call that meets no site is in order.
 
         What nn.jit has compiled runs without a call, but not before its first trace.
-        And a method may be a part of the model that has none, if another part has.
+        And a call may use a part of the model that has none, if another part has. The
+        variables tell, not what this object met before, which a new one has not.
         """
-        if method in self.found or method == "__call__":
-            return method in self.found
+        if self.bare:
+            return True
         params = _plain(_scope(model).variables().get("params", {}))
-        return any(self.name in path for path in traverse_util.flatten_dict(params))
+        paths = traverse_util.flatten_dict(params)
+        if model.is_initializing():
+            # Where the model itself may have a submodule of that name.
+            return any(
+                path[: len(site)] == site for path in paths for site in self.found
+            )
+        return any(self.name in path for path in paths)
 
     def attend(self, module: nn.Module, path: str, y: Any) -> Array:
         """Returns ``y``, the output of ``module``, after an attention of its own."""
@@ -288,6 +324,10 @@ class _Insertion(_Hook):
                 f"`attention` must keep the shape {y.shape} of its input at {path}, "
                 f"but {type(self.attention).__name__} returns {_described(out)}."
             )
+        if scope.variables().get("params"):
+            self.found.add((*path.split("/"), self.name))
+        else:
+            self.bare = True
         return out.astype(y.dtype)
 
     def child(self, scope: Scope, module: nn.Module, path: str) -> Scope:
@@ -317,45 +357,110 @@ class Intercepted(nn.Module):
 
     hook: _Hook
 
+    def __post_init__(self) -> None:
+        """Takes over the scope of a model that a method of another module has made."""
+        super().__post_init__()
+        scope = self.hook.model.scope
+        if isinstance(self.parent, nn.Module) and self.scope and scope:
+            # Before any transformation, which is to lift this scope. Rewound, as the
+            # model's own calls reserve the names of its submodules.
+            object.__setattr__(self, "scope", scope.rewound())
+
     def setup(self) -> None:
-        """Binds the model to this module's scope, or takes over that of the model."""
-        model = self.hook.model
-        if model.scope is None:
-            model = model.clone(parent=self.scope)
-        else:
-            # Made in another module's method, where it has a name.
-            nn.share_scope(self, model)
+        """Binds the model to this module's scope."""
         # Not as an attribute that Linen sees, which would name it below this module.
-        object.__setattr__(self, "_bound", model)
+        bound = self.hook.model.clone(parent=self.scope)
+        object.__setattr__(self, "_bound", bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns ``model(*args, **kwargs)``, run with the hook."""
         return self._run("__call__", args, kwargs)
 
     @nn.nowrap
+    def apply(
+        self, variables: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        """As for any module; a ``method`` such as ``Model.encode`` has the hook too."""
+        method = self._hooked(method)
+        return super().apply(variables, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def init_with_output(
+        self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        """As ``apply``. ``init``, ``lazy_init`` and ``tabulate`` go through here."""
+        method = self._hooked(method)
+        return super().init_with_output(rngs, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def _hooked(self, method: Any) -> Any:
+        """``method``, run on the model and with the hook if it is of the model's class.
+
+        Linen would call Model.encode with this module as self, hence without.
+        """
+        unbound = method.__func__ if isinstance(method, types.MethodType) else method
+        functions = (
+            value
+            for cls in type(_inmost(self)).__mro__
+            if cls not in nn.Module.__mro__
+            for value in vars(cls).values()
+        )
+        if method is None or all(_function(unbound) is not f for f in functions):
+            return method
+        return lambda self, *args, **kwargs: self._run(unbound, args, kwargs)
+
+    @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """The methods of the model, run with the hook."""
-        hook = vars(self).get("hook")
-        if hook is None or name.startswith("_"):
+        """The fields of the model, and its methods, run with the hook."""
+        if "hook" not in vars(self) or name.startswith("_"):
             return super().__getattr__(name)
-        if not callable(getattr(type(hook.model), name, None)):
-            return super().__getattr__(name)
+        model = _inmost(self)
+        value = getattr(model if name in _fields(model) else type(model), name, None)
+        if name in _fields(model) and not isinstance(value, nn.Module):
+            return value
+        if not callable(value):
+            kind = type(model).__name__
+            raise AttributeError(
+                f"The {type(self).__name__} {kind} has no attribute {name!r}, only the "
+                f"fields and methods of {kind}; use what its setup makes in a method "
+                f"of {kind}."
+            )
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._run(name, args, kwargs)
 
         return types.MethodType(method, self)
 
-    def _run(self, method: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, method: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = method if isinstance(method, str) else _function(method).__name__
         if self.scope is None:
             raise ValueError(
-                f"`model` must be bound, but {method} is called outside of init and "
+                f"`model` must be bound, but {name} is called outside of init and "
                 "apply; call model.init, model.apply or model.bind."
             )
         model: nn.Module = vars(self)["_bound"]
-        call = functools.partial(getattr(model, method), *args, **kwargs)
+        if isinstance(method, str):
+            call = getattr(model, method)
+        elif isinstance(model, Intercepted):
+            call = types.MethodType(model._hooked(method), model)
+        else:
+            call = types.MethodType(method, model)
         with _flagged(model, self.hook.token):
-            return self.hook.run(model, method, call)
+            return self.hook.run(model, name, functools.partial(call, *args, **kwargs))
+
+
+def _with_hook(kind: type[Intercepted], hook: _Hook) -> Intercepted:
+    module = kind(hook)
+    if module.parent is None and hook.model.scope is not None:
+        # Not made in a method but by bind: its variables are not those of the call.
+        hook.model = hook.model.copy(parent=None)
+    return module
+
+
+def _inmost(model: nn.Module) -> nn.Module:
+    while isinstance(model, Intercepted):
+        model = model.hook.model
+    return model
 
 
 class Inserted(Intercepted):
@@ -449,12 +554,23 @@ class _Watch(_Hook):
 
     def run(self, model: nn.Module, method: str, call: Callable[[], Any]) -> Any:
         """Returns ``call()``."""
-        with nn.intercept_methods(self.interceptor):
+        with nn.intercept_methods(_on_bound(self.interceptor)):
             return call()
 
 
 def _watched(model: nn.Module, interceptor: Callable[..., Any]) -> Intercepted:
-    return Intercepted(_Watch(model, interceptor))
+    return _with_hook(Intercepted, _Watch(model, interceptor))
+
+
+def _on_bound(interceptor: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves alone the methods of modules without a scope, which have no path."""
+
+    def on_bound(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.scope is None:
+            return next_fun(*args, **kwargs)
+        return interceptor(next_fun, args, kwargs, context)
+
+    return on_bound
 
 
 def _is_inserted(context: Any) -> bool:
@@ -462,7 +578,6 @@ def _is_inserted(context: Any) -> bool:
     scope = context.module.scope
     return (
         context.method_name == "__call__"
-        and scope is not None
         and scope.has_flag(_SITE)
         and scope.parent is not None
         and not scope.parent.has_flag(_SITE)

@@ -11,7 +11,16 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal, variables_for
-from tests.user_models import DoubleConv, InvertedResidual, MobileNet, ResNet, UNet
+from tests.user_models import (
+    Careful,
+    DoubleConv,
+    Encoder,
+    InvertedResidual,
+    MobileNet,
+    ResNet,
+    Staged,
+    UNet,
+)
 
 X = normal((2, 8, 8, 3), 0)
 # Its generator compiles faster than the default.
@@ -435,6 +444,11 @@ def test_another_name():
         ((UNet(), SE(), int), "`where` must be"),
         ((UNet(), SE(), ()), "`where` must be"),
         ((UNet(), SE(), (nn.Conv, "x")), "`where` must be"),
+        ((UNet(), SE(), [nn.Conv]), "`where` must be .*classes go into a tuple"),
+        (
+            (UNet(), flax_attn.presets.official_cbam, nn.Conv),
+            "`attention` must need no arguments, .*'train'; give it them",
+        ),
         ((UNet(), SE(), nn.Conv(3, (1, 1))), "`where` must be"),
     ],
 )
@@ -443,9 +457,18 @@ def test_arguments_out_of_their_range(arguments, message):
         flax_attn.insert(*arguments)
 
 
+@pytest.mark.parametrize("name", [None, "", "a/b", 3])
+def test_names_that_cannot_be(name):
+    message = f"`name` must be a string .* got {name!r}; leave it out"
+    with pytest.raises(ValueError, match=message):
+        flax_attn.insert(UNet(), SE(), nn.Conv, name=name)
+
+
 def test_starts_that_cannot_be():
     with pytest.raises(ValueError, match="`init` must be 'identity' or None, got 'id'"):
         flax_attn.insert(UNet(), SE(), nn.Conv, init="id")
+    with pytest.raises(ValueError, match="got True; leave it out"):
+        flax_attn.insert(UNet(), SE(), nn.Conv, init=True)
     with pytest.raises(ValueError, match="needs an attention with a field"):
         flax_attn.insert(UNet(), Halves(), nn.Conv, init="identity")
 
@@ -550,6 +573,169 @@ def test_insertions_into_insertions():
     twice = flax_attn.insert(first, SE(), nn.Conv, name="se")
     assert set(shapes(twice, X)["params"]["up_4"]) == {"kernel", "bias"}
     assert set(shapes(twice, X)["params"]["logits"]) >= {"attention", "se"}
+
+
+METHODS = {
+    "function": Encoder.encode,
+    "other": Encoder().encode,
+    "partial": partial(Encoder.encode),
+    "lambda": lambda model, x: model.encode(x),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_method_of_the_class_has_attention_too(method, twice):
+    model = flax_attn.insert(Encoder(), SE(), nn.Conv)
+    if twice:
+        model = flax_attn.insert(model, flax_attn.ECA(), nn.Conv, name="eca")
+    expected = shapes(model, X, method="encode")
+    assert set(expected["params"]["conv"]) >= {"attention"}
+    method = METHODS[method]
+    assert shapes(model, X, method=method) == expected
+    lazy = model.lazy_init(KEY, jax.ShapeDtypeStruct(X.shape, "float32"), method=method)
+    assert jax.tree.map(jnp.shape, lazy) == expected
+    (site,) = {site.path for site in flax_attn.sites(model, X, method=method)}
+    assert site == "conv"
+    if not twice:
+        y = model.apply(lazy, X, method=method)
+        conv = without_attention(lazy["params"]["conv"])
+        z = nn.Conv(3, (1, 1)).apply({"params": conv}, X)
+        z = SE().apply({"params": lazy["params"]["conv"]["attention"]}, z)
+        np.testing.assert_allclose(y, z, atol=1e-6)
+        gates = flax_attn.assert_active(model, lazy, X, method=method)
+        assert gates == ("conv/attention",)
+
+
+def test_a_method_of_a_base_class_is_that_of_the_base_class():
+    class Derived(Encoder):
+        def encode(self, x):
+            raise NotImplementedError
+
+    model = flax_attn.insert(Derived(), SE(), nn.Conv)
+    expected = shapes(flax_attn.insert(Encoder(), SE(), nn.Conv), X, method="encode")
+    assert shapes(model, X, method=Encoder.encode) == expected
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_fields_are_those_of_the_model(twice):
+    model = flax_attn.insert(Encoder(width=5), SE(), nn.Conv)
+    if twice:
+        model = flax_attn.insert(model, SE(), nn.Conv, name="se")
+    assert model.width == 5
+    assert set(shapes(model, X, method="encode")["params"]) == {"conv"}
+    assert "attention" in shapes(model, X, method="layer")["params"]["layer"]
+    with pytest.raises(AttributeError, match="Encoder has no attribute 'depth', only"):
+        model.depth  # noqa: B018
+
+
+def test_a_bound_model_takes_the_variables_of_the_call():
+    plain = Encoder()
+    # Its field is bound as well.
+    bound = plain.bind(variables_for(plain, X))
+    model = flax_attn.insert(plain, SE(), "layer")
+    again = flax_attn.insert(bound, SE(), "layer")
+    assert shapes(again, X) == shapes(model, X)
+    other = variables_for(model, X, seed=9)
+    np.testing.assert_array_equal(again.apply(other, X), model.apply(other, X))
+    assert len(flax_attn.sites(again.bind(other), X)) == 1
+
+
+AXES = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+TRANSFORMS = {
+    "vmap": lambda f: partial(nn.vmap(f, **AXES, in_axes=0)),
+    "scan": lambda f: (
+        lambda m, x: nn.scan(lambda m, x, _: (f(m, x), None), **AXES, length=2)(
+            m, x, None
+        )[0]
+    ),
+    "remat": nn.remat,
+    "jit": nn.jit,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_what_is_inserted_in_a_method_can_be_transformed(transform):
+    class Outer(nn.Module):
+        transform: str
+
+        @nn.compact
+        def __call__(self, x):
+            model = flax_attn.insert(Chain(name="chain"), SE(), nn.Conv)
+            lift = TRANSFORMS[self.transform]
+            return lift(lambda model, x: model(x))(model, x)
+
+    model = Outer(transform)
+    kernel = shapes(model, X)["params"]["chain"]["second"]["attention"]["reduce"]
+    stacked = transform in ("vmap", "scan")
+    assert kernel["kernel"] == (*([2] if stacked else []), 3, 1)
+    variables = variables_for(model, X)
+    y = model.apply(variables, X)
+    members = variables["params"]["chain"]
+    if transform in ("remat", "jit"):
+        expected = by_hand(members, X)
+    else:
+        a, b = (jax.tree.map(lambda p: p[i], members) for i in range(2))  # noqa: B023
+        if transform == "scan":
+            expected = by_hand(b, by_hand(a, X))
+        else:
+            expected = np.stack([by_hand(a, X[0]), by_hand(b, X[1])])
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [Chain(), MobileNet()])
+def test_a_submodule_runs_with_attention_and_without(layer):
+    class Outer(nn.Module):
+        layer: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            inserted = flax_attn.insert(self.layer, SE(), nn.Conv)
+            return self.layer(x), inserted(x), self.layer(x)
+
+    model = Outer(layer)
+    inserted = flax_attn.insert(layer, SE(), nn.Conv)
+    variables = variables_for(model, X)
+    assert shapes(model, X)["params"] == {"layer": shapes(inserted, X)["params"]}
+    own = {"params": variables["params"]["layer"]}
+    y, attended, z = quick(model.apply)(variables, X)
+    np.testing.assert_allclose(attended, quick(inserted.apply)(own, X), atol=1e-6)
+    np.testing.assert_array_equal(y, z)
+    assert np.abs(y - attended).max() > 0
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_call_without_sites_does_not_depend_on_earlier_ones(fresh):
+    model = flax_attn.insert(Staged(), SE(), "body")
+    variables = variables_for(model, X)
+    if fresh:
+        model = flax_attn.insert(Staged(), SE(), "body")
+    head = partial(jax.eval_shape, partial(model.apply, stage="head"))
+    features = jax.ShapeDtypeStruct((2, 8, 8, 4), "float32")
+    assert head(variables, features).shape == (2, 8, 8, 2)
+    for run in (
+        lambda: head(without_attention(variables), features),
+        lambda: jax.eval_shape(partial(model.init, stage="head"), KEY, features),
+    ):
+        with pytest.raises(ValueError, match="Staged.__call__ calls, got 'body'"):
+            run()
+
+
+def test_a_name_of_the_model_does_not_hide_that_nothing_is_selected():
+    model = flax_attn.insert(Odd(), SE(), "name")
+    with pytest.raises(ValueError, match="Odd.__call__ calls, got 'name'"):
+        jax.eval_shape(model.init, KEY, X)
+
+
+def test_modules_without_a_scope_are_left_alone():
+    model = flax_attn.insert(Careful(), SE(), nn.Conv)
+    (site,) = flax_attn.sites(model, X)
+    assert site.path == "conv"
+    variables = variables_for(model, X)
+    gates = flax_attn.assert_active(model, variables, X)
+    assert gates == ("conv/attention",)
+    labels = flax_attn.parameter_labels(model, X)
+    assert labels["conv"]["kernel"] == "backbone"
 
 
 def test_what_nn_jit_has_compiled_is_not_mixed_up():

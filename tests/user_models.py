@@ -149,3 +149,40 @@ class UNet(nn.Module):
             x = jnp.concatenate([skip, x], axis=-1)
             x = DoubleConv(width, name=f"merge_{width}")(x)
         return nn.Conv(self.out_channels, (1, 1), name="logits")(x)
+
+
+class Staged(nn.Module):
+    """Compact, in parts that an argument chooses."""
+
+    @nn.compact
+    def __call__(self, x, stage="all"):
+        if stage != "head":
+            x = nn.Conv(4, (1, 1), name="body")(x)
+        return nn.Dense(2, name="head")(x) if stage != "body" else x
+
+
+class Careful(nn.Module):
+    """Asks a module without a parent, which Linen allows."""
+
+    @nn.compact
+    def __call__(self, x):
+        Careful(parent=None).check(x)
+        return nn.Conv(3, (1, 1), name="conv")(x)
+
+    def check(self, x):
+        assert x.ndim == 4
+
+
+class Encoder(nn.Module):
+    """Two compact methods, and a field that is a module."""
+
+    layer: nn.Module = nn.Conv(3, (1, 1))
+    width: int = 3
+
+    @nn.compact
+    def encode(self, x):
+        return nn.Conv(self.width, (1, 1), name="conv")(x)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(x)
