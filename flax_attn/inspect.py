@@ -7,12 +7,15 @@ reads all gates of a model for one input, ``statistics`` says how far they are o
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+
+from flax_attn.insertion import _GATES, _HOOKS, _flagged
 
 Array = jax.Array
 
@@ -69,7 +72,8 @@ def attention_maps(
       ``variable_axes`` names.
 
     Raises:
-      ValueError: there is no gate, or ``mutable`` is among the keyword arguments.
+      ValueError: there is no gate, one is lost in ``nn.scan`` or ``nn.vmap``, or
+        ``mutable`` is among the keyword arguments.
     """
     if "mutable" in kwargs:
         raise ValueError(
@@ -78,15 +82,38 @@ def attention_maps(
         )
     # What variables hold of an earlier call would stand before the gates of this one.
     known = {name: value for name, value in variables.items() if name != COLLECTION}
-    _, state = model.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
+    lost: set[str] = set()
+    with nn.intercept_methods(_recorder(lost)):
+        _, state = model.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
     gates = dict(_gates(state.get(COLLECTION, {})))
-    if not gates:
+    if not gates or lost:
+        got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(
-            f"`model` must have an attention block that this call reaches, got no gate "
+            f"`model` must have an attention block that this call reaches, got {got} "
             f"from {type(model).__name__}; put a block in, or, where it is inside "
             f'nn.scan or nn.vmap, name its gates: variable_axes={{"{COLLECTION}": 0}}.'
         )
     return gates
+
+
+def _recorder(lost: set[str]) -> Callable[..., Any]:
+    """Adds the paths at which a block makes a gate that cannot be stored to ``lost``."""
+    token = str(uuid.uuid4())
+
+    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        for kinds, method in _GATES:
+            makes = context.method_name == method and isinstance(context.module, kinds)
+            if makes and not scope.is_mutable_collection(COLLECTION):
+                name = "spatial_gate" if method == "gate_of" else method
+                lost.add("/".join((*scope.path, name)))
+        if scope is None or token in scope.get_flag(_HOOKS, ()):
+            return next_fun(*args, **kwargs)
+        # What nn.jit has compiled runs without a call, and would not be noted.
+        with _flagged(context.module, token):
+            return next_fun(*args, **kwargs)
+
+    return interceptor
 
 
 def _gates(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Array]]:

@@ -210,6 +210,49 @@ def test_scanned_layers_are_stacked():
         attention_maps(Layers(axes=()), variables, x)
 
 
+JitLayers = nn.jit(Layers)
+
+
+class Two(nn.Module):
+    """A block whose gate is stored, and layers in nn.jit whose gates may be lost."""
+
+    axes: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x = flax_attn.CBAM(reduction=4, name="kept")(x)
+        return JitLayers(self.axes, name="layers")(x)
+
+
+def test_a_gate_that_is_lost_beside_others_is_named():
+    x = normal((2, 4, 4, 16), 4)
+    variables = variables_for(Two(), x)
+    for _ in range(2):  # The second time nn.jit has compiled the layers already.
+        with pytest.raises(ValueError, match="no gate at layers/se/channel_gate from"):
+            attention_maps(Two(), variables, x)
+    gates = attention_maps(Two(("intermediates",)), variables, x)
+    kept = [f"kept/{path}" for path in ATTEND]
+    assert list(gates) == [*kept, "layers/se/channel_gate"]
+
+
+class Again(nn.Module):
+    """A block that is called outside of a scan, and inside, where its gate is lost."""
+
+    @nn.compact
+    def __call__(self, x):
+        block = flax_attn.SpatialAttention(name="shared")
+        scan = nn.scan(
+            lambda block, x, _: (block(x), None), variable_broadcast="params", length=2
+        )
+        return scan(block, block(x), None)[0]
+
+
+def test_a_gate_that_is_lost_in_one_of_two_calls_is_named():
+    x = normal((2, 4, 4, 8), 4)
+    with pytest.raises(ValueError, match="no gate at shared/spatial_gate from Again"):
+        attention_maps(Again(), variables_for(Again(), x), x)
+
+
 def test_channels_first_keeps_the_paths():
     x = normal((2, 16, 4, 4), 5)
     model = flax_attn.ChannelsFirst(flax_attn.CBAM())
