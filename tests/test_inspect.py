@@ -381,6 +381,17 @@ def test_a_batch_is_as_its_images_one_by_one():
     assert len(np.unique(expected.reshape(3, -1), axis=0)) == 3
 
 
+def test_lines_in_a_batch_need_their_last_axis():
+    """Without it, a channel gate and the gate of one image have the same shape."""
+    images, lines = np.zeros((8, 16, 16, 3), np.uint8), np.full((8, 1, 64), 0.5)
+    for gate in (lines, lines.reshape(8, 64, 1), np.full((8, 8, 1), 0.5)):
+        with pytest.raises(ValueError, match=r"`gate` must .*\(8, h, w, 1\) where"):
+            overlay(images, gate)
+        assert overlay(images, gate[..., None]).shape == images.shape
+    assert overlay(images, lines[..., :1]).shape == images.shape  # One number each.
+    assert overlay(images[:, :1], lines).shape == (8, 1, 16, 3)  # Images of one line.
+
+
 def test_limits_stretch_the_colours_and_cut_off():
     image = np.zeros((1, 4, 3), np.uint8)
     gate = np.array([[0.1, 0.4, 0.6, 0.9]])
@@ -405,8 +416,15 @@ GATE = np.full((2, 2), 0.5)
     "image, gate, options, says",
     [
         (GREY[..., :1], GATE, {}, r"`image` must have shape .* got \(4, 4, 1\)"),
-        (GREY[0], GATE, {}, r"`image` must have shape .* got \(4, 3\)"),
-        (GREY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\)"),
+        (GREY[..., 0], GATE, {}, r"got \(4, 4\); .*np.repeat\(image\[..., None\], 3"),
+        (GREY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\); pass one"),
+        (np.zeros((2, 4, 4, 4)), GATE, {}, r"got \(2, 4, 4, 4\); .*image\[..., :3\]"),
+        (
+            np.zeros((3, 8, 8)),
+            GATE,
+            {},
+            r"got \(3, 8, 8\); .*np.moveaxis\(image, -3, -1\)",
+        ),
         (GREY.astype(int), GATE, {}, "`image` must be uint8, .* got dtype int64"),
         (GREY - 0.5, GATE, {}, "`image` must be within .* from -0.5 to -0.5; undo"),
         (GREY + 2.0, GATE, {}, "`image` must be within .* from 2.0 to 2.0"),
