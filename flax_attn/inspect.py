@@ -97,7 +97,7 @@ def attention_maps(
 
 
 def _recorder(lost: set[str]) -> Callable[..., Any]:
-    """Adds the paths at which a block makes a gate that cannot be stored to ``lost``."""
+    """Adds to ``lost`` the paths of gates that are made and cannot be stored."""
     token = str(uuid.uuid4())
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
