@@ -34,13 +34,16 @@ _REDUCTIONS = frozenset(
 )
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum".split())
 _FREE = frozenset(
-    "bitcast_convert_type broadcast_in_dim concatenate copy copy_p dynamic_slice "
-    "expand_dims gather iota pad reduce_precision reshape rev sharding_constraint "
-    "slice split squeeze stack stop_gradient transpose unstack".split()
+    "bitcast_convert_type broadcast_in_dim concatenate copy copy_p device_put "
+    "dynamic_slice expand_dims gather iota pad reduce_precision reshape rev "
+    "sharding_constraint slice split squeeze stack stop_gradient transpose "
+    "unstack".split()
 )
 _CONVERSION = "convert_element_type"
 # The same bytes in the same order.
-_VIEWS = frozenset("copy copy_p expand_dims reshape squeeze stop_gradient".split())
+_VIEWS = frozenset(
+    "copy copy_p device_put expand_dims reshape squeeze stop_gradient".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
