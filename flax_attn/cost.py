@@ -17,6 +17,8 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.extend import core
 
+from flax_attn.insertion import _BLOCKS
+
 # Of one element each. A logistic is 1 / (1 + exp(-z)).
 _SINGLE = frozenset(
     "abs add add_any and ceil clamp div eq floor ge gt integer_pow is_finite le lt max "
@@ -32,13 +34,16 @@ _REDUCTIONS = frozenset(
 )
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum".split())
 _FREE = frozenset(
-    "bitcast_convert_type broadcast_in_dim concatenate convert_element_type copy "
-    "copy_p dynamic_slice expand_dims gather iota pad reduce_precision reshape rev "
+    "bitcast_convert_type broadcast_in_dim concatenate copy copy_p device_put "
+    "dynamic_slice expand_dims gather iota pad reduce_precision reshape rev "
     "sharding_constraint slice split squeeze stack stop_gradient transpose "
     "unstack".split()
 )
+_CONVERSION = "convert_element_type"
 # The same bytes in the same order.
-_VIEWS = frozenset("copy copy_p expand_dims reshape squeeze stop_gradient".split())
+_VIEWS = frozenset(
+    "copy copy_p device_put expand_dims reshape squeeze stop_gradient".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Cost:
       multiply_adds: pairs of a multiplication and an addition, in products and
         convolutions. A tap on the zeros around a map counts nothing.
       operations: all other additions, multiplications, comparisons and so on, one for
-        each element: the sums and maxima of the squeezes, the product with the gate.
+        each element: the sums and maxima of the squeezes, the product with the gate,
+        conversions to another dtype.
       transcendentals: exponentials, logarithms, roots and the like, one for each
         element. A sigmoid, ``1 / (1 + exp(-z))``, is one and three operations.
       bytes: memory traffic where all that can be fused is. See ``cost``.
@@ -116,16 +122,24 @@ def cost(
       A ``Cost``.
 
     Raises:
-      ValueError: ``shape`` is not of integers of at least 1, the module does not take
-        it, or an operation cannot be counted: a loop, a branch, a random draw.
+      ValueError: ``module`` is none, ``shape`` is not of integers of at least 1, the
+        module does not take it, or an operation cannot be counted: a loop, a branch, a
+        random draw.
     """
-    shape = tuple(shape)
-    if not all(isinstance(n, int | np.integer) and n >= 1 for n in shape):
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            "`module` must be an instance of a Linen module, got "
+            f"{module!r}; call a class or a preset first, e.g. flax_attn.SE()."
+        )
+    shape = tuple(shape) if isinstance(shape, Iterable) else shape
+    if not isinstance(shape, tuple) or not all(
+        isinstance(n, int | np.integer) and n >= 1 for n in shape
+    ):
         raise ValueError(
             f"`shape` must be integers of at least 1, got {shape!r}; pass that of the "
             "input, such as (1, 32, 32, 64)."
         )
-    module = _plain(module)
+    module = _plain(module, {})
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), x)
     state = [name for name in variables if name != "params"]
@@ -143,21 +157,27 @@ def cost(
     )
 
 
-def _plain(value: Any) -> Any:
-    """The module with every block among its fields in the plain implementation."""
+def _plain(value: Any, done: dict[int, nn.Module]) -> Any:
+    """The module with every block among its fields in the plain implementation.
+
+    ``done`` holds the results by ``id``, so that a module that is shared stays one.
+    """
     if isinstance(value, list | tuple) and any(isinstance(v, nn.Module) for v in value):
-        return type(value)(map(_plain, value))
+        return type(value)(_plain(v, done) for v in value)
     if not isinstance(value, nn.Module):
         return value
-    changes = {}
-    for field in dataclasses.fields(value):
-        if field.name not in ("parent", "name"):
-            old = getattr(value, field.name)
-            new = "plain" if (field.name, old) == ("implementation", "fast") else old
-            new = _plain(new)
-            if new is not old:
-                changes[field.name] = new
-    return value.clone(**changes) if changes else value
+    if id(value) not in done:
+        changes = {}
+        for field in dataclasses.fields(value):
+            if field.name not in ("parent", "name"):
+                old = getattr(value, field.name)
+                new = _plain(old, done)
+                if new is not old:
+                    changes[field.name] = new
+        if isinstance(value, _BLOCKS) and value.implementation == "fast":
+            changes["implementation"] = "plain"
+        done[id(value)] = value.clone(**changes) if changes else value
+    return done[id(value)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,13 +248,15 @@ class _Count:
             self.multiply_adds += multiply_adds
             self.operations += operations
             return [self.store(_bytes(v), operands) for v in eqn.outvars]
-        if name not in _SINGLE | _TRANSCENDENTAL | _FREE:
+        if name not in _SINGLE | _TRANSCENDENTAL | _FREE | {_CONVERSION}:
             return self.walk(_called(eqn), operands)
         size = sum(_size(v) for v in eqn.outvars)
         if name in _TRANSCENDENTAL:
             self.transcendentals += size
             self.operations += 3 * size if name == "logistic" else 0
-        elif name in _SINGLE:
+        elif name in _SINGLE or (
+            name == _CONVERSION and _converts(eqn.invars[0], eqn.outvars[0])
+        ):
             self.operations += size
         if name in _VIEWS:
             return operands
@@ -266,6 +288,11 @@ def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
             'and blocks that it makes need implementation="plain".'
         )
     return inner
+
+
+def _converts(old: Any, new: Any) -> bool:
+    """Whether a conversion counts: one of a type that is weak alone is nothing."""
+    return old.aval.dtype != new.aval.dtype
 
 
 def _product(eqn: core.JaxprEqn) -> tuple[int, int]:

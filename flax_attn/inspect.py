@@ -7,12 +7,15 @@ reads all gates of a model for one input, ``statistics`` says how far they are o
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+
+from flax_attn.insertion import _GATES, _HOOKS, _flagged
 
 Array = jax.Array
 
@@ -69,7 +72,8 @@ def attention_maps(
       ``variable_axes`` names.
 
     Raises:
-      ValueError: there is no gate, or ``mutable`` is among the keyword arguments.
+      ValueError: there is no gate, one is lost in ``nn.scan`` or ``nn.vmap``, or
+        ``mutable`` is among the keyword arguments.
     """
     if "mutable" in kwargs:
         raise ValueError(
@@ -78,15 +82,38 @@ def attention_maps(
         )
     # What variables hold of an earlier call would stand before the gates of this one.
     known = {name: value for name, value in variables.items() if name != COLLECTION}
-    _, state = model.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
+    lost: set[str] = set()
+    with nn.intercept_methods(_recorder(lost)):
+        _, state = model.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
     gates = dict(_gates(state.get(COLLECTION, {})))
-    if not gates:
+    if not gates or lost:
+        got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(
-            f"`model` must have an attention block that this call reaches, got no gate "
+            f"`model` must have an attention block that this call reaches, got {got} "
             f"from {type(model).__name__}; put a block in, or, where it is inside "
             f'nn.scan or nn.vmap, name its gates: variable_axes={{"{COLLECTION}": 0}}.'
         )
     return gates
+
+
+def _recorder(lost: set[str]) -> Callable[..., Any]:
+    """Adds to ``lost`` the paths of gates that are made and cannot be stored."""
+    token = str(uuid.uuid4())
+
+    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        for kinds, method in _GATES:
+            makes = context.method_name == method and isinstance(context.module, kinds)
+            if makes and not scope.is_mutable_collection(COLLECTION):
+                name = "spatial_gate" if method == "gate_of" else method
+                lost.add("/".join((*scope.path, name)))
+        if scope is None or token in scope.get_flag(_HOOKS, ()):
+            return next_fun(*args, **kwargs)
+        # What nn.jit has compiled runs without a call, and would not be noted.
+        with _flagged(context.module, token):
+            return next_fun(*args, **kwargs)
+
+    return interceptor
 
 
 def _gates(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Array]]:
@@ -228,7 +255,8 @@ def overlay(
     Args:
       image: ``(H, W, 3)`` or a batch ``(N, H, W, 3)``, uint8 or float within [0, 1].
       gate: spatial gate of one image, ``(h, w)``, ``(h, w, 1)`` or ``(1, h, w, 1)``;
-        of a batch, ``(N, h, w)`` or ``(N, h, w, 1)``.
+        of a batch, ``(N, h, w)`` or ``(N, h, w, 1)``. Where h or w alone is 1 and the
+        images have more there, it has to be the latter.
       alpha: share of the gate's colour; the rest is the image (default: 0.6).
       limits: values with the darkest and the lightest colour; what lies beyond has
         those too (default: (0.0, 1.0)).
@@ -280,7 +308,7 @@ def _pixels(image: Any) -> np.ndarray:
     if image.ndim not in (3, 4) or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(
             "`image` must have shape (H, W, 3) or (N, H, W, 3), got "
-            f"{image.shape}; repeat a grey one, e.g. np.repeat(image, 3, axis=-1)."
+            f"{image.shape}; {_three_channels(image.shape)}."
         )
     if image.dtype == np.uint8:
         return image.astype(np.float64)
@@ -298,6 +326,20 @@ def _pixels(image: Any) -> np.ndarray:
             "x * std + mean, or divide by 255."
         )
     return image * 255
+
+
+def _three_channels(shape: tuple[int, ...]) -> str:
+    """How an image of another shape comes to three channels."""
+    axes = len(shape)
+    if axes in (3, 4) and shape[-1] == 1:
+        return "repeat a grey one, e.g. np.repeat(image, 3, axis=-1)"
+    if axes in (3, 4) and shape[-1] == 4:
+        return "leave the fourth channel out, e.g. image[..., :3]"
+    if axes in (3, 4) and shape[-3] == 3:
+        return "put the channels last, e.g. np.moveaxis(image, -3, -1)"
+    if axes in (2, 3) and 0 not in shape:
+        return "repeat a grey one, e.g. np.repeat(image[..., None], 3, axis=-1)"
+    return "pass one image or a batch of at least one"
 
 
 def _maps(gate: Any, place: tuple[int, ...]) -> np.ndarray:
@@ -319,6 +361,14 @@ def _maps(gate: Any, place: tuple[int, ...]) -> np.ndarray:
             f"`gate` must have shape {wanted} for this `image`, got "
             f"{given.shape}; pass a spatial gate, and one for each image, e.g. gate[i] "
             "for image[i]."
+        )
+    # Else a channel gate, or the gate of one image, would pass for a batch of lines.
+    alone = [g == 1 < size for g, size in zip(maps.shape[-2:], place[-2:], strict=True)]
+    if given.ndim == len(place) == 3 and any(alone) and maps.shape[-2:] != (1, 1):
+        raise ValueError(
+            f"`gate` must have shape ({place[0]}, h, w, 1) where h or w alone is 1, "
+            f"got {given.shape}, which a channel gate or the gate of one image may "
+            f"have too; pass gate[..., None] if it is ({place[0]}, h, w)."
         )
     maps = maps.astype(np.promote_types(given.dtype, np.float32))
     if not np.isfinite(maps).all():

@@ -92,6 +92,9 @@ def test_the_picture_is_of_overlays_and_their_colours():
 def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
     folder, *_ = run
     assert "`run` must be a workdir of train.cifar, got" in refused(capsys, tmp_path)
+    for images in (0, -3):
+        says = f"`images` must be at least 1, got {images}."
+        assert says in refused(capsys, folder, "--images", images)
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
     monkeypatch.setattr(loop, "load", tiny_run.images)
     assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)

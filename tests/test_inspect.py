@@ -210,6 +210,49 @@ def test_scanned_layers_are_stacked():
         attention_maps(Layers(axes=()), variables, x)
 
 
+JitLayers = nn.jit(Layers)
+
+
+class Two(nn.Module):
+    """A block whose gate is stored, and layers in nn.jit whose gates may be lost."""
+
+    axes: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        x = flax_attn.CBAM(reduction=4, name="kept")(x)
+        return JitLayers(self.axes, name="layers")(x)
+
+
+def test_a_gate_that_is_lost_beside_others_is_named():
+    x = normal((2, 4, 4, 16), 4)
+    variables = variables_for(Two(), x)
+    for _ in range(2):  # The second time nn.jit has compiled the layers already.
+        with pytest.raises(ValueError, match="no gate at layers/se/channel_gate from"):
+            attention_maps(Two(), variables, x)
+    gates = attention_maps(Two(("intermediates",)), variables, x)
+    kept = [f"kept/{path}" for path in ATTEND]
+    assert list(gates) == [*kept, "layers/se/channel_gate"]
+
+
+class Again(nn.Module):
+    """A block that is called outside of a scan, and inside, where its gate is lost."""
+
+    @nn.compact
+    def __call__(self, x):
+        block = flax_attn.SpatialAttention(name="shared")
+        scan = nn.scan(
+            lambda block, x, _: (block(x), None), variable_broadcast="params", length=2
+        )
+        return scan(block, block(x), None)[0]
+
+
+def test_a_gate_that_is_lost_in_one_of_two_calls_is_named():
+    x = normal((2, 4, 4, 8), 4)
+    with pytest.raises(ValueError, match="no gate at shared/spatial_gate from Again"):
+        attention_maps(Again(), variables_for(Again(), x), x)
+
+
 def test_channels_first_keeps_the_paths():
     x = normal((2, 16, 4, 4), 5)
     model = flax_attn.ChannelsFirst(flax_attn.CBAM())
@@ -338,6 +381,17 @@ def test_a_batch_is_as_its_images_one_by_one():
     assert len(np.unique(expected.reshape(3, -1), axis=0)) == 3
 
 
+def test_lines_in_a_batch_need_their_last_axis():
+    """Without it, a channel gate and the gate of one image have the same shape."""
+    images, lines = np.zeros((8, 16, 16, 3), np.uint8), np.full((8, 1, 64), 0.5)
+    for gate in (lines, lines.reshape(8, 64, 1), np.full((8, 8, 1), 0.5)):
+        with pytest.raises(ValueError, match=r"`gate` must .*\(8, h, w, 1\) where"):
+            overlay(images, gate)
+        assert overlay(images, gate[..., None]).shape == images.shape
+    assert overlay(images, lines[..., :1]).shape == images.shape  # One number each.
+    assert overlay(images[:, :1], lines).shape == (8, 1, 16, 3)  # Images of one line.
+
+
 def test_limits_stretch_the_colours_and_cut_off():
     image = np.zeros((1, 4, 3), np.uint8)
     gate = np.array([[0.1, 0.4, 0.6, 0.9]])
@@ -362,8 +416,15 @@ GATE = np.full((2, 2), 0.5)
     "image, gate, options, says",
     [
         (GREY[..., :1], GATE, {}, r"`image` must have shape .* got \(4, 4, 1\)"),
-        (GREY[0], GATE, {}, r"`image` must have shape .* got \(4, 3\)"),
-        (GREY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\)"),
+        (GREY[..., 0], GATE, {}, r"got \(4, 4\); .*np.repeat\(image\[..., None\], 3"),
+        (GREY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\); pass one"),
+        (np.zeros((2, 4, 4, 4)), GATE, {}, r"got \(2, 4, 4, 4\); .*image\[..., :3\]"),
+        (
+            np.zeros((3, 8, 8)),
+            GATE,
+            {},
+            r"got \(3, 8, 8\); .*np.moveaxis\(image, -3, -1\)",
+        ),
         (GREY.astype(int), GATE, {}, "`image` must be uint8, .* got dtype int64"),
         (GREY - 0.5, GATE, {}, "`image` must be within .* from -0.5 to -0.5; undo"),
         (GREY + 2.0, GATE, {}, "`image` must be within .* from 2.0 to 2.0"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from train.config import Config
+from train.config import Config, check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,9 +36,10 @@ def draw(
         run: workdir of train.cifar.
         out: the picture to write; its ending names the format.
         data_dir: where the images lie that it was trained on.
-        images: how many images to show; at most a batch.
+        images: how many images to show, at least 1; at most a batch.
         limits: gates with the darkest and the lightest colour.
     """
+    check_count("images", images)
     config = read_config(run, data_dir)
     # Only now, so that a mistyped path answers at once.
     from train import compare, devices, loop
