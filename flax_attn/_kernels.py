@@ -39,9 +39,11 @@ CHANNEL: Axes = (-1,)
 # the convolution's arithmetic, at the speed of a product.
 TILE = 16
 
-# Slices that a sum of something computed is cut into on CPU. From 15 on, XLA no longer
-# computes an operand of theirs in the loop but stores it first.
+# Slices that a reduction of something computed is cut into on CPU. From 15 on, XLA no
+# longer computes an operand of theirs in the loop but stores it first. And the channels
+# that one has at least: a loop over fewer is not vectorized.
 SLICES = 8
+LANES = 8
 
 
 def wide(*arrays: Array) -> jnp.dtype:
@@ -69,11 +71,11 @@ mean.defvjp(_mean_fwd, _mean_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def maximum(x: Array, axes: Axes) -> Array:
     """The maximum over ``axes``, which stay with size 1; ties share the gradient."""
-    return _exact(x).max(axes, keepdims=True).astype(x.dtype)
+    return _max_of(_exact, axes, x).astype(x.dtype)
 
 
 def _maximum_fwd(x: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
-    m = _exact(x).max(axes, keepdims=True)
+    m = _max_of(_exact, axes, x)
     return m.astype(x.dtype), (x, m)
 
 
@@ -112,7 +114,7 @@ def scale_and_squeeze(x: Array, gate: Array) -> tuple[Array, Array, Array]:
     The two come in ``wide(x)``, with a last axis of size 1.
     """
     # Another product than `y` to XLA's CPU backend, which else stores it for both.
-    maximum = _product(x, lax.optimization_barrier(gate)).max(-1, keepdims=True)
+    maximum = _max_of(_product, CHANNEL, x, lax.optimization_barrier(gate))
     return x * gate, maximum, _mean_of_gated(x, gate)
 
 
@@ -316,9 +318,7 @@ def _sum_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
     """
     shape = jnp.broadcast_shapes(*(a.shape for a in maps))
     size = math.prod(shape[a] for a in axes)
-    # The axis of (N, HW, C). One that export leaves open stays in one piece.
-    axis = 1 if axes == SPATIAL else 2
-    slices = min(SLICES, size) if isinstance(size, int) else 1
+    axis, slices = _slicing(axes, size)
     step = size // slices
 
     def by_slices(*maps: Array) -> Array:
@@ -337,6 +337,40 @@ def _sum_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
         cpu=by_slices,
         default=lambda *maps: function(*maps).sum(axes, keepdims=True),
     )
+
+
+def _max_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+    """The maximum of ``function(*maps)``, as ``_sum_of`` is the sum."""
+
+    def whole(*maps: Array) -> Array:
+        return function(*maps).max(axes, keepdims=True)
+
+    if jax.__version_info__ >= (0, 10, 2):
+        return whole(*maps)
+    return lax.platform_dependent(
+        *maps, cpu=partial(_max_by_slices, function, axes), default=whole
+    )
+
+
+def _max_by_slices(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+    """For an older XLA, whose maxima of whole maps take ten copies' time on CPU."""
+    shape = jnp.broadcast_shapes(*(a.shape for a in maps))
+    size = math.prod(shape[a] for a in axes)
+    axis, slices = _slicing(axes, size)
+    step = -(-size // slices)
+    rows = [_rows(a) for a in maps]
+    # The last slice overlaps the one before where they do not divide the axis.
+    starts = [min(i * step, size - step) for i in range(slices)]
+    parts = [function(*_slice(rows, axis, i, i + step)) for i in starts]
+    return reduce(jnp.maximum, parts).max(axis).reshape(_reduced(shape, axes))
+
+
+def _slicing(axes: Axes, size: int) -> tuple[int, int]:
+    """The axis of (N, HW, C), and the number of slices it is cut into."""
+    axis = 1 if axes == SPATIAL else 2
+    if not isinstance(size, int):  # Left open by export: one piece.
+        return axis, 1
+    return axis, min(SLICES, size if axis == 1 else max(size // LANES, 1))
 
 
 def _slice(rows: list[Array], axis: int, start: int, stop: int) -> list[Array]:

@@ -44,7 +44,8 @@ def gate_of(module: Any, logits: Array) -> Array:
     if not module.identity_init:
         return module.gate(logits)
     with jax.ensure_compile_time_eval():
-        at_zero = float(module.gate(jnp.zeros(())))
+        # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
+        at_zero = float(jax.jit(module.gate)(jnp.zeros(())))
     if at_zero != 0.5:
         raise ValueError(
             "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "

@@ -108,6 +108,22 @@ def test_a_tie_that_the_gate_makes(implementation):
     np.testing.assert_array_equal(d_gate, [[[1.0, 1.5, 0.0]]])
 
 
+@pytest.mark.parametrize("version", [(0, 9, 0), (0, 12, 0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("h, w, c", [(1, 1, 1), (7, 7, 3), (4, 4, 8), (5, 9, 70)])
+def test_maxima_with_an_older_jax_too(monkeypatch, version, dtype, h, w, c):
+    # Cut into slices there, which overlap where they do not divide H * W or C.
+    monkeypatch.setattr(jax, "__version_info__", version)
+    x = jnp.asarray(normal((2, 2, h, w, c), 0), dtype).at[1, 0, -1, -1, -1].set(9)
+    expected = np.asarray(x, np.float32)
+    over_space = jax.jit(partial(functional.squeeze_spatial, pool="max"))(x)
+    over_space = np.asarray(over_space, np.float32)
+    np.testing.assert_array_equal(over_space, expected.max((-3, -2), keepdims=True))
+    over_channels = jax.jit(functional.squeeze_channels)(x)[..., 0]
+    over_channels = np.asarray(over_channels, np.float32)
+    np.testing.assert_array_equal(over_channels, expected.max(-1))
+
+
 def test_a_lost_maximum_is_seen():
     # What no mask finds must not pass for a gradient of zero.
     from flax_attn import _kernels
