@@ -2,14 +2,15 @@
 
 The blocks do almost no arithmetic; what they cost is passes over memory. So every time
 is divided by that of ``copy``, ``x * 1.0001`` on the same array in the same run. The
-contenders take turns, and of each the fastest of many rounds counts, since a busy
-machine can only add time.
+contenders take turns in ever new order, and of each the fastest of many rounds counts,
+since a busy machine can only add time.
 """
 
 import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import sys
 import threading
@@ -100,10 +101,16 @@ def fastest(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     for call in calls.values():
         _take_turn(call)
     best = dict.fromkeys(calls, math.inf)
+    turns = list(calls)
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        # Whoever follows PyTorch shares the cores with its threads, which wait for
+        # more work before they sleep; and whoever follows a large program finds the
+        # caches cold. So nobody always follows the same one.
+        order.shuffle(turns)
+        for name in turns:
             start = time.perf_counter()
-            _take_turn(call)
+            _take_turn(calls[name])
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 
