@@ -93,7 +93,7 @@ def cost(
       >>> import flax_attn
       >>> print(flax_attn.cost(flax_attn.ECA(), (1, 32, 32, 64)))
       3 parameters, 190 multiply-adds, 131,264 operations, 64 transcendentals,
-      787,980 bytes
+      787,468 bytes
 
     The mean there is 64 × 1023 additions and 64 divisions, the convolution 3 × 64 taps
     less the two beyond the ends, the sigmoid 64 × 3 operations and the product with the

@@ -91,12 +91,12 @@ def test_by_hand():
     assert flax_attn.cost(flax_attn.SE(), (n, h, w, c)) == Cost(
         parameters=2 * c * hidden,
         multiply_adds=n * 2 * c * hidden,
-        # Mean, relu, sum over one squeeze (none), sigmoid, product.
+        # Mean, relu, sigmoid, product.
         operations=(x - gate) + gate + n * hidden + 3 * gate + x,
         transcendentals=gate,
-        # x twice and y; both kernels; the mean, hidden layer, logits, written and read;
-        # the sum over one squeeze again.
-        bytes=4 * (3 * x + 2 * c * hidden + 2 * (gate + n * hidden + gate + gate)),
+        # x twice and y; both kernels; the mean, hidden layer and logits, written and
+        # read.
+        bytes=4 * (3 * x + 2 * c * hidden + 2 * (gate + n * hidden + gate)),
     )
     # Of 49 taps, those inside a 3 x 4 map: (2 + 3 + ... ) along H times W.
     spatial = flax_attn.cost(flax_attn.SpatialAttention(), (n, h, w, c))
@@ -247,7 +247,7 @@ class Draw(nn.Module):
         (flax_attn.SE, (1, 4, 4, 4), r"`module` must .* got <class.*; call .*SE\(\)"),
         (flax_attn.presets.timm_se, (1, 4, 4, 4), "`module` must .* got functools"),
         (flax_attn.SE(), (4, 4), r"`x` must have at least 3 axes"),
-        (Nested(), (1, 4, 4, 8), 'blocks that it makes need implementation="plain"'),
+        (Nested(), (1, 64, 64, 8), 'blocks that it makes need implementation="plain"'),
         (Loop(), (1, 4, 4, 8), "`module` must .* got `scan`"),
         (Draw(), (4, 4), "`module` must .* got `random_"),
     ],
