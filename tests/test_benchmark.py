@@ -113,3 +113,13 @@ def test_bad_arguments(arguments, message):
     result = run(*arguments)
     assert result.returncode == 2
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_turns_change_their_order():
+    rounds, taken = 20, []
+    calls = {name: partial(taken.append, name) for name in "abcd"}
+    assert benchmark.fastest(calls, rounds).keys() == set("abcd")
+    # After one turn each for warming up.
+    turns = [tuple(taken[i : i + 4]) for i in range(4, 4 * rounds + 1, 4)]
+    assert all(sorted(turn) == list("abcd") for turn in turns)
+    assert len({turn[0] for turn in turns}) == 4

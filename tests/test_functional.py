@@ -111,8 +111,9 @@ def test_a_tie_that_the_gate_makes(implementation):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("h, w, c", [(1, 1, 1), (7, 7, 3), (4, 4, 8), (5, 9, 70)])
-def test_maxima_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
-    # Cut into slices there, which overlap where they do not divide H * W or C.
+def test_squeezes_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
+    # Maxima are cut into slices there, which overlap where they do not divide H * W or
+    # C. Means are products, as they are of large samples with a newer jax.
     from flax_attn import _kernels
 
     monkeypatch.setattr(_kernels, "FAST_REDUCTIONS", fast)
@@ -124,6 +125,9 @@ def test_maxima_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
     over_channels = jax.jit(functional.squeeze_channels)(x)[..., 0]
     over_channels = np.asarray(over_channels, np.float32)
     np.testing.assert_array_equal(over_channels, expected.max(-1))
+    means = jax.jit(partial(functional.squeeze_spatial, pool="avg"))(x)
+    expected = expected.astype(np.float64).mean((-3, -2), keepdims=True)
+    np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_lost_maximum_is_seen():
