@@ -95,8 +95,9 @@ depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
 epochs = 5  # @param {type:"integer"}
 
 # %%
-from train import data, loop
-from train.config import Config
+from train.data import cifar as data
+from train.engine import loop
+from train.engine.config import Config
 
 config = Config(dataset=dataset, attention=attention, depth=depth, epochs=epochs)
 images = data.load(config.dataset, config.data_dir)
@@ -121,7 +122,8 @@ plt.close("all")
 
 # %%
 from flax_attn import inspect
-from train import compare, devices, gates
+from train import compare, gates
+from train.engine import devices
 
 inputs = loop.make_inputs(config, images, devices.make_mesh(1))
 shown, maps = compare.spatial_gates(run.model, run.variables, inputs, count=4)

@@ -15,20 +15,27 @@ from typing import Any
 
 from flax_attn import inspect as inspect
 from flax_attn import presets
-from flax_attn.bam import BAM
-from flax_attn.cbam import CBAM
-from flax_attn.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks import (
+    BAM,
+    BLOCKS,
+    CBAM,
+    ECA,
+    SE,
+    ChannelAttention,
+    ChannelsFirst,
+    SpatialAttention,
+    create,
+    scSE,
+)
 from flax_attn.cost import cost
 from flax_attn.functional import eca_kernel_size
 from flax_attn.insertion import assert_active, insert, merge, parameter_labels, sites
-from flax_attn.layout import ChannelsFirst
-from flax_attn.scse import scSE
-from flax_attn.spatial import SpatialAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BAM",
+    "BLOCKS",
     "CBAM",
     "ChannelAttention",
     "ChannelsFirst",
@@ -37,6 +44,7 @@ __all__ = [
     "SpatialAttention",
     "assert_active",
     "cost",
+    "create",
     "eca_kernel_size",
     "insert",
     "merge",

@@ -56,10 +56,10 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
-from flax_attn.cbam import CBAM
-from flax_attn.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks.cbam import CBAM
+from flax_attn.blocks.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks.spatial import SpatialAttention
 from flax_attn.functional import Array
-from flax_attn.spatial import SpatialAttention
 
 __all__ = [
     "article_cbam",

@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import numpy as np
 
+from flax_attn.resnet import ATTENTIONS
 from tests import references
-from train.resnet import ATTENTIONS
 
 BLOCKS = {name: make for name, make in ATTENTIONS.items() if make is not None}
 IMPLEMENTATIONS = ("fast", "plain")

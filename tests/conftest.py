@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The search for doctests imports every file.
 if importlib.util.find_spec("torch") is None:
-    collect_ignore = ["torch_article.py", "torch_named.py", "torch_official.py"]
+    collect_ignore_glob = ["parity/torch_*.py"]
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ import sys
 
 import numpy as np
 
-from train import cifar, loop
-from train.data import ImageSet
+from train import cifar
+from train.data.cifar import ImageSet
+from train.engine import loop
 
 SIZE = 8
 

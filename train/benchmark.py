@@ -27,11 +27,11 @@ import tyro
 from jax.experimental import topologies
 from tqdm.auto import tqdm
 
-from train import config as config_lib
-from train import devices, loop
-from train.data import ImageSet
-from train.inputs import DeviceInputs
-from train.resnet import ATTENTIONS, imagenet_resnet
+from flax_attn.resnet import ATTENTIONS, imagenet_resnet
+from train.data.cifar import ImageSet
+from train.data.inputs import DeviceInputs
+from train.engine import config as config_lib
+from train.engine import devices, loop
 
 Shape = tuple[int, int, int, int]
 Against = Literal["plain", "torch"]
@@ -207,7 +207,7 @@ def _torch_calls(
     """The article's block in PyTorch, eager and compiled, in its better layout."""
     import torch
 
-    from tests import torch_article
+    from tests.parity import torch_article
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     n, h, w, c = shape

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import tyro
 
-from train.config import Config
+from train.engine.config import Config
 
 
 def main(
@@ -35,8 +35,9 @@ def _run(config: Config, prog: str) -> None:
     # Only now, so that --help and a mistyped option answer at once.
     import jax
 
-    from train import data, devices, interrupt, loop, workdir
-    from train.checkpoint import CheckpointError
+    from train.data import cifar as data
+    from train.engine import devices, interrupt, loop, workdir
+    from train.engine.checkpoint import CheckpointError
 
     try:
         loop.check(config)

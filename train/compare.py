@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 
-from train import comparison
-from train import config as config_lib
-from train.config import Config
+from train.engine import config as config_lib
+from train.engine.config import Config
+from train.study import comparison
 
 if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
-    from train.inputs import Inputs
-    from train.loop import Images, Run
+    from train.data.inputs import Inputs
+    from train.engine.loop import Images, Run
 
 SHOWN_IMAGES = 8
 
@@ -83,8 +83,9 @@ def _train(options: Options) -> bool:
     # Only now, so that --help, a mistyped option and a report need no jax.
     from tqdm.auto import tqdm
 
-    from train import data, interrupt, loop
-    from train.checkpoint import CheckpointError
+    from train.data import cifar as data
+    from train.engine import interrupt, loop
+    from train.engine.checkpoint import CheckpointError
 
     tasks = plan(options)
     for config in tasks:
@@ -180,7 +181,7 @@ def spatial_gates(
     """The spatial gates of each stage's last block over the first test images.
 
     Args:
-      model: a residual network of ``train.resnet``.
+      model: a residual network of ``flax_attn.resnet``.
       variables: its variables.
       inputs: what it was trained on, on one device.
       count: how many images; at most a batch.
@@ -193,7 +194,7 @@ def spatial_gates(
     import numpy as np
 
     from flax_attn import inspect
-    from train import devices
+    from train.engine import devices
 
     data = inputs.test_data
     item, _ = next(inputs.test_calls())
@@ -216,7 +217,7 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     """Leaves ``gates.npz`` in a finished run's folder, if its block has such gates."""
     import numpy as np
 
-    from train import devices, loop
+    from train.engine import devices, loop
 
     path = folder / "gates.npz"
     if run.config.attention not in comparison.SPATIAL or path.exists():

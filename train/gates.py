@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from train.config import Config, check_count
+from train.engine.config import Config, check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,8 @@ def draw(
     check_count("images", images)
     config = read_config(run, data_dir)
     # Only now, so that a mistyped path answers at once.
-    from train import compare, devices, loop
+    from train import compare
+    from train.engine import devices, loop
 
     inputs = loop.make_inputs(config, loop.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
@@ -105,8 +106,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         tyro.cli(draw, prog="python -m train.gates", args=args)
     except Exception as error:
-        from train.checkpoint import CheckpointError
-        from train.data import DataError
+        from train.data.cifar import DataError
+        from train.engine.checkpoint import CheckpointError
 
         if not isinstance(error, ValueError | OSError | DataError | CheckpointError):
             raise

@@ -9,7 +9,7 @@ Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677, for batch
 from collections.abc import Sequence
 
 from train import cifar
-from train.config import Config
+from train.engine.config import Config
 
 DEFAULT = Config(
     loader="grain",

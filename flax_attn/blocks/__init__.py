@@ -1,0 +1,59 @@
+"""The attention blocks, and the registry that everything else reads."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from flax import linen as nn
+
+from flax_attn.blocks.bam import BAM
+from flax_attn.blocks.cbam import CBAM
+from flax_attn.blocks.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks.layout import ChannelsFirst
+from flax_attn.blocks.scse import scSE
+from flax_attn.blocks.spatial import SpatialAttention
+
+__all__ = [
+    "BAM",
+    "BLOCKS",
+    "CBAM",
+    "ChannelAttention",
+    "ChannelsFirst",
+    "ECA",
+    "SE",
+    "SpatialAttention",
+    "create",
+    "scSE",
+]
+
+_blocks: dict[str, Callable[..., nn.Module]] = {
+    "se": SE,
+    "se-max": partial(SE, pool="max"),
+    "eca": ECA,
+    "channel": ChannelAttention,
+    "channel-conv": partial(ChannelAttention, excite="conv"),
+    "spatial": SpatialAttention,
+    "cbam": CBAM,
+    "cbam-conv": partial(CBAM, excite="conv"),
+    "bam": BAM,
+    "scse": scSE,
+    "scse-max": partial(scSE, combine="max"),
+}
+
+BLOCKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(_blocks)
+"""What makes each block, by its name on command lines and in ``create``."""
+
+
+def create(name: str, **fields: Any) -> nn.Module:
+    """Returns the block that ``BLOCKS`` knows as ``name``.
+
+      >>> create("cbam", reduction=8).reduction
+      8
+
+    Raises:
+      ValueError: there is no such block.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"`name` must be one of {', '.join(BLOCKS)}, got {name!r}.")
+    return BLOCKS[name](**fields)

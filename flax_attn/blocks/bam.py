@@ -1,0 +1,147 @@
+"""BAM: channel and spatial attention side by side, in one gate."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_attn import functional
+from flax_attn.blocks.base import (
+    GateFn,
+    ModuleDef,
+    Width,
+    gate_of,
+    last_layer,
+    normalise,
+)
+from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
+from flax_attn.functional import Array, Implementation
+
+
+class BAM(nn.Module):
+    """Bottleneck Attention Module, https://arxiv.org/abs/1807.06514, eqs. 1-5.
+
+    ``y = x * (1 + gate(channel(x) + spatial(x)))``, where ``channel`` is an MLP of the
+    mean over H and W, and ``spatial`` four convolutions: 1 x 1 to C // r channels, two
+    of 3 x 3 with holes, 1 x 1 to one channel. The sum has a logit for every element::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.BAM().init(jax.random.key(0), x)["params"]
+      >>> for name, layer in jax.tree.map(jnp.shape, params).items():
+      ...     print(name, layer["kernel"])
+      expand (4, 64)
+      reduce (64, 4)
+      spatial_conv1 (3, 3, 4, 4)
+      spatial_conv2 (3, 3, 4, 4)
+      spatial_expand (1, 1, 4, 1)
+      spatial_reduce (1, 1, 64, 4)
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, C)``, is sown as
+    ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Its place is
+    between the stages of a network, and not in its residual branches.
+
+    Attributes:
+      reduction: divisor r; the hidden width of both branches is ``max(C // r, 1)``
+        (default: 16).
+      dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
+      norm: module at the end of each branch, ``partial(nn.BatchNorm,
+        use_running_average=not train)`` in the paper; called as Flax's norms are, with
+        ``mask=`` where the block has a mask (default: None).
+      act: activation between the MLP's layers (default: nn.relu).
+      gate: function from the summed logits to the gate (default: nn.sigmoid).
+      use_bias: whether all layers add a bias (default: True, as in the paper).
+      dtype: the dtype of the result (default: infer from input and params). The mean
+        is accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the products, see ``jax.lax.Precision``.
+      kernel_init: initializer of all kernels.
+      bias_init: initializer of all biases.
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the block starts as the identity: the last kernels and
+        biases start at zero, or with ``norm`` the norms' scales and biases, and
+        ``2 * gate(logits)`` stands in the place of ``1 + gate(logits)`` and is sown
+        (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: a module without ``train`` cannot make its own BatchNorm, so ``norm`` is
+    to be given. The released code has further norms and activations inside the
+    branches, which the paper's equations have not.
+
+    References: Park, Woo, Lee, Kweon. BAM: Bottleneck Attention Module.
+    https://arxiv.org/abs/1807.06514, 2018.
+    """
+
+    reduction: int = 16
+    dilation: int = 4
+    hidden_features: Width | None = None
+    norm: ModuleDef | None = None
+    act: Callable[[Array], Array] = nn.relu
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
+    identity_init: bool = False
+    spatial_dims: int = 2
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the gate is zero there.
+        """
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
+        return x * gate if self.identity_init else x * (1 + gate)
+
+    @nn.compact
+    def element_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., H, W, C)``."""
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        valid = functional.check_mask(mask, x)
+        x = functional.keep(x, valid)
+        channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
+        axes = tuple(range(-1 - self.spatial_dims, -1))
+        rows = None if valid is None else valid.any(axes, keepdims=True)
+        channel = normalise(self, channel, rows, "channel_norm")
+        logits = channel + self._spatial_logits(x, valid)
+        gate = functional.keep(gate_of(self, logits), valid)
+        self.sow("intermediates", "element_gate", gate)
+        return gate
+
+    def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
+        functional.check_positive("dilation", self.dilation)
+        hidden = hidden_width(self, x.shape[-1])
+        conv = partial(
+            nn.Conv,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        inner = partial(
+            conv, hidden, kernel_init=self.kernel_init, bias_init=self.bias_init
+        )
+        ones, threes = (1,) * self.spatial_dims, (3,) * self.spatial_dims
+        wide = partial(inner, threes, kernel_dilation=self.dilation)
+        y = inner(ones, name="spatial_reduce")(x)
+        # A bias fills the padding, which the next convolution would look into.
+        y = wide(name="spatial_conv1")(functional.keep(y, mask))
+        y = wide(name="spatial_conv2")(functional.keep(y, mask))
+        y = conv(1, ones, **last_layer(self), name="spatial_expand")(y)
+        return normalise(self, y, mask, "spatial_norm")

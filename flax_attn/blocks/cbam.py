@@ -1,0 +1,149 @@
+"""CBAM: channel attention, then spatial attention on the result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_attn import functional
+from flax_attn.blocks.base import GateFn, ModuleDef, Width
+from flax_attn.blocks.channel import ChannelAttention
+from flax_attn.blocks.spatial import SpatialAttention
+from flax_attn.functional import Array, Excite, Implementation
+
+
+class CBAM(nn.Module):
+    """Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521, eq. 1.
+
+    ``y = x * channel_gate(x)``, then ``y * spatial_gate(y)``::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.CBAM().init(jax.random.key(0), x)["params"]
+      >>> shapes = jax.tree.map(jnp.shape, params)
+      >>> shapes["channel"]
+      {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}
+      >>> shapes["spatial"]
+      {'conv': {'kernel': (7, 7, 2, 1)}}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
+    ``intermediates/channel/channel_gate`` and ``intermediates/spatial/spatial_gate``.
+
+    The official code is ``use_bias=True`` together with
+    ``spatial_norm=partial(nn.BatchNorm, use_running_average=not train,
+    momentum=0.99)``.
+
+    Attributes:
+      reduction: divisor r of the channel MLP; the hidden width is ``max(C // r, 1)``
+        (default: 16).
+      spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
+      excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
+      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
+        to it; it overrides ``reduction`` (default: None).
+      kernel_size: width of the channel convolution, odd, or a function from C to it
+        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      gamma: slope divisor of the rule for that width, not 0 (default: 2).
+      b: offset of the rule for that width (default: 1).
+      spatial_norm: module between the spatial convolution and its gate, see
+        ``SpatialAttention.norm`` (default: None).
+      act: activation between the MLP's layers (default: nn.relu).
+      gate: function from logits to the gate, for both halves (default: nn.sigmoid).
+      use_bias: whether layers add a bias (default: False). Before ``spatial_norm``,
+        which has a bias of its own, the spatial convolution adds none.
+      dtype: the dtype of the result (default: infer from input and params). Means are
+        accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the products, see ``jax.lax.Precision``.
+      kernel_init: initializer of all kernels.
+      bias_init: initializer of all biases.
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether both gates start at exactly 1, so that the block starts as
+        the identity: their last kernels and biases start at zero, or the scale and
+        bias of ``spatial_norm``, and the gates are ``2 * gate(logits)`` (default:
+        False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: see ``ChannelAttention`` and ``SpatialAttention``.
+
+    References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
+    https://arxiv.org/abs/1807.06521, 2018.
+    """
+
+    reduction: int = 16
+    spatial_kernel_size: int = 7
+    excite: Excite = "mlp"
+    hidden_features: Width | None = None
+    kernel_size: Width | None = None
+    gamma: float = 2
+    b: float = 1
+    spatial_norm: ModuleDef | None = None
+    act: Callable[[Array], Array] = nn.relu
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
+    identity_init: bool = False
+    spatial_dims: int = 2
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the spatial gate is zero there.
+        """
+        # Checked here as well, under the name that the user wrote.
+        functional.check_odd("spatial_kernel_size", self.spatial_kernel_size)
+        common: dict[str, Any] = {
+            "gate": self.gate,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+            "kernel_init": self.kernel_init,
+            "bias_init": self.bias_init,
+            "implementation": self.implementation,
+            "identity_init": self.identity_init,
+            "spatial_dims": self.spatial_dims,
+        }
+        channel = ChannelAttention(
+            reduction=self.reduction,
+            excite=self.excite,
+            hidden_features=self.hidden_features,
+            kernel_size=self.kernel_size,
+            gamma=self.gamma,
+            b=self.b,
+            act=self.act,
+            use_bias=self.use_bias,
+            **common,
+            name="channel",
+        )
+        spatial = SpatialAttention(
+            kernel_size=self.spatial_kernel_size,
+            norm=self.spatial_norm,
+            use_bias=self.use_bias and self.spatial_norm is None,
+            **common,
+            name="spatial",
+        )
+        # spatial(channel(x)), but for the squeeze that is taken with the first product.
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
+        y, maps = functional.scale_and_squeeze(
+            x,
+            gate,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )
+        return spatial.scale(y, spatial.gate_of(maps.astype(y.dtype), mask))

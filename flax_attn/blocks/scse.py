@@ -1,0 +1,148 @@
+"""scSE: two recalibrations of one map, by channel and by position, combined."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_attn import functional
+from flax_attn.blocks.base import GateFn, Width, gate_of, last_layer
+from flax_attn.blocks.channel import SE
+from flax_attn.functional import Array, Implementation
+
+Combine = Literal["add", "max"]
+
+COMBINATIONS: tuple[Combine, ...] = ("add", "max")
+
+
+class scSE(nn.Module):
+    """Concurrent spatial and channel SE, https://arxiv.org/abs/1803.02579, eqs. 1-3.
+
+    ``y = x * channel_gate(x) + x * spatial_gate(x)``, where the first is SE's gate and
+    the second ``gate(x @ kernel)``, one number for each position::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.scSE().init(jax.random.key(0), x)["params"]
+      >>> shapes = jax.tree.map(jnp.shape, params)
+      >>> shapes["channel"]
+      {'expand': {'kernel': (32, 64)}, 'reduce': {'kernel': (64, 32)}}
+      >>> shapes["spatial"]
+      {'kernel': (64, 1)}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
+    ``intermediates/channel/channel_gate`` and ``intermediates/spatial_gate``.
+
+    Attributes:
+      reduction: divisor r of the channel half; its hidden width is ``max(C // r, 1)``
+        (default: 2).
+      combine: what makes one map of the two, element by element: ``"add"`` as in the
+        paper or ``"max"`` as in its successor (default: "add").
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
+      act: activation between the two layers of the channel half (default: nn.relu).
+      gate: function from logits to the gate, for both halves (default: nn.sigmoid).
+      use_bias: whether the layers add a bias (default: False).
+      dtype: the dtype of the result (default: infer from input and params). The mean
+        is accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the products, see ``jax.lax.Precision``.
+      kernel_init: initializer of all kernels.
+      bias_init: initializer of all biases.
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the block starts as the identity: the last kernels and
+        biases start at zero, and both gates are ``2 * gate(logits)``; their sum is
+        halved (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: none from the paper.
+
+    References: Roy, Navab, Wachinger. Concurrent Spatial and Channel Squeeze &
+    Excitation in Fully Convolutional Networks. https://arxiv.org/abs/1803.02579, 2018.
+    The maximum: Recalibrating Fully Convolutional Networks with Spatial and
+    Channel 'Squeeze & Excitation' Blocks. https://arxiv.org/abs/1808.08127, 2018.
+    """
+
+    reduction: int = 2
+    combine: Combine = "add"
+    hidden_features: Width | None = None
+    act: Callable[[Array], Array] = nn.relu
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
+    identity_init: bool = False
+    spatial_dims: int = 2
+
+    def setup(self) -> None:
+        """Makes the two halves."""
+        functional.check_choice("combine", self.combine, COMBINATIONS)
+        common: dict[str, Any] = {
+            "use_bias": self.use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
+        self.channel = SE(
+            reduction=self.reduction,
+            hidden_features=self.hidden_features,
+            act=self.act,
+            gate=self.gate,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            implementation=self.implementation,
+            identity_init=self.identity_init,
+            spatial_dims=self.spatial_dims,
+            **common,
+        )
+        self.spatial = nn.Dense(1, **common, **last_layer(self))
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the spatial gate is zero there.
+        """
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        x, channel, spatial = promote_dtype(
+            x,
+            self.channel.channel_gate(x, mask),
+            self.spatial_gate(x, mask),
+            dtype=self.dtype,
+        )
+        by_channel, by_position = (
+            functional.scale(
+                x,
+                gate,
+                spatial_dims=self.spatial_dims,
+                implementation=self.implementation,
+            )
+            for gate in (channel, spatial)
+        )
+        if self.combine == "max":
+            return jnp.maximum(by_channel, by_position)
+        if self.identity_init:  # Halved before they are added: twice x may overflow.
+            return by_channel / 2 + by_position / 2
+        return by_channel + by_position
+
+    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        mask = functional.check_mask(mask, x)
+        logits = self.spatial(functional.keep(x, mask))
+        gate = functional.keep(gate_of(self, logits), mask)
+        self.sow("intermediates", "spatial_gate", gate)
+        return gate

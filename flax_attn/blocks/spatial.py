@@ -1,0 +1,135 @@
+"""Spatial attention: the second half of CBAM."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+
+from flax_attn import functional
+from flax_attn.blocks.base import (
+    Conv,
+    GateFn,
+    ModuleDef,
+    gate_of,
+    last_layer,
+    normalise,
+)
+from flax_attn.functional import Array, Implementation
+
+
+class SpatialAttention(nn.Module):
+    """The spatial half of CBAM, https://arxiv.org/abs/1807.06521, eq. 3.
+
+    Scales position ``(h, w)`` of ``x`` by ``gate(conv([max_c(x), mean_c(x)]))[h, w]``,
+    where ``conv`` has a k x k kernel and pads with zeros::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.SpatialAttention().init(jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'conv': {'kernel': (7, 7, 2, 1)}}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
+    ``intermediates/spatial_gate``.
+
+    Attributes:
+      kernel_size: k, any odd size (default: 7).
+      norm: module between the convolution and the gate, such as
+        ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
+        official code; called as Flax's norms are, with ``mask=`` where the block has a
+        mask (default: None).
+      gate: function from logits to the gate (default: nn.sigmoid).
+      use_bias: whether the convolution adds a bias (default: False).
+      dtype: the dtype of the result (default: infer from input and params). The mean
+        is accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the convolution, see ``jax.lax.Precision``.
+      kernel_init: initializer of the kernel, (k, k, 2, 1). Its input channels are
+        [max, mean], in this order.
+      bias_init: initializer of the bias, (1,).
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the gate starts at exactly 1, so that the block starts as
+        the identity: the last kernel and bias start at zero, or with ``norm`` the
+        norm's scale and bias, and the gate is ``2 * gate(logits)`` (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
+    Elements that tie for the maximum share its gradient evenly, as ``torch.amax`` has
+    it; ``torch.max(x, dim)`` gives it to one of them.
+
+    References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
+    https://arxiv.org/abs/1807.06521, 2018.
+    """
+
+    kernel_size: int = 7
+    norm: ModuleDef | None = None
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
+    identity_init: bool = False
+    spatial_dims: int = 2
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the gate is zero there.
+        """
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        return self.scale(x, self.spatial_gate(x, mask))
+
+    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., H, W, 1)``."""
+        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.keep(x, functional.check_mask(mask, x))
+        maps = functional.squeeze_channels(x, implementation=self.implementation)
+        return self.gate_of(maps.astype(self.dtype or x.dtype), mask)
+
+    @nn.compact
+    def gate_of(self, maps: Array, mask: Array | None = None) -> Array:
+        """Returns the gate for squeezed maps [max, mean], ``(..., H, W, 2)``.
+
+        They are to be zero where ``mask`` is False, as the convolution's padding is.
+        """
+        functional.check_odd("kernel_size", self.kernel_size)
+        logits = Conv(
+            partial(
+                functional.conv_spatial,
+                precision=self.precision,
+                implementation=self.implementation,
+            ),
+            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, 2, 1),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            **last_layer(self),
+            name="conv",
+        )(maps)
+        mask = functional.check_mask(mask, maps)
+        logits = normalise(self, logits, mask, "norm")
+        gate = functional.keep(gate_of(self, logits), mask)
+        self.sow("intermediates", "spatial_gate", gate)
+        return gate
+
+    def scale(self, x: Array, gate: Array) -> Array:
+        """Returns ``x`` times a spatial gate."""
+        x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
+        return functional.scale(
+            x,
+            gate,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )

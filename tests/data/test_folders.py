@@ -1,0 +1,614 @@
+import contextlib
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from train.data import folders
+from train.data.cifar import DataError
+
+# Sorted as Python sorts strings, not as people do.
+CLASSES = ("Zebra", "ant 10", "ant 9", "bär")
+TRAIN_COUNTS = (60, 45, 71, 27)  # 203 in all, a prime multiple of nothing used below.
+TEST_COUNTS = (11, 0, 9, 13)  # 33 in all.
+SUFFIXES = (".png", ".JPEG", ".jpg", ".PNG", ".Jpg")
+BATCH = 8
+PER_EPOCH = 203 // BATCH
+SIZE = 16
+OPTIONS = {"batch_size": BATCH, "image_size": SIZE, "seed": 3}
+
+
+def write_image(path, identity, rng):
+    """Red and green say which image it is, on every pixel; blue is a texture."""
+    height, width = rng.integers(24, 41, 2)
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[..., 0] = 8 + 16 * (identity % 16)
+    pixels[..., 1] = 8 + 16 * (identity // 16)
+    pixels[..., 2] = rng.integers(64, 192, (height, width))
+    options = {} if path.suffix.lower() == ".png" else {"quality": 98, "subsampling": 0}
+    Image.fromarray(pixels).save(path, **options)
+
+
+def identities(images):
+    """Which images these are, from the colours of ``(N, H, W, 3)``."""
+    red, green = np.median(images[..., :2], axis=(1, 2)).astype(int).T // 16
+    return red + 16 * green
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, counts in (("train", TRAIN_COUNTS), ("val", TEST_COUNTS)):
+        identity = 0
+        for name, count in zip(CLASSES, counts, strict=True):
+            if count:
+                (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                file = f"{i:03}{SUFFIXES[i % len(SUFFIXES)]}"
+                write_image(folder / part / name / file, identity, rng)
+                identity += 1
+    (folder / "train" / CLASSES[1] / "notes.txt").write_text("not an image")
+    (folder / "val" / CLASSES[0] / "Thumbs.db").write_bytes(b"")
+    (folder / "train" / CLASSES[2] / "._000.png").write_bytes(b"\0")
+    (folder / "train" / ".checkpoints").mkdir()
+    (folder / "train" / "README").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(root):
+    return folders.scan(root)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_thread_survives():
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while alive := [t for t in threading.enumerate() if t.name.startswith("grain-")]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.01)
+
+
+def take(images, count, state=None, **options):
+    """``count`` training batches from ``state`` on, and the state behind them."""
+    batches = folders.train_batches(images, **OPTIONS | options)
+    with contextlib.closing(batches):
+        if state is not None:
+            batches.set_state(state)
+        return list(itertools.islice(batches, count)), batches.get_state()
+
+
+def passes(images, **options):
+    options = {"batch_size": BATCH, "image_size": SIZE} | options
+    with contextlib.closing(folders.evaluation_batches(images, **options)) as batches:
+        return list(batches)
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert set(batch) == set(other)
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], strict=True)
+
+
+def joined(batches):
+    return {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+
+
+def digest(batches):
+    parts = (b[key].tobytes() for b in batches for key in ("image", "label"))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+# What is in the folder.
+
+
+def test_scan(root, images):
+    assert images.class_names == CLASSES and images.num_classes == 4
+    assert images.ignored == 2
+    assert len(images.train) == 203 and len(images.test) == 33
+    assert images.train.names[:2] == ("Zebra/000.png", "Zebra/001.JPEG")
+    assert images.train.labels.dtype == np.int32
+    assert np.bincount(images.train.labels).tolist() == list(TRAIN_COUNTS)
+    assert np.bincount(images.test.labels).tolist() == list(TEST_COUNTS)
+    assert list(images.train.names) == sorted(images.train.names)
+    assert images.test.folder == root / "val"
+    for part in images.train, images.test:
+        names = [CLASSES[label] for label in part.labels]
+        assert names == [name.split("/")[0] for name in part.names]
+
+
+def write(root, *paths):
+    for path in paths:
+        path = root / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if path.name.startswith("folder") else path.write_bytes(b"")
+
+
+def test_test_in_place_of_val(tmp_path):
+    write(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/2.png")
+    found = folders.scan(tmp_path)
+    assert found.test.names == ("b/2.png",) and found.test.labels.tolist() == [1]
+    # That of ImageNet is one heap without labels.
+    write(tmp_path, "val/a/3.png", "test/4.png")
+    assert folders.scan(tmp_path).test.names == ("a/3.png",)
+
+
+@pytest.mark.parametrize(
+    "paths, message",
+    [
+        (["a.png"], r"holds no folder train; pass another --data-dir, or arrange"),
+        (["train/a/1.png"], r"holds no folder val \(or test\)"),
+        (["train/a/1.png", "val"], r"holds no folder val \(or test\)"),
+        (["train/1.png", "val/a/1.png"], r"train holds no class folder; arrange"),
+        (["train/a/1.png", "val/1.png"], r"val holds no class folder"),
+        (["train/a/1.gif", "val/a/1.png"], r"train/a holds no image \(.jpg, .jpeg,"),
+        (["train/a/1.png", "val/a/folder"], r"val/a holds the folder 'folder'; move"),
+        (["train/a/1.png", "val/a/1.txt"], r"val/a holds no image"),
+        (
+            ["train/a/1.png", "val/a/1.png", "val/x/1.png", "val/y/1.png"],
+            r"val has 2 of 3 classes that train lacks, the first is 'x'; name",
+        ),
+    ],
+)
+def test_folders_laid_out_otherwise(tmp_path, paths, message):
+    write(tmp_path, *paths)
+    with pytest.raises(DataError, match=message) as error:
+        folders.scan(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(DataError, match="none cannot be read .*No such file.*data-dir"):
+        folders.scan(tmp_path / "none")
+
+
+# The stream of training batches.
+
+
+@pytest.fixture(scope="session")
+def stream(images):
+    """Two epochs and a bit."""
+    return take(images, 2 * PER_EPOCH + 3)[0]
+
+
+def test_shapes(images, stream):
+    for batch in stream:
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+            "image": ((BATCH, SIZE, SIZE, 3), np.uint8),
+            "label": ((BATCH,), np.int32),
+        }
+
+
+def test_an_epoch_shows_each_image_at_most_once(images, stream):
+    epochs = [joined(stream[i * PER_EPOCH : (i + 1) * PER_EPOCH]) for i in range(2)]
+    shown = [identities(epoch["image"]) for epoch in epochs]
+    for epoch, ids in zip(epochs, shown, strict=True):
+        assert len(set(ids)) == len(ids) == 200
+        np.testing.assert_array_equal(epoch["label"], images.train.labels[ids])
+        # A shuffle leaves about one image in its place, and classes mixed.
+        assert (ids == np.arange(200)).sum() < 10
+        assert len(set(epoch["label"][:30])) == 4
+    assert (shown[0] == shown[1]).sum() < 10
+    # The three that are left over are others in the next epoch.
+    assert set(shown[0]) != set(shown[1])
+
+
+def test_a_batch_that_divides_the_images_shows_each_once(images):
+    batches, _ = take(images, 7, batch_size=29)
+    ids = identities(joined(batches)["image"])
+    np.testing.assert_array_equal(np.sort(ids), np.arange(203))
+
+
+def test_the_seed_decides(images, stream):
+    assert_same(take(images, 4)[0], stream[:4])
+    other, _ = take(images, 2 * PER_EPOCH, seed=4)
+    shown, others = (identities(joined(s)["image"]) for s in (stream, other))
+    assert (shown[: len(others)] == others).sum() < 20
+    # Nor does one seed's stream run an epoch ahead of another's.
+    assert (shown[200:400] == others[:200]).sum() < 10
+
+
+def test_crops_differ_between_epochs(images):
+    (first, second), _ = take(images, 2, batch_size=203)
+    one, two = (b["image"][np.argsort(identities(b["image"]))] for b in (first, second))
+    same = (one == two).all(axis=(1, 2, 3))
+    assert same.sum() < 10
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_same_batches(images, stream, process_count):
+    count = PER_EPOCH + 2
+    shares = [
+        take(images, count, process_index=i, process_count=process_count)[0]
+        for i in range(process_count)
+    ]
+    whole = [joined(rows) for rows in zip(*shares, strict=True)]
+    assert_same(whole, stream[:count])
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 5])
+def test_threads_do_not_change_the_stream(images, stream, num_threads):
+    assert_same(take(images, 9, num_threads=num_threads)[0], stream[:9])
+
+
+PLACES = (0, 1, 7, PER_EPOCH - 1, PER_EPOCH, PER_EPOCH + 1, 2 * PER_EPOCH)
+
+
+def test_on_from_a_state(images, stream):
+    for place in PLACES:
+        start, state = take(images, place)
+        assert_same(start, stream[:place])
+        state = json.loads(json.dumps(state))
+        assert_same(take(images, 3, state)[0], stream[place : place + 3])
+    # By another number of processes and threads.
+    options = {"process_index": 1, "process_count": 2, "num_threads": 0}
+    share, _ = take(images, 3, state, **options)
+    rows = [{k: v[BATCH // 2 :] for k, v in b.items()} for b in stream[place:]]
+    assert_same(share, rows)
+
+
+def test_a_state_does_not_count_what_is_read_ahead(images, stream):
+    batches = folders.train_batches(images, **OPTIONS, num_threads=4)
+    with contextlib.closing(batches):
+        assert_same([next(batches) for _ in range(5)], stream[:5])
+        state = batches.get_state()
+        assert_same([next(batches) for _ in range(4)], stream[5:9])
+        # Back and forth in one iterator.
+        batches.set_state(state)
+        assert_same([next(batches) for _ in range(4)], stream[5:9])
+
+
+PROGRAM = """
+import contextlib, hashlib, json, sys
+from pathlib import Path
+from train.data import folders
+
+images = folders.scan(Path(sys.argv[1]))
+options = json.loads(sys.argv[2])
+for state in json.loads(sys.argv[3]):
+    with contextlib.closing(folders.train_batches(images, **options)) as batches:
+        batches.set_state(state)
+        parts = [b[k].tobytes() for b, _ in zip(batches, "123") for k in sorted(b)]
+        print(hashlib.sha256(b"".join(parts)).hexdigest())
+"""
+
+
+def test_on_from_a_state_in_a_fresh_process(root, images, stream):
+    states = [take(images, place)[1] for place in PLACES]
+    arguments = json.dumps(OPTIONS), json.dumps(states)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, root, *arguments],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [digest(stream[p : p + 3]) for p in PLACES]
+    assert not run.stderr
+
+
+# The pass over the test images.
+
+
+@pytest.mark.parametrize("batch_size", [8, 11, 48])
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_a_pass_shows_each_image_once(images, batch_size, process_count):
+    batch_size -= batch_size % process_count
+    shares = [
+        passes(
+            images,
+            batch_size=batch_size,
+            process_index=i,
+            process_count=process_count,
+        )
+        for i in range(process_count)
+    ]
+    whole = [joined(rows) for rows in zip(*shares, strict=True)]
+    assert len(whole) == -(-33 // batch_size)
+    everything = joined(whole)
+    assert everything["image"].shape == (len(whole) * batch_size, SIZE, SIZE, 3)
+    assert everything["image"].dtype == np.uint8
+    assert everything["label"].dtype == np.int32
+    weights = everything["weight"]
+    assert weights.dtype == np.float32
+    np.testing.assert_array_equal(weights, np.arange(len(weights)) < 33)
+    np.testing.assert_array_equal(identities(everything["image"][:33]), np.arange(33))
+    np.testing.assert_array_equal(everything["label"][:33], images.test.labels)
+    assert not everything["image"][33:].any() and not everything["label"][33:].any()
+
+
+# What is done to an image.
+
+
+def test_the_boxes_of_crops():
+    """Against the definition on a square, where a box is legal if both sides fit."""
+    side, count = 1000, 4000
+    rng = np.random.default_rng(1)
+    boxes = np.array([folders.crop_box(side, side, rng) for _ in range(count)])
+    left, top, right, bottom = boxes.T
+    w, h = right - left, bottom - top
+    assert (boxes >= 0).all() and (boxes <= side).all()
+    areas, aspects = w * h / side**2, w / h
+    assert 0.079 < areas.min() < 0.085 and 0.95 < areas.max() <= 1
+    assert 0.747 < aspects.min() < 0.755 and 1.325 < aspects.max() < 1.338
+    # Drawn at once, and those that fit kept.
+    area = rng.uniform(0.08, 1, 4 * count)
+    aspect = (16 / 9) ** rng.uniform(-0.5, 0.5, 4 * count)
+    fits = area <= np.minimum(aspect, 1 / aspect)
+    assert stats.ks_2samp(areas, area[fits]).pvalue > 0.01
+    assert stats.ks_2samp(aspects, aspect[fits]).pvalue > 0.01
+    # The place is uniform in what is left, but that both ends are in it.
+    for start, free in ((left, side - w), (top, side - h)):
+        room = free > 20
+        places = start[room] / free[room]
+        assert stats.kstest(places, "uniform").pvalue > 0.01
+        assert (start == free).any() and (start == 0).any()
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        ((10, 1000), (0, 493, 10, 506)),  # 10 / 0.75 = 13.3
+        ((1000, 30), (480, 0, 520, 30)),
+        ((1, 500), (0, 249, 1, 250)),
+        ((500, 1), (249, 0, 250, 1)),
+    ],
+)
+def test_where_no_crop_fits_it_is_the_centre(size, box):
+    rng = np.random.default_rng(0)
+    assert {folders.crop_box(*size, rng) for _ in range(20)} == {box}
+
+
+def test_one_pixel():
+    assert folders.crop_box(1, 1, np.random.default_rng(0)) == (0, 0, 1, 1)
+
+
+def triangle(source, start, stop, size):
+    """``(size, source)``: the weights of antialiased linear interpolation, float64."""
+    scale = (stop - start) / size
+    centres = start + (np.arange(size) + 0.5) * scale
+    offsets = np.arange(source) + 0.5 - centres[:, None]
+    weights = np.maximum(0, 1 - np.abs(offsets) / max(scale, 1))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def resize(pixels, box, shape):
+    left, top, right, bottom = box
+    rows = triangle(pixels.shape[0], top, bottom, shape[0])
+    columns = triangle(pixels.shape[1], left, right, shape[1])
+    mixed = np.tensordot(rows, pixels.astype(np.float64), 1)
+    return np.tensordot(columns, mixed, (1, 1)).swapaxes(0, 1)
+
+
+def folder_of(root, *pictures):
+    """A folder with these images, in both parts."""
+    for part in "train", "val":
+        (root / part / "a").mkdir(parents=True)
+        for i, picture in enumerate(pictures):
+            picture.save(root / part / "a" / f"{i:03}.png")
+    return folders.scan(root)
+
+
+def noise(width, height, channels=3):
+    rng = np.random.default_rng([width, height])
+    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8).squeeze()
+
+
+def test_the_training_transform(tmp_path, monkeypatch):
+    pixels, box = noise(37, 29), (5, 2, 33, 26)
+    found = folder_of(tmp_path, *[Image.fromarray(pixels)] * 8)
+    monkeypatch.setattr(folders, "crop_box", lambda width, height, rng: box)
+    expected = resize(pixels, box, (SIZE, SIZE))
+    mirrored = 0
+    for image in take(found, 1)[0][0]["image"]:
+        plain, mirror = (np.abs(image - e).max() for e in (expected, expected[:, ::-1]))
+        assert min(plain, mirror) <= 1 < max(plain, mirror)
+        mirrored += mirror <= 1
+    assert 0 < mirrored < 8
+
+
+def test_every_image_tosses_its_own_fair_coin(tmp_path):
+    ramp = np.zeros((12, 12, 3), np.uint8) + np.arange(0, 240, 20, np.uint8)[:, None]
+    found = folder_of(tmp_path, *[Image.fromarray(ramp)] * 40)
+    batches, _ = take(found, 30, batch_size=40, image_size=4)
+    images = np.stack([batch["image"] for batch in batches]).astype(int)
+    mirrored = images[..., 0, 0, 0] > images[..., 0, -1, 0]
+    # Four standard deviations of 1,200 tosses are 69; of 40 tosses, 13.
+    assert abs(mirrored.sum() - 600) < 69
+    assert (np.abs(mirrored.sum(axis=1) - 20) < 13).all()
+    # The same places are not mirrored again in the next epoch.
+    assert len({tuple(row) for row in mirrored}) == 30
+
+
+@pytest.mark.parametrize("width, height", [(37, 29), (24, 40), (16, 16), (7, 100)])
+def test_the_evaluation_transform(tmp_path, width, height):
+    """Resize the whole image, then cut out the centre."""
+    pixels = noise(width, height)
+    found = folder_of(tmp_path, Image.fromarray(pixels))
+    short = 18  # 16 * 256 / 224 = 18.29
+    scale = short / min(width, height)
+    shape = int(height * scale + 1e-9), int(width * scale + 1e-9)
+    whole = resize(pixels, (0, 0, width, height), shape)
+    top, left = (round((side - SIZE) / 2) for side in shape)
+    expected = whole[top : top + SIZE, left : left + SIZE]
+    (image,) = passes(found, batch_size=1)[0]["image"]
+    assert np.abs(image - expected).max() <= 1
+
+
+def test_thin_images(tmp_path):
+    tall, wide = noise(1, 5000), noise(5000, 1)
+    tall, wide = tall.reshape(5000, 1, 3), wide.reshape(1, 5000, 3)
+    found = folder_of(tmp_path, *map(Image.fromarray, (tall, wide, tall[:1])))
+    images = passes(found, batch_size=3)[0]["image"]
+    # An even length: the centre lies between two pixels, and only they are seen.
+    pairs = tall[2499:2501, 0], wide[0, 2499:2501]
+    for image, (low, high) in zip(images[:2], pairs, strict=True):
+        low, high = np.minimum(low, high), np.maximum(low, high)
+        assert (image >= low).all() and (image <= high).all()
+    assert (images[2] == tall[0]).all()
+    assert take(found, 2, batch_size=3)[0][0]["image"].shape == (3, SIZE, SIZE, 3)
+
+
+def test_large_jpegs_are_decoded_at_a_fraction(tmp_path, monkeypatch):
+    y, x = np.mgrid[:480, :640]
+    pixels = np.stack([x / 2.6, y / 2, (x + y) / 4.6], axis=-1).astype(np.uint8)
+    for part in "train", "val":
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / part / "a" / "1.jpg", quality=95)
+    found = folders.scan(tmp_path)
+    sizes = []
+    original = Image.Image.resize
+
+    def recorded(self, *args, **kwargs):
+        sizes.append(self.size)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    (image,) = passes(found, batch_size=1, image_size=56, num_threads=0)[0]["image"]
+    # 64 of 480 pixels: a quarter leaves 1.9 for each, too few.
+    assert sizes.pop() == (320, 240)
+    scale = 480 / 64
+    left = 14 * 640 / 85  # 64 * 640 / 480 = 85.3, and (85 - 56) / 2 rounds to 14.
+    box = (left, 4 * scale, left + 56 * 640 / 85, 60 * scale)
+    assert np.abs(image - resize(pixels, box, (56, 56))).max() < 3
+    box = (101, 30, 520, 433)
+    monkeypatch.setattr(folders, "crop_box", lambda width, height, rng: box)
+    batches, _ = take(found, 1, batch_size=1, image_size=56, num_threads=0)
+    assert sizes.pop() == (320, 240)
+    image, expected = batches[0]["image"][0], resize(pixels, box, (56, 56))
+    error = min(np.abs(image - e).max() for e in (expected, expected[:, ::-1]))
+    assert error < 3
+    passes(found, batch_size=1, image_size=200, num_threads=0)
+    assert sizes.pop() == (640, 480)
+
+
+def saved(root, **pictures):
+    """The evaluation's view of each picture, saved under its suffix and options."""
+    for part in "train", "val":
+        (root / part / "a").mkdir(parents=True)
+        for name, (picture, suffix, options) in pictures.items():
+            picture.save(root / part / "a" / (name + suffix), **options)
+    found = folders.scan(root)
+    assert [Path(n).stem for n in found.test.names] == sorted(pictures)
+    images = joined(passes(found, batch_size=4))["image"]
+    return dict(zip(sorted(pictures), images, strict=False))
+
+
+def test_every_kind_of_file_becomes_rgb(tmp_path):
+    colour, grey = (200, 40, 120), 77
+    flat = Image.new("RGB", (20, 20), colour)
+    deep = Image.fromarray(np.full((20, 20), grey * 256 + 200, np.uint16))
+    images = saved(
+        tmp_path,
+        rgb=(flat, ".png", {}),
+        rgba=(Image.new("RGBA", (20, 20), (*colour, 5)), ".png", {}),
+        cmyk=(Image.new("CMYK", (20, 20), (55, 215, 135, 0)), ".jpg", {}),
+        palette=(flat.quantize(4), ".png", {}),
+        palette_one=(flat.quantize(4), ".png", {"transparency": 0}),
+        palette_all=(flat.quantize(4), ".png", {"transparency": b"\x05\x06"}),
+        l=(Image.new("L", (20, 20), grey), ".png", {}),
+        l_jpeg=(Image.new("L", (20, 20), grey), ".jpg", {}),
+        la=(Image.new("LA", (20, 20), (grey, 9)), ".png", {}),
+        l16=(deep, ".png", {}),
+        one=(Image.new("1", (20, 20), 1), ".png", {}),
+    )
+    expected = dict.fromkeys(images, colour)
+    expected |= dict.fromkeys(("l", "l_jpeg", "la", "l16"), (grey,) * 3)
+    expected |= {"one": (255,) * 3}
+    for name, image in images.items():
+        error = np.abs(image.astype(int) - expected[name]).max()
+        assert error <= (3 if name == "cmyk" else 0), name
+
+
+def test_the_orientation_in_exif_is_not_applied(tmp_path):
+    ramp = Image.fromarray(np.arange(200, dtype=np.uint8).repeat(20).reshape(200, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # To be shown turned by a quarter.
+    images = saved(
+        tmp_path, turned=(ramp, ".jpg", {"exif": exif}), straight=(ramp, ".jpg", {})
+    )
+    np.testing.assert_array_equal(images["turned"], images["straight"])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (lambda good: good[: len(good) // 2], "OSError: .*truncated"),
+        (lambda good: b"", "UnidentifiedImageError"),
+        (lambda good: b"not an image\n", "UnidentifiedImageError"),
+        (lambda good: good[:40] + b"\0" * 9 + good[49:], r"\w+Error"),
+        (None, "FileNotFoundError"),
+    ],
+)
+def test_a_broken_file_stops_the_stream(tmp_path, num_threads, content, reason):
+    found = folder_of(tmp_path, *(Image.fromarray(noise(30, 30)) for _ in range(6)))
+    for part in "train", "val":
+        path = tmp_path / part / "a" / "004.png"
+        good = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content(good))
+    message = (
+        rf"{re.escape(str(tmp_path))}/.*/a/004.png' cannot be read as .*\({reason}"
+    )
+    for read in (
+        lambda: take(found, 3, batch_size=2, num_threads=num_threads),
+        lambda: passes(found, batch_size=2, num_threads=num_threads),
+    ):
+        with pytest.raises(DataError, match=message) as error:
+            read()
+        assert "replace the file" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"image_size": 0}, "`image_size` must be at least 1, got 0"),
+        ({"process_count": 0}, "`process_count` must be at least 1, got 0"),
+        ({"process_count": 2, "process_index": 2}, r"in \[0, 2\), .* got 2"),
+        ({"process_index": -1}, r"`process_index` must be in \[0, 1\), .* got -1"),
+        ({"process_count": 3}, r"multiple of the 3 processes, got 8; .* is 3 \* 3"),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda *a, **k: take(a[0], 1, **k), passes])
+def test_arguments_out_of_range(images, read, options, message):
+    with pytest.raises(ValueError, match=message):
+        read(images, **options)
+
+
+def test_a_batch_that_the_images_cannot_fill(images):
+    with pytest.raises(ValueError, match="at most the 203 training images.* got 204"):
+        take(images, 1, batch_size=204)
+    with pytest.raises(ValueError, match="non-negative"):
+        take(images, 1, seed=-1)
+
+
+def test_without_grain(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    spec = importlib.util.spec_from_file_location("without_grain", folders.__file__)
+    with pytest.raises(ImportError, match=r'extra `grain`: pip install -e "\.\[grain'):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,0 +1,62 @@
+"""Several devices in one process: the same run as on one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests import processes, tiny_run
+from train.data import inputs
+from train.engine import devices
+from train.engine.config import Config
+
+
+def losses_of(environment, workdir, count):
+    """The mean loss of an epoch's five steps, and that of the test images."""
+    code, _, err = processes.run(
+        environment,
+        *("tests.tiny_run", "--workdir", workdir, "--epochs", 1, "--devices", count),
+        *("--attention", "se"),
+        JAX_NUM_CPU_DEVICES="8",
+    )
+    assert code == 0, err
+    line = json.loads(processes.metrics_of(workdir))
+    return line["train_loss"], line["test_loss"], line["test_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def alone(environment, tmp_path_factory):
+    return losses_of(environment, tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_same_losses_on_many_devices(count, alone, environment, tmp_path):
+    """With statistics of each share and not of the batch, they part at once."""
+    losses = losses_of(environment, tmp_path, count)
+    print(f"{count} devices: {losses}, one: {alone}")
+    np.testing.assert_allclose(losses[0], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[1], alone[1], rtol=1e-4)
+    assert losses[2] == alone[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_each_device_has_its_share(count):
+    mesh = devices.make_mesh(count)
+    fed = inputs.DeviceInputs(tiny_run.images(), Config(batch_size=8), mesh)
+    first = next(fed.calls(1, 0, 2))
+    assert first.shape == (2, 8)
+    assert first.sharding.shard_shape(first.shape) == (2, 8 // count)
+    item, weights = next(fed.test_calls())
+    for array in (item, weights):
+        assert array.sharding.shard_shape(array.shape) == (8 // count,)
+    for array in jax.tree.leaves(fed.data):
+        assert array.is_fully_replicated and len(array.devices()) == count
+
+
+@pytest.mark.parametrize(
+    "batch_size, nearest", [(2, 8), (12, 8), (13, 16), (20, 16), (28, 24), (30, 32)]
+)
+def test_a_batch_that_does_not_divide(batch_size, nearest):
+    with pytest.raises(ValueError, match=f"multiple of the 8 .* nearest is {nearest}."):
+        devices.check_batch(batch_size, devices.make_mesh())

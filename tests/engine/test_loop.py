@@ -1,0 +1,246 @@
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_attn.resnet import ATTENTIONS
+from tests.cases import normal
+from train.data import inputs
+from train.data.cifar import ImageSet
+from train.engine import config as config_lib
+from train.engine import devices, loop
+from train.engine.config import Config
+
+TINY = Config(
+    depth=8, dataset="digits", epochs=2, batch_size=16, attention="cbam", devices=1
+)
+
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.RandomState(0)
+    labels = rng.randint(0, 3, 77).astype(np.int32)
+    # Each class has a shade of its own.
+    pixels = rng.randint(0, 60, (77, 32, 32, 3)) + 80 * labels[:, None, None, None]
+    pixels = pixels.astype(np.uint8)
+    return ImageSet(pixels[:50], labels[:50], pixels[50:], labels[50:], 3, flip=True)
+
+
+@pytest.fixture(scope="module")
+def done(images, tmp_path_factory):
+    """One run that several tests look at, and its metrics."""
+    folder = tmp_path_factory.mktemp("run")
+    run = loop.train(TINY, images, folder)
+    return run, read(folder / "metrics.jsonl"), read(folder / "timing.jsonl")
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run(done):
+    run, lines, timing = done
+    assert lines == run.history and timing == run.timing
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert list(lines[0]) == [
+        "epoch",
+        "step",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "learning_rate",
+    ]
+    assert list(timing[0]) == [
+        "epoch",
+        "steps",
+        "compiled",
+        "step_seconds",
+        "images_per_second",
+        "seconds",
+    ]
+    assert [line["compiled"] for line in timing] == [True, False]
+    for line in lines + timing:
+        assert np.isfinite(list(line.values())).all()
+    for line in timing:
+        assert line["steps"] * line["step_seconds"] < line["seconds"]
+        assert np.isclose(line["images_per_second"] * line["step_seconds"], 16)
+    assert int(run.state.step) == 6
+    total, attention = loop.count_parameters(run.state.params)
+    # At 16, 32 and 64 channels, r = 16: the MLP's C * h twice, and the 7x7's 98.
+    assert attention == 2 * (16 * 1 + 32 * 2 + 64 * 4) + 3 * 98
+    assert f"{total:,} parameters ({attention:,} of them attention)" in run.summary()
+    assert "ResNet-8, attention cbam, on digits" in run.summary()
+
+
+def test_the_same_seed_gives_the_same_run(images, done):
+    again = loop.train(TINY, images)
+    chex.assert_trees_all_equal(again.state.params, done[0].state.params)
+
+
+@pytest.mark.long
+def test_steps_in_one_call_are_the_same_steps(images, done):
+    """Three steps an epoch, as two and one."""
+    many = loop.train(dataclasses.replace(TINY, epochs=1, steps_per_call=2), images)
+    np.testing.assert_allclose(
+        many.history[0]["train_loss"],
+        loop.train(dataclasses.replace(TINY, epochs=1), images).history[0][
+            "train_loss"
+        ],
+        rtol=1e-4,
+    )
+    assert int(many.state.step) == 3
+
+
+def test_bfloat16_with_smoothed_labels(images, done):
+    config = dataclasses.replace(TINY, epochs=1, dtype="bfloat16", label_smoothing=0.3)
+    run = loop.train(config, images)
+    assert np.isfinite(run.history[0]["test_loss"])
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(run.state.params)}
+    assert dtypes == {jnp.dtype("float32")}
+    # Smoothing bounds the loss away from that of the sharp labels.
+    assert abs(run.history[0]["train_loss"] - done[1][0]["train_loss"]) > 0.01
+
+
+def test_steps_per_call_suits_the_backend(monkeypatch):
+    assert loop.steps_per_call(TINY, 390) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert loop.steps_per_call(TINY, 390) == 78
+    assert loop.steps_per_call(TINY, 11) == 11
+    # No divisor to speak of: five calls of 87, 87, 87, 87 and 83 steps.
+    assert loop.steps_per_call(TINY, 431) == 87
+    assert loop.steps_per_call(dataclasses.replace(TINY, steps_per_call=50), 11) == 11
+
+
+def test_an_epoch_shows_every_image_once():
+    key = jax.random.key(0)
+    orders = [np.asarray(inputs.epoch_order(key, epoch, 50)) for epoch in (1, 2, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    np.testing.assert_array_equal(orders[0], orders[2])
+    assert (orders[0] != orders[1]).any()
+
+
+@pytest.mark.parametrize("batch_size", [4, 27, 50])
+def test_evaluation_counts_each_image_once(images, done, batch_size):
+    config = dataclasses.replace(TINY, batch_size=batch_size)
+    fed = inputs.DeviceInputs(images, config, devices.make_mesh(1))
+    loss, accuracy = loop.make_evaluate(fed)(done[0].state)
+    pixels = images.train_images / 255
+    x = images.test_images / 255 - pixels.mean((0, 1, 2))
+    x = np.float32(x / pixels.std((0, 1, 2)))
+    logits = np.float64(jax.jit(done[0].model.apply)(done[0].variables, x))
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -logp[np.arange(27), images.test_labels].mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        accuracy, (logits.argmax(-1) == images.test_labels).mean(), rtol=1e-6
+    )
+
+
+def test_augmentation_draws_for_each_image():
+    image = normal((1, 32, 32, 3), 0)
+    images = jnp.asarray(np.repeat(image, 200, axis=0))
+    moved = np.asarray(inputs.augment(images, jax.random.key(0), flip=True))
+    padded = np.pad(image[0], ((4, 4), (4, 4), (0, 0)))
+    seen = set()
+    for one in moved:
+        for i in range(9):
+            for j in range(9):
+                crop = padded[i : i + 32, j : j + 32]
+                for flip, candidate in enumerate((crop, crop[:, ::-1])):
+                    if np.array_equal(one, candidate):
+                        seen.add((i, j, flip))
+    rows, columns, flips = map(set, zip(*seen, strict=True))
+    assert rows == columns == set(range(9)) and flips == {0, 1}
+    assert len(seen) > 100
+    still = inputs.augment(images, jax.random.key(0), flip=False)
+    mirrored = np.asarray(still)[:, :, ::-1]
+    assert (moved == np.asarray(still)).all((1, 2, 3)).sum() in range(60, 140)
+    assert (moved == mirrored).all((1, 2, 3)).sum() in range(60, 140)
+
+
+def test_only_kernels_decay(done):
+    config = dataclasses.replace(TINY, weight_decay=0.5)
+    optimizer = loop.make_optimizer(config, optax.constant_schedule(1.0))
+    params = jax.tree.map(jnp.ones_like, done[0].state.params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        assert bool(update.any()) == (path[-1].key == "kernel"), path
+
+
+def test_the_schedule():
+    config = dataclasses.replace(TINY, learning_rate=0.4, warmup_epochs=2)
+    schedule = loop.make_schedule(config, per_epoch=10, total=400)
+    assert schedule(0) == 0 and schedule(400) == 0
+    np.testing.assert_allclose([schedule(10), schedule(20)], [0.2, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(schedule(210), 0.2, rtol=1e-6)
+    # A short run warms up for a tenth of it.
+    assert loop.make_schedule(config, per_epoch=10, total=100)(10) == np.float32(0.4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
+    """In the middle of a call; the command line's test has it between calls."""
+    config = dataclasses.replace(
+        TINY, learning_rate=1e30, warmup_epochs=0, steps_per_call=3
+    )
+    match = r"The loss is (nan|inf) at epoch \d, step \d; .* There is no checkpoint"
+    with pytest.raises(FloatingPointError, match=match):
+        loop.train(config, images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"attention": "cbm"}, "`attention` must be one of none, se, .* got 'cbm'"),
+        ({"dataset": "mnist"}, "`dataset` must be one of cifar10, .* got 'mnist'"),
+        ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, got 'float8'"),
+        ({"depth": 18}, "`depth` must be 6n.2 .* got 18; the nearest are 14 and 20"),
+        ({"batch_size": 51}, "`batch_size` must be at most the 50 training images"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be finite and at least 0"),
+        ({"weight_decay": float("nan")}, "`weight_decay` must be finite"),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0"),
+        ({"seed": -1}, r"`seed` must be in \[0, 2\*\*32\), got -1"),
+        ({"keep": 0}, "`keep` must be at least 1, got 0"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be at least 1, got 0"),
+        ({"resume": "yes"}, "`resume` must be one of auto, never, got 'yes'"),
+        ({"loader": "grain"}, "`dataset` folder and `loader` grain go together"),
+        ({"image_size": 64}, "`image_size` must be 32 for digits, got 64"),
+        ({"family": "imagenet"}, "`depth` must be one of 18, 34, 50, 101, 152, got 8"),
+        ({"num_processes": 2}, "`coordinator` is missing: pass --coordinator, --num-"),
+        ({"devices": 99}, "`devices` must be at most 8, what cpu has, got 99"),
+        ({"devices": 6}, "`batch_size` must be a multiple of the 6 devices, got 16; t"),
+    ],
+)
+def test_bad_configurations(images, fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        loop.train(dataclasses.replace(TINY, **fields), images)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_by_data_set():
+    for fields, expected in (
+        ({"dataset": "digits"}, ("digits", 10, 64, 32)),
+        ({"dataset": "cifar100"}, ("cifar100", 100, 128, 32)),
+        ({"epochs": 3, "batch_size": 7}, ("cifar10", 3, 7, 32)),
+        ({"loader": "grain", "family": "imagenet"}, ("folder", 90, 256, 224)),
+    ):
+        config = config_lib.resolve(Config(**fields))
+        assert (
+            config.dataset,
+            config.epochs,
+            config.batch_size,
+            config.image_size,
+        ) == expected
+    assert "cbam-conv" in ATTENTIONS and len(ATTENTIONS) == 9

@@ -1,0 +1,206 @@
+import math
+from fractions import Fraction
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_attn import eca_kernel_size, functional
+from tests.cases import IMPLEMENTATIONS, normal
+
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def test_eca_kernel_size_is_the_rule_for_every_count():
+    # With gamma 2 and b 1 the rule needs the integer part of log2(C) only:
+    # int((log2(C) + 1) / 2) = (floor(log2(C)) + 1) // 2, in integers.
+    for features in range(1, 2**20 + 1):
+        t = features.bit_length() // 2
+        if eca_kernel_size(features) != t + 1 - t % 2:
+            pytest.fail(f"wrong at {features}")
+
+
+@pytest.mark.parametrize("gamma, b", [(1, 0), (3, 1), (2, -9), (-2, 1), (0.5, 2.5)])
+def test_eca_kernel_size_at_powers_of_two(gamma, b):
+    for n in range(21):
+        t = math.floor(abs((n + Fraction(b)) / Fraction(gamma)))
+        assert eca_kernel_size(2**n, gamma=gamma, b=b) == t + 1 - t % 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"features": 0}, "`features` must be an integer of at least 1, got 0"),
+        ({"features": 2.0}, "`features` must be an integer of at least 1, got 2.0"),
+        ({"features": 8, "gamma": 0}, "`gamma` must not be 0"),
+        ({"features": 8, "b": math.nan}, "`b` must be a finite number, got nan"),
+        ({"features": 8, "gamma": "2"}, "`gamma` must be a finite number, got '2'"),
+    ],
+)
+def test_eca_kernel_size_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        eca_kernel_size(**arguments)
+
+
+@both
+@pytest.mark.parametrize("dtype, value", [("float16", 300), ("bfloat16", 1.01)])
+def test_means_accumulate_in_float32(dtype, value, implementation):
+    x = jnp.full((40, 40, 300), value, dtype)
+    kwargs = {"implementation": implementation}
+    spatial = functional.squeeze_spatial(x, pool="avg", **kwargs)
+    channels = functional.squeeze_channels(x, **kwargs)
+    assert spatial.dtype == channels.dtype == jnp.float32
+    expected = float(x[0, 0, 0])
+    np.testing.assert_allclose(spatial, expected, rtol=1e-5)
+    np.testing.assert_allclose(channels, expected, rtol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ties_share_the_gradient_evenly(dtype, implementation):
+    # Channel 0: one maximum; channel 1: three; channel 2: constant; channel 3: zeros
+    # after a ReLU.
+    x = np.zeros((3, 4, 4), np.float32)
+    x[1, 2, 0] = 5
+    x[:, 1, 1] = 2
+    x[..., 2] = -1
+    x = jnp.asarray(x, dtype)
+
+    def peak(x):
+        return functional.squeeze_spatial(
+            x, pool="max", implementation=implementation
+        ).sum()
+
+    for grad in (jax.grad(peak), jax.jit(jax.grad(peak))):
+        g = np.asarray(grad(x), np.float32)
+        np.testing.assert_array_equal(g[..., 0], np.eye(12)[6].reshape(3, 4))
+        np.testing.assert_allclose(g[:, 1, 1], 1 / 3, rtol=1e-2)
+        assert not g[:, [0, 2, 3], 1].any()
+        np.testing.assert_allclose(g[..., 2:], 1 / 12, rtol=1e-2)
+
+
+@both
+def test_ties_over_channels(implementation):
+    x = jnp.array([[[1.0, 3.0, 3.0, 0.0]], [[2.0, 2.0, 2.0, 2.0]]])
+
+    def peak(x):
+        return functional.squeeze_channels(x, implementation=implementation)[..., 0]
+
+    g = jax.grad(lambda x: peak(x).sum())(x)
+    np.testing.assert_array_equal(g, [[[0, 0.5, 0.5, 0]], [[0.25] * 4]])
+
+
+@both
+def test_a_tie_that_the_gate_makes(implementation):
+    # 2 * 3 and 3 * 2 tie only once they are scaled.
+    x = jnp.array([[[2.0, 3.0, 1.0]]])
+    gate = jnp.array([[[3.0, 2.0, 1.0]]])
+
+    def peak(x, gate):
+        _, maps = functional.scale_and_squeeze(x, gate, implementation=implementation)
+        return maps[..., 0].sum()
+
+    d_x, d_gate = jax.grad(peak, (0, 1))(x, gate)
+    np.testing.assert_array_equal(d_x, [[[1.5, 1.0, 0.0]]])
+    np.testing.assert_array_equal(d_gate, [[[1.0, 1.5, 0.0]]])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("h, w, c", [(1, 1, 1), (7, 7, 3), (4, 4, 8), (5, 9, 70)])
+def test_squeezes_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
+    # Maxima are cut into slices there, which overlap where they do not divide H * W or
+    # C. Means are products, as they are of large samples with a newer jax.
+    from flax_attn.functional import _kernels
+
+    monkeypatch.setattr(_kernels, "FAST_REDUCTIONS", fast)
+    x = jnp.asarray(normal((2, 2, h, w, c), 0), dtype).at[1, 0, -1, -1, -1].set(9)
+    expected = np.asarray(x, np.float32)
+    over_space = jax.jit(partial(functional.squeeze_spatial, pool="max"))(x)
+    over_space = np.asarray(over_space, np.float32)
+    np.testing.assert_array_equal(over_space, expected.max((-3, -2), keepdims=True))
+    over_channels = jax.jit(functional.squeeze_channels)(x)[..., 0]
+    over_channels = np.asarray(over_channels, np.float32)
+    np.testing.assert_array_equal(over_channels, expected.max(-1))
+    means = jax.jit(partial(functional.squeeze_spatial, pool="avg"))(x)
+    expected = expected.astype(np.float64).mean((-3, -2), keepdims=True)
+    np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lost_maximum_is_seen():
+    # What no mask finds must not pass for a gradient of zero.
+    from flax_attn.functional import _kernels
+
+    x = jnp.ones((2, 2, 1))
+    (g,) = _kernels._maximum_bwd(
+        functional.SPATIAL, (x, jnp.full((1, 1, 1), 2.0)), jnp.ones((1, 1, 1))
+    )
+    assert jnp.isnan(g).all()
+
+
+@pytest.mark.parametrize("h, w, k, m, o", [(1, 1, 3, 2, 1), (5, 40, 7, 2, 1)])
+@pytest.mark.parametrize("form", ["by_rows", "by_windows"])
+def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
+    from flax_attn.functional import _kernels
+
+    maps, kernel = normal((2, h, w, m), 0), normal((k, k, m, o), 1)
+    cotangent = normal((2, h, w, o), 2)
+    plain = partial(functional.conv_spatial, implementation="plain")
+    expected = jax.vjp(plain, maps, kernel)[1](cotangent)
+    gradients = getattr(_kernels, f"_conv_bwd_{form}")(None, maps, kernel, cotangent)
+    for got, want in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "h, w, k",
+    [(1, 1, 1), (1, 1, 7), (1, 9, 3), (1, 9, 11), (5, 3, 7), (5, 3, 9), (8, 8, 5)]
+    + [(3, 40, 7), (3, 40, 11)]
+    + [(9, 17, k) for k in (1, 3, 5, 7, 9, 11)],
+)
+def test_spatial_convolution(h, w, k):
+    maps, kernel = normal((2, h, w, 2), 0), normal((k, k, 2, 1), 1)
+    cotangent = normal((2, h, w, 1), 2)
+    out = {}
+    for implementation in IMPLEMENTATIONS:
+        y, pullback = jax.vjp(
+            lambda m, k, i=implementation: functional.conv_spatial(
+                m, k, implementation=i
+            ),
+            maps,
+            kernel,
+        )
+        out[implementation] = (y, *pullback(cotangent))
+    chex.assert_trees_all_close(out["fast"], out["plain"], rtol=1e-5, atol=2e-5)
+
+
+def test_two_leading_axes_of_the_convolution():
+    maps, kernel = normal((2, 3, 9, 10, 2), 0), normal((5, 5, 2, 1), 1)
+    for implementation in IMPLEMENTATIONS:
+        y = functional.conv_spatial(maps, kernel, implementation=implementation)
+        for i in range(2):
+            each = functional.conv_spatial(
+                maps[i], kernel, implementation=implementation
+            )
+            np.testing.assert_allclose(y[i], each, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("padding, ends", [("zeros", (3, 5)), ("circular", (7, 6))])
+def test_what_stands_beyond_the_ends(padding, ends, implementation):
+    s = jnp.array([1.0, 2.0, 1.0, 4.0])
+    y = functional.conv_channels(
+        s, jnp.ones((3, 1, 1)), padding=padding, implementation=implementation
+    )
+    assert (float(y[0]), float(y[-1])) == ends
+
+
+def test_choices():
+    x = jnp.ones((2, 2, 1))
+    with pytest.raises(ValueError, match='`pool` must be "avg" or "max", got \'sum\''):
+        functional.squeeze_spatial(x, pool="sum")
+    with pytest.raises(ValueError, match="`implementation` must be .* got None"):
+        functional.squeeze_channels(x, implementation=None)

@@ -1,0 +1,120 @@
+"""The package as a whole: what it imports, what it exports, how its API is written."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from flax_attn import functional
+
+ROOT = Path(__file__).parents[2]
+MODULES = [
+    value
+    for name in flax_attn.__all__
+    if inspect.isclass(value := getattr(flax_attn, name))
+]
+TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
+FIELDS = {
+    "SE": "reduction hidden_features pool act gate use_bias",
+    "ECA": "kernel_size gamma b pool padding gate use_bias",
+    "ChannelAttention": "reduction excite hidden_features kernel_size gamma b padding "
+    "act gate use_bias",
+    "SpatialAttention": "kernel_size norm gate use_bias",
+    "CBAM": "reduction spatial_kernel_size excite hidden_features kernel_size gamma b "
+    "spatial_norm act gate use_bias",
+    "BAM": "reduction dilation hidden_features norm act gate use_bias",
+    "scSE": "reduction combine hidden_features act gate use_bias",
+}
+DEFAULTS = {
+    "reduction": 16,
+    "hidden_features": None,
+    "pool": "avg",
+    "act": nn.relu,
+    "gate": nn.sigmoid,
+    "use_bias": False,
+    "kernel_size": None,
+    "gamma": 2,
+    "b": 1,
+    "padding": "zeros",
+    "excite": "mlp",
+    "norm": None,
+    "spatial_norm": None,
+    "spatial_kernel_size": 7,
+    "dtype": None,
+    "precision": None,
+}
+
+
+OTHER_DEFAULTS = {
+    ("SpatialAttention", "kernel_size"): 7,
+    ("BAM", "use_bias"): True,
+    ("scSE", "reduction"): 2,
+}
+
+
+def test_import_is_light():
+    code = (
+        "import flax.linen, sys; before = set(sys.modules); import flax_attn; "
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    new = set(result.stdout.split())
+    assert "flax_attn" in new and new <= {"flax_attn", "flax", "jax"}, new
+
+
+def test_the_public_names():
+    assert sorted(flax_attn.__all__) == flax_attn.__all__
+    assert {m.__name__ for m in MODULES} == {*FIELDS, "ChannelsFirst"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_in_their_order_and_with_their_defaults(name):
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(getattr(flax_attn, name))
+        if field.name not in ("parent", "name")
+    }
+    expected = [*FIELDS[name].split(), *TAIL]
+    assert list(fields)[: len(expected)] == expected
+    for field in expected:
+        default = DEFAULTS.get(field, fields[field])
+        default = OTHER_DEFAULTS.get((name, field), default)
+        assert fields[field] == default, field
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
+def test_every_field_is_documented(module):
+    doc = module.__doc__
+    for field in dataclasses.fields(module):
+        if field.name not in ("parent", "name"):
+            assert f"  {field.name}: " in doc, field.name
+    assert ">>>" in doc and "Raises:" in doc and "Attributes:" in doc
+
+
+def public_functions():
+    for owner in (flax_attn, functional, flax_attn.inspect):
+        for name, value in vars(owner).items():
+            if inspect.isfunction(value) and not name.startswith("_"):
+                yield pytest.param(value, id=name)
+
+
+@pytest.mark.parametrize("function", list(public_functions()))
+def test_options_are_keyword_only(function):
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.default is not parameter.empty:
+            assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+def test_shipped_code_checks_with_errors_and_not_with_assert():
+    for folder in ("flax_attn", "train"):
+        for path in (ROOT / folder).glob("*.py"):
+            lines = path.read_text().splitlines()
+            assert not [x for x in lines if x.strip().startswith("assert ")], path

@@ -1,0 +1,297 @@
+"""The presets' fields, widths, starts and places; test_parity_presets.py compares."""
+
+import dataclasses
+import inspect
+import math
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from flax_attn import presets
+from flax_attn.resnet import cifar_resnet, imagenet_resnet
+from tests.cases import BLOCKS, normal, variables_for
+
+# Those that are functions of `train`, and those of anything else.
+TRAINED = ("official_cbam", "timm_cbam")
+FUNCTIONS = (*TRAINED, "official_eca")
+NAMES = [name for name in presets.__all__ if name != "official_eca"]
+
+
+def make(name, *, train=False):
+    preset = getattr(presets, name)
+    return preset(train=train) if name in TRAINED else preset
+
+
+def shapes(block, features):
+    x = jnp.zeros((1, 2, 2, features))
+    return jax.eval_shape(block.init, jax.random.key(0), x)
+
+
+def fields(block):
+    return {
+        field.name: getattr(block, field.name) for field in dataclasses.fields(block)
+    }
+
+
+def test_every_name_is_public_and_documented():
+    assert flax_attn.presets is presets
+    assert sorted(presets.__all__) == presets.__all__
+    public = [n for n, value in vars(presets).items() if is_preset(n, value)]
+    assert sorted(public) == presets.__all__
+    rows = re.findall(r"^``(\w+)", presets.__doc__, re.MULTILINE)
+    assert sorted(rows) == presets.__all__
+    source = inspect.getsource(presets)
+    for name in presets.__all__:
+        if name in FUNCTIONS:
+            assert ">>>" in getattr(presets, name).__doc__
+        else:
+            assert re.search(rf"^#: .*\n{name} = ", source, re.MULTILINE), name
+
+
+def is_preset(name, value):
+    made_here = getattr(value, "__module__", None) == presets.__name__
+    return not name.startswith("_") and (isinstance(value, partial) or made_here)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_a_block_with_fields(name):
+    preset = make(name)
+    assert isinstance(preset, partial) and not preset.args
+    assert issubclass(preset.func, nn.Module)
+    assert preset.func.__module__ != presets.__name__
+    block = preset(dtype=jnp.bfloat16, use_bias=True, name="attention")
+    assert block.dtype == jnp.bfloat16 and block.use_bias and block.name == "attention"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_train_is_keyword_only_and_has_no_default(name):
+    with pytest.raises(TypeError):
+        getattr(presets, name)()
+    with pytest.raises(TypeError):
+        getattr(presets, name)(True)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_article_is_what_the_parity_tests_compare(block):
+    """tests/test_parity.py has the blocks of flax_attn.resnet, against PyTorch."""
+    preset = make("article_" + block.replace("-", "_"))
+    assert fields(preset()) == fields(BLOCKS[block]())
+
+
+# By hand from timm's make_divisible(C / 16, divisor, round_limit=0.0).
+@pytest.mark.parametrize(
+    "features, se, cbam",
+    [(1, 8, 1), (8, 8, 1), (20, 8, 1), (23, 8, 1), (24, 8, 2), (40, 8, 3), (64, 8, 4)]
+    + [(184, 8, 12), (191, 8, 12), (192, 16, 12), (200, 16, 13), (256, 16, 16)]
+    + [(320, 24, 20), (2048, 128, 128)],
+)
+def test_hidden_widths_of_timm(features, se, cbam):
+    params = shapes(presets.timm_se(), features)["params"]
+    assert params["reduce"]["kernel"].shape == (features, se)
+    assert params["reduce"]["bias"].shape == (se,)
+    params = shapes(presets.timm_cbam(train=False)(), features)["params"]
+    assert params["channel"]["reduce"]["kernel"].shape == (features, cbam)
+    assert "bias" not in params["channel"]["reduce"]
+
+
+@pytest.mark.parametrize("name", ["timm_eca", "timm_ceca"])
+@pytest.mark.parametrize("features, k", [(1, 3), (7, 3), (8, 3), (128, 5), (2048, 7)])
+def test_kernel_widths_of_timm(name, features, k):
+    params = shapes(make(name)(), features)["params"]
+    assert params["conv"]["kernel"].shape == (k, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "name, widths",
+    [("official_eca50", (3, 5, 5, 7)), ("official_eca101", (3, 3, 5, 7))],
+)
+def test_kernel_widths_of_eca_net(name, widths):
+    for features, k in zip((256, 512, 1024, 2048), widths, strict=True):
+        params = shapes(make(name)(), features)["params"]
+        assert params["conv"]["kernel"].shape == (k, 1, 1)
+
+
+def test_eca_net_knows_its_channels_only():
+    with pytest.raises(
+        ValueError,
+        match="`x` must have 256 or 512 or 1024 or 2048 channels, .* got 64; pass "
+        "those of your network to `flax_attn.presets.official_eca`",
+    ):
+        shapes(presets.official_eca50(), 64)
+
+
+def test_widths_of_another_network():
+    widths = {64: 3, 128: 9}
+    attention = presets.official_eca(widths)
+    widths[64] = 5  # Of no account any more.
+    for features, k in ((64, 3), (128, 9)):
+        params = shapes(attention(), features)["params"]
+        assert params["conv"]["kernel"].shape == (k, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "widths, message",
+    [
+        ({}, "`widths` must name at least one"),
+        ({64: 4}, "`widths` must be an odd integer of at least 1, got 4"),
+        ({64: 3.0}, "`widths` must be an odd integer of at least 1, got 3.0"),
+        ({0: 3}, "`widths` must be an integer of at least 1, got 0"),
+        ([64], r"`widths` must be a dict from .*, got \[64\]; pass e.g. {256: 3"),
+        (5, "`widths` must be a dict from numbers of channels to widths, got 5"),
+    ],
+)
+def test_widths_that_are_none(widths, message):
+    with pytest.raises(ValueError, match=message):
+        presets.official_eca(widths)
+
+
+# Sources as in test_resnet.py: SENet's SE-ResNet-50, the ECA paper's 80 parameters, the
+# official CBAM. C / 16 is a multiple of 8 in all four stages, so timm's SE is SENet's;
+# its CBAM adds 98 + 2 parameters to an SE without biases, in each of 16 blocks.
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("article_se", 28_071_976),
+        ("article_eca", 25_557_118),
+        ("official_se", 28_088_024),
+        ("official_eca50", 25_557_112),
+        ("official_cbam", 28_089_624),
+        ("timm_se", 28_088_024),
+        ("timm_cbam", 28_071_976 + 16 * 100),
+    ],
+)
+def test_parameters_of_resnet_50(name, parameters):
+    attention = make(name, train=True)
+    model = imagenet_resnet(50, num_classes=1000, attention=attention)
+    variables = jax.eval_shape(
+        partial(model.init, train=True), jax.random.key(0), jnp.zeros((1, 64, 64, 3))
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert count == parameters
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("official_eca")])
+def test_a_preset_is_an_attention_of_the_networks(name):
+    model = cifar_resnet(8, num_classes=10, attention=make(name, train=True))
+    apply = partial(model.init, train=True)
+    variables = jax.eval_shape(apply, jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+    blocks = {k: v for k, v in variables["params"].items() if "_block" in k}
+    assert len(blocks) == 3 and all("attention" in block for block in blocks.values())
+    averages = variables["batch_stats"]["stage1_block1"]
+    assert ("attention" in averages) == (name in TRAINED)
+
+
+def initial(name, features):
+    block = make(name)()
+    x = jnp.zeros((2, 4, 4, features))
+    # Jitted for the parameters alone, nothing of the block itself is compiled.
+    return jax.jit(lambda key: block.init(key, x)["params"])(jax.random.key(0))
+
+
+def check_uniform(kernel, fan_in):
+    """PyTorch's default for linear and convolutional layers."""
+    bound = 1 / math.sqrt(fan_in)
+    assert np.abs(kernel).max() <= bound
+    if kernel.size > 1000:
+        assert np.std(kernel) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_the_official_cbam_starts_as_its_code_does():
+    params = initial("official_cbam", 512)
+    check_uniform(params["channel"]["reduce"]["kernel"], 512)
+    check_uniform(params["channel"]["expand"]["kernel"], 32)
+    # Kaiming, fan-out: 49 positions and one channel. 98 draws, so within a quarter.
+    std = np.std(params["spatial"]["conv"]["kernel"])
+    assert std == pytest.approx(math.sqrt(2 / 49), rel=0.25)
+    assert np.all(params["spatial"]["norm"]["scale"] == 0)
+    biases = [params["channel"][k]["bias"] for k in ("reduce", "expand")]
+    assert not any(map(np.any, (*biases, params["spatial"]["norm"]["bias"])))
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 3])
+def test_the_official_cbam_starts_alike_in_any_dimension(spatial_dims):
+    block = make("official_cbam")(spatial_dims=spatial_dims)
+    x = jnp.zeros((1, *(2,) * spatial_dims, 32))
+    params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    shape = params["spatial"]["conv"]["kernel"].shape
+    assert shape == (*(7,) * spatial_dims, 2, 1)
+    draws = [
+        block.kernel_init(jax.random.key(i), shape, jnp.float32) for i in range(20)
+    ]
+    assert np.std(draws) == pytest.approx(math.sqrt(2 / 7**spatial_dims), rel=0.15)
+
+
+def test_the_official_cbam_starts_with_a_spatial_gate_of_one_half():
+    block = presets.official_cbam(train=True)()
+    x = normal((2, 4, 4, 32), 0)
+
+    @jax.jit
+    def run(x):
+        variables = block.init(jax.random.key(0), x)
+        return block.apply(variables, x, mutable=["intermediates", "batch_stats"])
+
+    _, state = run(x)
+    (gate,) = state["intermediates"]["spatial"]["spatial_gate"]
+    np.testing.assert_array_equal(gate, 0.5)
+
+
+def test_timm_starts_as_its_layers_do_but_for_the_biases():
+    params = initial("timm_se", 512)
+    check_uniform(params["reduce"]["kernel"], 512)
+    check_uniform(params["expand"]["kernel"], 32)
+    params = initial("timm_cbam", 512)
+    check_uniform(params["channel"]["reduce"]["kernel"], 512)
+    assert np.all(params["spatial"]["norm"]["scale"] == 1)
+    check_uniform(params["spatial"]["conv"]["kernel"], 2 * 49)
+    for name in ("timm_eca", "timm_ceca", "official_eca50"):
+        check_uniform(initial(name, 512)["conv"]["kernel"], 5)
+
+
+@pytest.mark.parametrize(
+    "name, momentum", [("official_cbam", 0.99), ("timm_cbam", 0.9)]
+)
+def test_running_averages(name, momentum):
+    """One step moves them by 1 - momentum; without `train` they stay."""
+    x = normal((4, 3, 5, 24), 0)
+    train, test = make(name, train=True)(), make(name, train=False)()
+    variables = dict(variables_for(train, x))
+    norm = {"mean": np.float32([0.25]), "var": np.float32([1.5])}
+    variables["batch_stats"] = {"spatial": {"norm": norm}}
+
+    @jax.jit
+    def run(variables, x):
+        apply = partial(train.apply, mutable=["batch_stats", "intermediates"])
+        _, state = apply(variables, x, capture_intermediates=True)
+        _, same = test.apply(variables, x, mutable=["batch_stats"])
+        logits = state["intermediates"]["spatial"]["conv"]["__call__"][0]
+        return state["batch_stats"], logits, same["batch_stats"]
+
+    stats, logits, same = run(variables, x)
+    logits = np.asarray(logits, np.float64)
+    expected = {
+        "mean": momentum * 0.25 + (1 - momentum) * logits.mean(),
+        "var": momentum * 1.5 + (1 - momentum) * logits.var(),
+    }
+    for key, value in expected.items():
+        np.testing.assert_allclose(stats["spatial"]["norm"][key], value, atol=1e-5)
+        np.testing.assert_array_equal(same["spatial"]["norm"][key], norm[key])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_logits_that_are_nearly_equal(name):
+    """The variance is that of the centred logits; E[z^2] - E[z]^2 would be noise."""
+    norm = make(name, train=True).keywords["spatial_norm"]()
+    logits = np.float32(100) + np.float32(0.01) * normal((4, 5, 6, 1), 0)
+    params = {"scale": np.float32([1]), "bias": np.float32([0])}
+    stats = {"mean": np.float32([0]), "var": np.float32([1])}
+    variables = {"params": params, "batch_stats": stats}
+    y, _ = jax.jit(partial(norm.apply, mutable=["batch_stats"]))(variables, logits)
+    wide = logits.astype(np.float64)
+    expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=5e-3)

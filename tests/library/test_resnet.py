@@ -1,0 +1,182 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from flax_attn.resnet import ATTENTIONS, _mean_pool, cifar_resnet, imagenet_resnet
+from tests.cases import normal
+
+official_cbam = partial(
+    flax_attn.CBAM,
+    use_bias=True,
+    spatial_norm=partial(nn.BatchNorm, use_running_average=False, momentum=0.99),
+)
+
+
+def count(model, size):
+    variables = jax.eval_shape(
+        partial(model.init, train=True),
+        jax.random.key(0),
+        jnp.zeros((1, size, size, 3)),
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def fixed_eca(*, name, dtype):
+    """Released ECA-Net weights: k = 3, 5, 5, 7 in the stages of a ResNet-50."""
+
+    class FixedECA(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            width = {256: 3, 512: 5, 1024: 5, 2048: 7}[x.shape[-1]]
+            return flax_attn.ECA(kernel_size=width, dtype=dtype)(x)
+
+    return FixedECA(name=name)
+
+
+# The base: torchvision's resnet50, 25,557,032. SE: the SENet code's SE-ResNet-50 has
+# biases. ECA: the paper's 80 parameters. CBAM: the official code's module.
+@pytest.mark.parametrize(
+    "attention, parameters",
+    [
+        (None, 25_557_032),
+        (partial(flax_attn.SE, use_bias=True), 28_088_024),
+        (flax_attn.SE, 28_071_976),
+        (fixed_eca, 25_557_112),
+        (flax_attn.ECA, 25_557_118),
+        (official_cbam, 28_089_624),
+    ],
+)
+def test_parameters_of_resnet_50(attention, parameters):
+    model = imagenet_resnet(50, num_classes=1000, attention=attention)
+    assert count(model, 64) == parameters
+
+
+# torchvision's resnet18, 34, 101 and 152.
+@pytest.mark.parametrize(
+    "depth, parameters",
+    [(18, 11_689_512), (34, 21_797_672), (101, 44_549_160), (152, 60_192_808)],
+)
+def test_parameters_of_the_imagenet_family(depth, parameters):
+    assert count(imagenet_resnet(depth, num_classes=1000), 64) == parameters
+
+
+# timm's resnet18d, resnet50d and ecaresnet50d.
+@pytest.mark.parametrize(
+    "depth, attention, parameters",
+    [(18, None, 11_708_744), (50, None, 25_576_264), (50, flax_attn.ECA, 25_576_350)],
+)
+def test_parameters_of_the_d_variants(depth, attention, parameters):
+    fields = {"deep_stem": True, "pooled_shortcut": True, "attention": attention}
+    assert count(imagenet_resnet(depth, num_classes=1000, **fields), 64) == parameters
+
+
+def test_a_deep_stem_is_one_for_imagenet():
+    model = cifar_resnet(8, num_classes=10, deep_stem=True)
+    with pytest.raises(ValueError, match="`deep_stem` needs `imagenet_stem`"):
+        model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_the_mean_pool_of_odd_maps_counts_what_is_there():
+    x = normal((2, 5, 4, 3), 0)
+    rows = [x[:, 0:2], x[:, 2:4], x[:, 4:5]]
+    patches = [[row[:, :, j : j + 2].mean((1, 2)) for j in (0, 2)] for row in rows]
+    expected = np.stack([np.stack(row, axis=1) for row in patches], axis=1)
+    np.testing.assert_allclose(_mean_pool(x, 2), expected, atol=1e-6)
+    np.testing.assert_array_equal(_mean_pool(x, 1), x)
+
+
+# 272,474: ResNet-20 with 1x1 projection shortcuts and ten classes.
+@pytest.mark.parametrize(
+    "attention, added",
+    [
+        (None, 0),
+        (partial(flax_attn.SE, use_bias=True), 2_373),
+        (flax_attn.ECA, 27),
+        (official_cbam, 3_273),
+    ],
+)
+def test_parameters_of_resnet_20(attention, added):
+    model = cifar_resnet(20, num_classes=10, attention=attention)
+    assert count(model, 32) == 272_474 + added
+
+
+@pytest.mark.parametrize("depth", [8, 20, 32, 44, 56, 110])
+def test_cifar_family(depth):
+    model = cifar_resnet(depth, num_classes=10)
+    n = (depth - 2) // 6
+    # Two convolutions in each of 3n blocks, the stem, two shortcuts; the head is dense.
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    paths = jax.tree_util.tree_leaves_with_path(variables["params"])
+    kernels = [leaf for _, leaf in paths if leaf.ndim == 4]
+    assert len(kernels) == 6 * n + 1 + 2
+
+
+@pytest.mark.parametrize("depth", [0, 2, 9, 19, -4])
+def test_depths_that_do_not_exist(depth):
+    with pytest.raises(ValueError, match=f"`depth` must be 6n.2 .* got {depth};"):
+        cifar_resnet(depth, num_classes=10)
+    with pytest.raises(ValueError, match="`depth` must be one of 18, 34, 50"):
+        imagenet_resnet(depth, num_classes=10)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_attention_takes_part(attention):
+    model = cifar_resnet(8, num_classes=10, attention=ATTENTIONS[attention])
+    x = normal((2, 16, 16, 3), 0)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    blocks = [p for name, p in variables["params"].items() if "_block" in name]
+    assert all(("attention" in p) == (attention != "none") for p in blocks)
+    apply = partial(model.apply, mutable=["intermediates"])
+    _, state = jax.eval_shape(apply, variables, x)
+    gates = jax.tree.leaves(state)
+    per_block = {"none": 0, "cbam": 2, "cbam-conv": 2}.get(attention, 1)
+    assert len(gates) == 3 * per_block
+
+
+@pytest.mark.parametrize("make, depth", [(cifar_resnet, 8), (imagenet_resnet, 50)])
+def test_bfloat16(make, depth):
+    model = make(depth, num_classes=7, attention=flax_attn.CBAM, dtype=jnp.bfloat16)
+    x = jnp.zeros((1, 64, 64, 3))
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    assert logits.shape == (1, 7) and logits.dtype == jnp.bfloat16
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+def test_attention_stands_between_the_last_norm_and_the_addition():
+    """With a gate of zero, only the shortcut is left."""
+    zero = partial(flax_attn.SE, gate=jnp.zeros_like)
+    model = cifar_resnet(8, num_classes=10, attention=zero)
+    x = normal((1, 16, 16, 3), 0)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    apply = partial(model.apply, capture_intermediates=True, mutable=True)
+    _, state = jax.jit(apply)(variables, x)
+    block = state["intermediates"]["stage1_block1"]["__call__"][0]
+    stem = state["intermediates"]["norm_stem"]["__call__"][0]
+    np.testing.assert_allclose(block, nn.relu(stem), atol=1e-6)
+
+
+def test_gradients_in_a_resnet_step_are_those_of_the_plain_blocks():
+    """Masks are true inside the largest program there is, with batch statistics."""
+    x = normal((8, 16, 16, 3), 0)
+    grads = []
+    for implementation in ("fast", "plain"):
+        attention = partial(flax_attn.CBAM, implementation=implementation)
+        model = cifar_resnet(8, num_classes=10, attention=attention)
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+
+        def loss(params, model=model, variables=variables):
+            logits, _ = model.apply(
+                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return (nn.log_softmax(logits) ** 2).mean()
+
+        grads.append(jax.jit(jax.grad(loss))(variables["params"]))
+    for fast, plain in zip(*map(jax.tree.leaves, grads), strict=True):
+        scale = max(np.abs(plain).max(), 1e-3)
+        np.testing.assert_allclose(fast / scale, plain / scale, rtol=0, atol=2e-4)

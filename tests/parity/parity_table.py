@@ -1,0 +1,362 @@
+"""``python -m tests.parity.parity_table`` prints the README's table; needs ``parity``.
+
+A row is a block of a reference: the article, the official code, timm. Its figures are
+the largest errors over the block's cases and both implementations, each relative to the
+largest entry of the array that is compared, or to 1 where that is larger. The tests
+demand at most ``LIMIT`` of every case.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from itertools import chain
+
+import jax
+import numpy as np
+
+from flax_attn import presets
+from tests import cases
+from tests.parity import make_golden
+
+LIMIT = 1e-5
+
+
+def named(tree):
+    """The leaves of a tree of dictionaries, by their path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
+
+
+def errors(actual, expected):
+    """The largest error of each array, relative to its largest entry or 1."""
+    assert actual.keys() == expected.keys()
+    found = {}
+    for name, array in expected.items():
+        assert actual[name].shape == array.shape, name
+        error = np.abs(np.asarray(actual[name], np.float64) - array).max()
+        found[name] = float(error / max(np.abs(array).max(), 1.0))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A preset beside the PyTorch module that it stands for."""
+
+    reference: str
+    name: str
+    torch: Callable
+    """Makes the module from C."""
+    layers: dict[str, str]
+    """The module's name for each layer of ours."""
+    channels: tuple[int, ...]
+    mean_first: bool = False
+    """Whether the spatial kernel's inputs are [mean, max]."""
+    one_tie_wins: bool = False
+    """Whether one of the elements that tie for a maximum gets its whole gradient."""
+
+    @property
+    def has_norm(self):
+        return any(name.endswith("norm") for name in self.layers)
+
+    @property
+    def has_maximum(self):
+        return any(name.startswith("spatial") for name in self.layers)
+
+    def make(self, *, train):
+        preset = getattr(presets, self.name)
+        return preset(train=train) if self.has_norm else preset
+
+
+def _official(name):
+    def make(*arguments):
+        from tests.parity import torch_official
+
+        return getattr(torch_official, name)(*arguments)
+
+    return make
+
+
+def _timm(file, name):
+    def make(channels):
+        from tests.parity import timm_layers
+
+        return getattr(getattr(timm_layers.load(), file), name)(channels)
+
+    return make
+
+
+def _eca(widths):
+    return lambda channels: _official("ECANet")(widths[channels])
+
+
+MLP = {"reduce": "fc1", "expand": "fc2"}
+CONV = {"conv": "conv"}
+# 20, 24 and 200 are no multiples of 16; below 8 timm's ECA is wider than the formula.
+PRESETS = [
+    Preset(
+        "official: SENet",
+        "official_se",
+        _official("SENet"),
+        {"reduce": "down", "expand": "up"},
+        (64, 20, 200),
+    ),
+    Preset(
+        "official: ECA-Net",
+        "official_eca50",
+        _eca({256: 3, 512: 5, 1024: 5, 2048: 7}),
+        CONV,
+        (256, 512, 1024, 2048),
+    ),
+    Preset(
+        "official: ECA-Net",
+        "official_eca101",
+        _eca({256: 3, 512: 3, 1024: 5, 2048: 7}),
+        CONV,
+        (512,),
+    ),
+    Preset(
+        "official: CBAM",
+        "official_cbam",
+        _official("CBAM"),
+        {
+            "channel/reduce": "ChannelGate.mlp.1",
+            "channel/expand": "ChannelGate.mlp.3",
+            "spatial/conv": "SpatialGate.spatial.conv",
+            "spatial/norm": "SpatialGate.spatial.bn",
+        },
+        (64, 20),
+        one_tie_wins=True,
+    ),
+    Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
+    Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
+    Preset("timm: `ceca`", "timm_ceca", _timm("eca", "CecaModule"), CONV, (6, 20, 128)),
+    Preset(
+        "timm: `cbam`",
+        "timm_cbam",
+        _timm("cbam", "CbamModule"),
+        {
+            "channel/reduce": "channel.fc1",
+            "channel/expand": "channel.fc2",
+            "spatial/conv": "spatial.conv.conv",
+            "spatial/norm": "spatial.conv.bn",
+        },
+        (64, 24),
+        mean_first=True,
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A preset on an input."""
+
+    preset: Preset
+    shape: tuple[int, ...]
+    """(N, H, W, C)."""
+    train: bool = False
+    relu: bool = False
+    """Whether the input went through a ReLU, so that elements tie at zero."""
+
+    @property
+    def name(self):
+        size = "x".join(map(str, self.shape))
+        flags = "-train" * self.train + "-relu" * self.relu
+        return f"{self.preset.name}-{size}{flags}"
+
+    @property
+    def has_gradients(self):
+        return not (self.relu and self.preset.one_tie_wins)
+
+    def module(self, **fields):
+        return self.preset.make(train=self.train)(**fields)
+
+    def arrays(self):
+        """Variables, input and cotangent."""
+        seed = zlib.crc32(self.name.encode()) % 10**6
+        x = cases.normal(self.shape, seed)
+        if self.relu:
+            # One whole channel and one whole position are zero.
+            x = np.maximum(x, 0)
+            x[..., 0] = x[:, 0, 0] = 0
+        variables = dict(cases.variables_for(self.module(), x, seed))
+        if "batch_stats" in variables:
+            variables["batch_stats"] = jax.tree_util.tree_map_with_path(
+                lambda path, a: np.abs(a) + 0.5 if path[-1].key == "var" else a,
+                variables["batch_stats"],
+            )
+        return variables, x, cases.normal(self.shape, seed + 1)
+
+
+def _cases(preset):
+    first, *others = preset.channels
+    train = preset.has_norm
+    yield Case(preset, (2, 5, 7, first))
+    # Of few logits that are nearly equal, float32 gives no BatchNorm gradient to 1e-5,
+    # in PyTorch no more than here.
+    yield Case(preset, (8, 1, 1, first), train)
+    for channels in others:
+        yield Case(preset, (2, 5, 7, channels), train)
+    if preset.has_maximum:
+        yield Case(preset, (2, 5, 4, first), train, relu=True)
+
+
+CASES = [case for preset in PRESETS for case in _cases(preset)]
+
+
+def run_flax(case, implementation, variables, x, cotangent):
+    """Our output, gradients and new batch statistics for ``case``."""
+    module = case.module(implementation=implementation)
+
+    @jax.jit
+    def run(variables, x, cotangent):
+        def apply(params, x):
+            both = variables | {"params": params}
+            return module.apply(both, x, mutable=["batch_stats"])
+
+        y, pullback, state = jax.vjp(apply, variables["params"], x, has_aux=True)
+        return y, pullback(cotangent), state
+
+    y, (d_params, d_x), state = run(variables, x, cotangent)
+    arrays = {"y": y} | named(state)
+    if case.has_gradients:
+        arrays |= {"x": d_x} | named({"params": d_params})
+    return arrays
+
+
+def run_torch(case, variables, x, cotangent):
+    """The same of the PyTorch module, in flax's layouts and by our names."""
+    import torch
+
+    module = case.preset.torch(x.shape[-1]).train(case.train)
+    places = dict(_places(case.preset, variables, module))
+    with torch.no_grad():
+        for name, leaf in named(variables).items():
+            places[name].copy_(_to_torch(case.preset, leaf, places[name].shape))
+    arrays = make_golden.output_and_gradient(module, x, cotangent)
+    if not case.has_gradients:
+        del arrays["x"]
+    n = math.prod(x.shape[:-1])
+    for name, leaf in named(variables).items():
+        if name.startswith("batch_stats"):
+            arrays[name] = places[name].numpy().copy()
+            if case.train and name.endswith("var"):
+                momentum = _norm(module).momentum
+                kept = (1 - momentum) * leaf
+                # The biased variance, of which Flax keeps the average.
+                arrays[name] = kept + (arrays[name] - kept) * (n - 1) / n
+        elif case.has_gradients:
+            arrays[name] = _to_flax(case.preset, places[name].grad, leaf.shape)
+    return arrays
+
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def _places(preset, variables, module):
+    """The PyTorch tensor for each of our leaves, which are all that there are."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = {n: t for n, t in tensors.items() if t.ndim}  # Without a step counter.
+    for name in named(variables):
+        _, *layer, leaf = name.split("/")
+        yield name, tensors.pop(f"{preset.layers['/'.join(layer)]}.{LEAVES[leaf]}")
+    assert not tensors, tensors.keys()
+
+
+def _norm(module):
+    import torch
+
+    (norm,) = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    return norm
+
+
+def _to_torch(preset, leaf, shape):
+    import torch
+
+    if leaf.ndim == 1:
+        return torch.tensor(leaf)
+    if preset.mean_first and leaf.ndim == 4:
+        leaf = np.flip(leaf, 2).copy()
+    return make_golden.to_torch(leaf).reshape(shape)
+
+
+def _to_flax(preset, weight, shape):
+    if weight.ndim == 1:
+        return weight.numpy()
+    array = make_golden.to_flax(weight).reshape(shape)
+    return np.flip(array, 2) if preset.mean_first and array.ndim == 4 else array
+
+
+def preset_errors(case):
+    """The error of each array of a case of a preset, in each implementation."""
+    arrays = case.arrays()
+    expected = run_torch(case, *arrays)
+    return {
+        implementation: errors(run_flax(case, implementation, *arrays), expected)
+        for implementation in cases.IMPLEMENTATIONS
+    }
+
+
+def article_errors(case, implementation, expected):
+    """The error of each array of a case of the article's blocks."""
+    variables, x, cotangent = case.arrays()
+    module = case.module(implementation=implementation)
+    y, d_variables, d_x = cases.forward_and_gradients(module, variables, x, cotangent)
+    actual = {"y": y, "x": d_x, **named(d_variables["params"])}
+    return errors(actual, expected)
+
+
+def _columns(found):
+    """The largest error of the output, of the gradients and of the statistics."""
+    columns = {"output": [], "gradients": [], "statistics": []}
+    for name, error in found:
+        statistics = name.startswith("batch_stats/")
+        column = "output" if name == "y" else "gradients"
+        columns["statistics" if statistics else column].append(error)
+    return [np.max(column) if column else None for column in columns.values()]
+
+
+def article_rows():
+    """Every block of the article, with its errors by the name of the array."""
+    for block in cases.BLOCKS:
+        found = []
+        for case in (case for case in cases.LIVE if case.block == block):
+            expected = make_golden.run(case)
+            for implementation in cases.IMPLEMENTATIONS:
+                found += article_errors(case, implementation, expected).items()
+        yield "article", "article_" + block.replace("-", "_"), found
+
+
+def preset_rows():
+    """Every other preset, with its errors by the name of the array."""
+    for preset in PRESETS:
+        found = []
+        for case in (case for case in CASES if case.preset == preset):
+            for errors_of in preset_errors(case).values():
+                found += errors_of.items()
+        yield preset.reference, preset.name, found
+
+
+def main():
+    """Prints the table."""
+    print("| reference | preset | output | gradients | batch statistics |")
+    print("|---|---|---|---|---|")
+    for reference, block, found in chain(article_rows(), preset_rows()):
+        cells = [_cell(error) for error in _columns(found)]
+        print(f"| {reference} | `{block}` | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(error):
+    if error is None:
+        return ""
+    return f"{error:.0e}" if error else "0"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Converted weights against timm, torchvision and the article's blocks, live."""
+
+import importlib.util
+import pickle
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from flax_attn import convert, presets
+from flax_attn.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    ResNet,
+    cifar_resnet,
+    imagenet_resnet,
+)
+from tests import cases
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None
+    or importlib.util.find_spec("timm") is None,
+    reason="the live comparison needs the extra `parity`",
+)
+
+
+NORM = partial(nn.BatchNorm, use_running_average=True)
+timm_cbam = presets.timm_cbam(train=False)
+D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
+CBAM = {"block_args": {"attn_layer": "cbam"}}
+NETWORKS = {
+    "seresnet18": (18, presets.timm_se, {}, {}),
+    "seresnet50": (50, presets.timm_se, {}, {}),
+    "ecaresnet50d": (50, presets.timm_eca, D_VARIANT, {}),
+    "resnet18": (18, timm_cbam, {}, CBAM),
+    "resnet50": (50, timm_cbam, {}, CBAM),
+}
+
+
+@pytest.fixture(scope="module")
+def timm():
+    """timm, which imports torchvision for names that are of no use here."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # A build for CUDA on a CPU build of PyTorch: its operators do not load, but for
+        # the import it is enough that they are declared.
+        for name in [x for x in sys.modules if x.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", signature)
+    import timm
+
+    return timm
+
+
+def randomise(model, seed=0):
+    """Weights, scales and statistics such that every one of them counts."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("running_var") or (
+                key.endswith("weight") and tensor.ndim == 1
+            ):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.ndim == 1:
+                tensor.normal_(0, 0.2, generator=generator)
+            elif tensor.ndim:
+                fan = tensor[0].numel()
+                tensor.normal_(0, fan**-0.5, generator=generator)
+    return model.eval()
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, array in expected.items():
+        assert actual[key].dtype == array.dtype, key
+        np.testing.assert_array_equal(actual[key], array, err_msg=key)
+
+
+def logits_of(model, images):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
+
+
+def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
+    """The same results, and every key and bit there and back."""
+    import torch
+
+    like = jax.eval_shape(ours.init, jax.random.key(0), images)
+    variables = convert.to_flax(theirs.state_dict(), naming=naming, like=like)
+    expected = logits_of(theirs, images)
+    # Forward alone, where the level changes the time to compile and no mask.
+    quick = {"xla_backend_optimization_level": 0}
+    actual = jax.jit(ours.apply, compiler_options=quick)(variables, images)
+    if actual.ndim == 4:
+        actual = np.moveaxis(actual, -1, 1)
+    scale = max(np.abs(expected).max(), 1)
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=atol)
+
+    back = convert.to_torch(variables, naming=naming)
+    state = {
+        key.replace("shortcut.", "downsample.").replace(
+            "linear.", "fc."
+        ): tensor.numpy()
+        for key, tensor in theirs.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    assert_same(back, state)
+    tensors = {key: torch.from_numpy(array) for key, array in back.items()}
+    (rewritten or theirs).load_state_dict(tensors, strict=True)
+    if rewritten is not None:
+        np.testing.assert_array_equal(logits_of(rewritten.eval(), images), expected)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", NETWORKS)
+def test_live_networks_of_timm(timm, name):
+    depth, attention, fields, arguments = NETWORKS[name]
+    theirs = randomise(timm.create_model(name, num_classes=10, **arguments))
+    ours = imagenet_resnet(depth, num_classes=10, attention=attention, **fields)
+    check(theirs, ours, cases.normal((1, 224, 224, 3), 0), "timm")
+
+
+@needs_torch
+def test_live_pooled_shortcuts_of_odd_maps(timm):
+    from timm.models import resnet
+
+    options = {"stem_width": 8, "stem_type": "deep", "avg_down": True}
+    options |= {"channels": (16, 32, 64, 128), "num_classes": 10}
+    stages = (1, 1, 1, 1)
+    theirs = randomise(resnet.ResNet(resnet.BasicBlock, stages, **options))
+    ours = ResNet(stages, block=BasicBlock, num_classes=10, width=16, **D_VARIANT)
+    # The shortcuts halve 9x9, 5x5 and 3x3.
+    check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
+
+
+@needs_torch
+def test_live_networks_of_torchvision(timm):
+    from torchvision import ops
+    from torchvision.models import resnet
+
+    theirs = randomise(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10))
+    ours = ResNet((1, 1, 1, 1), block=BottleneckBlock, num_classes=10)
+    check(theirs, ours, cases.normal((2, 64, 64, 3), 0), "torchvision")
+    squeeze = randomise(ops.SqueezeExcitation(32, 4))
+    block = flax_attn.SE(reduction=8, use_bias=True)
+    check(squeeze, block, cases.normal((2, 5, 4, 32), 1), "torchvision", atol=1e-6)
+
+
+@needs_torch
+def test_live_blocks_of_timm(timm):
+    from timm.layers import EcaModule, SEModule
+    from timm.layers.cbam import CbamModule, ChannelAttn, SpatialAttn
+
+    pairs = [
+        (SEModule(64), presets.timm_se()),
+        (EcaModule(64), flax_attn.ECA()),
+        (ChannelAttn(64), flax_attn.ChannelAttention(hidden_features=4)),
+        (SpatialAttn(5), flax_attn.SpatialAttention(kernel_size=5, norm=NORM)),
+        (CbamModule(64, mlp_bias=True), timm_cbam(use_bias=True)),
+    ]
+    for i, (theirs, ours) in enumerate(pairs):
+        x = cases.normal((2, 6, 5, 64), i)
+        check(randomise(theirs, i), ours, x, "timm", atol=1e-6)
+
+
+@needs_torch
+@pytest.mark.parametrize("block", cases.BLOCKS)
+def test_live_blocks_of_the_article(block):
+    from tests.parity import torch_named
+
+    theirs = randomise(torch_named.build(block, 36, ratio=9, k=5))
+    ours = cases.Case(block, (), ratio=9, k=5).module()
+    check(theirs, ours, cases.normal((2, 6, 5, 36), 0), "article", atol=1e-6)
+
+
+@needs_torch
+@pytest.mark.parametrize("names", [{}, {"shortcut": "shortcut", "head": "linear"}])
+def test_live_networks_for_cifar(names):
+    from tests.parity import torch_named
+
+    make = partial(torch_named.build, "cbam", ratio=8, k=3)
+    attention = partial(flax_attn.CBAM, reduction=8, spatial_kernel_size=3)
+    theirs = randomise(torch_named.ResNet8(make, **names))
+    ours = cifar_resnet(8, num_classes=10, attention=attention)
+    # Written, the names are the usual ones.
+    usual = torch_named.ResNet8(make)
+    check(theirs, ours, cases.normal((2, 16, 16, 3), 0), "article", rewritten=usual)
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@needs_torch
+def test_live_code_in_a_file_is_not_run(tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    for protocol in (2, pickle.HIGHEST_PROTOCOL):
+        Path("evil.pth").write_bytes(pickle.dumps({"a": Evil()}, protocol))
+        with pytest.raises(ValueError, match="might be code and is not loaded"):
+            convert.load("evil.pth")
+    torch.save({"a": Evil(), "fc1.weight": torch.ones(1, 4, 1, 1)}, "evil.pt")
+    assert convert.main(["evil.pt", "out.safetensors", "--to", "flax"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: evil.pt is damaged, or holds more than arrays")
+    assert error.count("\n") == 1 and "weights_only" not in error
+    Path("evil.pth").rename("evil.safetensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        convert.load("evil.safetensors")
+    assert not Path("executed").exists() and not Path("out.safetensors").exists()
+    # The file does what it is meant to do.
+    pickle.loads(pickle.dumps(Evil()))
+    assert Path("executed").exists()
+
+
+@needs_torch
+def test_live_files_of_torch(tmp_path):
+    import torch
+
+    state = {
+        "fc1.weight": torch.randn(4, 64, 1, 1).to(torch.bfloat16),
+        "fc2.weight": torch.randn(64, 4, 1, 1).to(torch.float16).requires_grad_(),
+    }
+    path = tmp_path / "se.pth"
+    torch.save(state, path)
+    loaded = convert.load(path)
+    assert loaded["fc1.weight"].dtype == jnp.bfloat16
+    for key, tensor in state.items():
+        np.testing.assert_array_equal(
+            loaded[key].view(np.int16), tensor.detach().view(torch.int16).numpy()
+        )
+    assert_same(convert.to_torch(convert.to_flax(state)), loaded)
+
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="se.pth is damaged"):
+        convert.load(path)
+    for other in ({"epoch": 3, "state_dict": state}, [1, 2]):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="must hold a dict of tensors, got .*save"):
+            convert.load(path)
+
+
+@needs_torch
+def test_live_old_releases_of_torch_run_code(tmp_path, monkeypatch):
+    import torch
+
+    torch.save({}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(ImportError, match="PyTorch 2.6 or newer"):
+        convert.load(tmp_path / "a.pth")

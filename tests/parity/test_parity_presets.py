@@ -1,0 +1,80 @@
+"""The presets against the modules that they stand for."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+
+from flax_attn import presets
+from tests import cases
+from tests.parity import parity_table, timm_layers
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("torch", "timm"))),
+    reason="the comparison needs torch and timm, of the extra `parity`",
+)
+
+
+@pytest.mark.parametrize("case", parity_table.CASES, ids=lambda case: case.name)
+def test_live(case):
+    for implementation, errors in parity_table.preset_errors(case).items():
+        failed = {n: e for n, e in errors.items() if not e <= parity_table.LIMIT}
+        assert not failed, implementation
+
+
+def test_widths_for_any_number_of_channels():
+    """The rules of timm, which rounds in floating point, and ours, in integers."""
+    timm = timm_layers.load()
+    for channels in range(1, 4097):
+        for preset, divisor in (
+            (presets.timm_se, 8),
+            (presets.timm_cbam(train=False), 1),
+        ):
+            expected = timm.make_divisible(channels / 16, divisor, round_limit=0.0)
+            assert preset.keywords["hidden_features"](channels) == expected, channels
+    for channels in (*range(1, 20), *(2**i for i in range(5, 14)), 54, 320, 1000, 8191):
+        for preset, module in (
+            (presets.timm_eca, timm.eca.EcaModule),
+            (presets.timm_ceca, timm.eca.CecaModule),
+        ):
+            (expected,) = module(channels).conv.kernel_size
+            assert preset.keywords["kernel_size"](channels) == expected, channels
+
+
+def test_timm_stays_as_it_was():
+    before = {name: module for name, module in sys.modules.items() if is_foreign(name)}
+    timm_layers.load()
+    assert before == {n: module for n, module in sys.modules.items() if is_foreign(n)}
+
+
+def is_foreign(name):
+    return name.split(".")[0] in ("timm", "torchvision")
+
+
+def test_errors_are_relative_to_the_largest_entry_or_1():
+    expected = {"small": np.array([0.5, 0.25]), "large": np.array([[-50.0, 1.0]])}
+    actual = {"small": np.array([0.5, 0.375]), "large": np.array([[-50.0, 2.0]])}
+    assert parity_table.errors(actual, expected) == {"small": 0.125, "large": 0.02}
+    with pytest.raises(AssertionError):
+        parity_table.errors(actual | {"new": actual["small"]}, expected)
+    with pytest.raises(AssertionError):
+        parity_table.errors(actual | {"large": np.float64(-50)}, expected)
+
+
+def test_a_nan_is_an_error():
+    found = parity_table.errors({"y": np.array([np.nan])}, {"y": np.array([0.0])})
+    assert not found["y"] <= parity_table.LIMIT
+
+
+def test_the_table(monkeypatch, capsys):
+    """One line for each preset; the figures are those that test_live looks at."""
+    monkeypatch.setattr(cases, "LIVE", [])
+    found = {"y": 2e-7, "x": 3e-7, "params/a": 4e-7, "batch_stats/b": 5e-8}
+    monkeypatch.setattr(parity_table, "preset_errors", lambda case: {"fast": found})
+    parity_table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split("`")[-2] for line in lines[2:]} == set(presets.__all__) - {
+        "official_eca"
+    }
+    assert lines[-1] == "| timm: `cbam` | `timm_cbam` | 2e-07 | 4e-07 | 5e-08 |"

@@ -1,0 +1,113 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from flax_attn.resnet import ATTENTIONS
+from tests import processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_command(*arguments, cwd=ROOT, environment=os.environ):
+    environment = environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return processes.complete(
+        "train.cifar", *arguments, cwd=cwd, environment=environment
+    )
+
+
+def test_help_is_instant_and_whole():
+    start = time.perf_counter()
+    result = run_command("--help")
+    # Below a second on an idle machine; importing jax would take longer than this.
+    assert time.perf_counter() - start < 2
+    assert result.returncode == 0
+    text = result.stdout
+    for name in (*ATTENTIONS, "cifar10", "cifar100", "digits", "--workdir", "bfloat16"):
+        assert name in text
+
+
+def test_help_imports_neither_jax_nor_flax():
+    code = "import sys, train.cifar; print({'jax', 'flax', 'numpy'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+def test_digits(tmp_path, environment):
+    run = partial(run_command, environment=environment)
+    workdir = tmp_path / "run"
+    arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1)
+    arguments += ("--attention", "se", "--workdir", workdir)
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
+    accuracy = json.loads(line)["test_accuracy"]
+    assert "ResNet-8, attention se, on digits" in result.stdout
+    assert f"test accuracy {accuracy:.2%} after 1 epoch in" in result.stdout
+    assert "epoch 1/1" in result.stderr
+    # The same folder again: there is nothing left to do.
+    again = run(*arguments)
+    assert again.returncode == 0 and "Going on from step 22 of 22" in again.stderr
+    assert again.stdout == result.stdout
+    never = run(*arguments, "--resume", "never")
+    assert never.returncode == 2 and "holds an earlier run" in never.stderr
+    # Another configuration: what differs is named, and nothing is overwritten.
+    other = run(*arguments, "--seed", 1, "--learning-rate", 0.2)
+    assert other.returncode == 2
+    assert "learning_rate 0.1 (now 0.2), seed 0 (now 1); pass anoth" in other.stderr
+    assert (workdir / "metrics.jsonl").read_text() == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--attention", "cbm"], "`attention` must be one of none, se,"),
+        (["--dataset", "mnist"], "`dataset` must be one of cifar10, cifar100, digits"),
+        (["--depth", "19"], "`depth` must be 6n+2"),
+        # Before any data is fetched.
+        (["--attention", "cbm", "--dataset", "cifar10"], "`attention` must be one of"),
+        (["--depth", "19", "--dataset", "cifar10"], "`depth` must be 6n+2"),
+        (["--batch-size", "1438"], "`batch_size` must be at most the 1,437"),
+        (["--dtype", "half"], "`dtype` must be one of float32, bfloat16"),
+        (["--workdir", "{file}/run"], "cannot be written to (Not a directory)"),
+        (["--workdir", "{file}"], "cannot be written to (File exists)"),
+        (["--dataset", "cifar10", "--data-dir", "{bad}"], "is corrupt or truncated"),
+        (["--dataset", "cifar100", "--data-dir", "{file}"], "--dataset digits, which"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    """One line, exit code 2, no traceback, nothing left behind."""
+    file, bad = tmp_path / "file", tmp_path / "bad"
+    file.touch()
+    bad.mkdir()
+    (bad / "cifar-10-binary.tar.gz").write_bytes(b"not an archive")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [a.format(file=file, bad=bad) for a in arguments]
+    if "--dataset" not in arguments:
+        arguments += ["--dataset", "digits"]
+    if "--workdir" not in arguments:
+        arguments += ["--workdir", tmp_path / "run"]
+    result = run_command(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_loss_that_is_not_finite(tmp_path, environment):
+    run = partial(run_command, environment=environment)
+    arguments = ("--dataset", "digits", "--depth", 8, "--learning-rate", 1e30)
+    result = run(*arguments, "--workdir", tmp_path / "run", "--batch-size", 32)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert "The loss is" in last and "at epoch 1, step" in last
+    assert "Traceback" not in result.stderr

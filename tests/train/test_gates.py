@@ -1,0 +1,103 @@
+import contextlib
+
+import jax
+import numpy as np
+import pytest
+
+from flax_attn.inspect import colour_map, overlay
+from tests import tiny_run
+from tests.cases import normal
+from train import compare, gates
+from train.engine import config as config_lib
+from train.engine import devices, loop, workdir
+from train.engine.checkpoint import Checkpoints
+from train.engine.config import Config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of CBAM as a checkpoint of noise, and its parameters."""
+    folder = tmp_path_factory.mktemp("run")
+    config = config_lib.resolve(Config(attention="cbam", depth=8, batch_size=8))
+    inputs = loop.make_inputs(config, tiny_run.images(), devices.make_mesh(1))
+    _, shapes = loop.saved_shapes(config, inputs)
+    leaves, tree = jax.tree.flatten(shapes)
+    noise = [
+        normal(leaf.shape, i).astype(leaf.dtype).reshape(leaf.shape)
+        for i, leaf in enumerate(leaves)
+    ]
+    state = jax.tree.unflatten(tree, map(np.asarray, noise))
+    with contextlib.closing(
+        Checkpoints(folder / workdir.CHECKPOINTS, 3, print)
+    ) as checkpoints:
+        checkpoints.save(5, state, {})
+    workdir.write(folder / workdir.RUN, workdir.describe(config, 1, 1, "an abacus"))
+    return folder, state["params"]
+
+
+def files_of(folder):
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def draw(*arguments):
+    gates.main([str(a) for a in arguments])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        draw(*arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeypatch):
+    folder, params = run
+    before = files_of(folder)
+    seen = {}
+
+    def spatial_gates(model, variables, inputs, count):
+        seen.update(model=model, variables=variables, count=count)
+        return np.zeros((2, 8, 8, 3), np.uint8), {"stage1_block1": np.ones((2, 4, 4))}
+
+    monkeypatch.setattr(loop, "load", tiny_run.images)
+    monkeypatch.setattr(compare, "spatial_gates", spatial_gates)
+    out = tmp_path / "out.png"
+    draw(folder, "--out", out, "--images", 2)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert seen["count"] == 2 and seen["model"].stages == (1, 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, seen["variables"]["params"], params)
+    assert files_of(folder) == before
+
+
+def test_the_picture_is_of_overlays_and_their_colours():
+    rng = np.random.RandomState(0)
+    images = rng.randint(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    maps = {"a": rng.uniform(size=(2, 4, 4)), "b": rng.uniform(size=(2, 2, 3))}
+    *axes, bar = gates.picture(images, maps, limits=(0.25, 0.75)).axes
+    shown = np.array(axes).reshape(2, 3)
+    assert [axis.get_title() for axis in shown[0]] == ["image", "a\n4×4", "b\n2×3"]
+    for i, row in enumerate(shown):
+        laid = [overlay(images[i], m[i], limits=(0.25, 0.75)) for m in maps.values()]
+        for axis, expected in zip(row, [images[i], *laid], strict=True):
+            np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+    assert bar.get_ylim() == (0.25, 0.75) and bar.get_ylabel() == "spatial gate"
+    ends = [np.array(bar._colorbar.cmap(v)[:3]) * 255 for v in (0.0, 1.0)]
+    np.testing.assert_allclose(ends, colour_map([0.0, 1.0]))
+
+
+def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
+    folder, *_ = run
+    assert "`run` must be a workdir of train.cifar, got" in refused(capsys, tmp_path)
+    for images in (0, -3):
+        says = f"`images` must be at least 1, got {images}."
+        assert says in refused(capsys, folder, "--images", images)
+    (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
+    monkeypatch.setattr(loop, "load", tiny_run.images)
+    assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)
+    monkeypatch.setattr(compare, "spatial_gates", lambda *_, count: (None, {}))
+    assert "`run` must have a spatial gate" in refused(capsys, folder)

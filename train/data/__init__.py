@@ -1,0 +1,1 @@
+"""What is trained on: data sets, augmentation, feeding the devices."""

@@ -1,0 +1,240 @@
+"""Image sets as NumPy arrays: CIFAR from its binary files, digits from scikit-learn.
+
+The binary layout: a record is its label bytes and then 3,072 pixel bytes, the red,
+green and blue planes row by row. https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+import dataclasses
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from train.data import download
+
+
+class DataError(Exception):
+    """The data cannot be had; the message is one line that says the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images ``(N, H, W, 3)`` uint8 and labels ``(N,)`` int32, in two parts."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    num_classes: int
+    flip: bool
+    """Whether a mirrored image still shows the same thing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A published archive: where it is, how it is known to be whole, what it holds."""
+
+    name: str
+    """Its file name in the data folder, from wherever it came."""
+    urls: tuple[str, ...]
+    """Its addresses, in the order in which they are tried."""
+    size: int
+    sha256: str
+    folder: str
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    records: int
+    """Records in each training file."""
+    test_records: int
+    num_classes: int
+    label_bytes: int
+    """Bytes before the pixels of a record; the last one is the label."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all its files of images."""
+        return self.train_files + self.test_files
+
+    def file_size(self, file: str) -> int:
+        """The exact size of a file of the archive, in bytes."""
+        records = self.test_records if file in self.test_files else self.records
+        return records * (self.label_bytes + 3072)
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        name="cifar-10-binary.tar.gz",
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+        size=170_052_171,
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        folder="cifar-10-batches-bin",
+        train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        test_files=("test_batch.bin",),
+        records=10_000,
+        test_records=10_000,
+        num_classes=10,
+        label_bytes=1,
+    ),
+    "cifar100": Archive(
+        name="cifar-100-binary.tar.gz",
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
+        size=168_513_733,
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        folder="cifar-100-binary",
+        train_files=("train.bin",),
+        test_files=("test.bin",),
+        records=50_000,
+        test_records=10_000,
+        num_classes=100,
+        label_bytes=2,
+    ),
+}
+
+
+def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
+    """Returns the image set ``name``: ``"digits"`` or a key of ``ARCHIVES``.
+
+    For an archive, ``data_dir`` may be its unpacked folder, hold that folder, or hold
+    the archive; where it is none of these the archive is downloaded to it.
+
+    Args:
+      name: of the image set.
+      data_dir: for an archive.
+      urls: http or https addresses of the archive, in place of the known ones. Its
+        size and SHA-256 must be the published ones all the same.
+
+    Raises:
+      DataError: the data cannot be had.
+    """
+    for url in urls:
+        if not download.is_address(url):
+            raise DataError(
+                f"`data_url` must be addresses that begin with http:// or https://, "
+                f"got {url!r}; pass another --data-url."
+            )
+    if name == "digits":
+        return load_digits()
+    archive = ARCHIVES[name]
+    data_dir = data_dir.expanduser()
+    for folder in (data_dir, data_dir / archive.folder):
+        if folder.name == archive.folder and folder.is_dir():
+            return _from_folder(archive, folder)
+    path = data_dir / archive.name
+    if not path.exists():
+        _download(archive, path, urls or archive.urls)
+    _check_whole(archive, path)
+    return _from_tar(archive, path)
+
+
+def load_digits() -> ImageSet:
+    """Scikit-learn's 1,797 scans of digits, ``(32, 32, 3)``, in a fixed split.
+
+    Each of the 8x8 pixels becomes a 4x4 square; 1,437 images train, 360 test.
+    """
+    from sklearn.datasets import load_digits as scans
+
+    images, labels = scans(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = images.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=-1)
+    labels = labels.astype(np.int32)
+    # The published order has writer after writer; RandomState's stream never changes.
+    order = np.random.RandomState(0).permutation(len(labels))
+    train, test = order[:1437], order[1437:]
+    return ImageSet(
+        images[train], labels[train], images[test], labels[test], 10, flip=False
+    )
+
+
+def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
+    try:
+        download.fetch(urls, path, size=archive.size, sha256=archive.sha256)
+    except download.DownloadError as error:
+        raise DataError(
+            f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
+            f"found neither; downloading failed: {error}. Pass --data-dir, --data-url, "
+            "or --dataset digits, which needs no network."
+        ) from error
+
+
+def _check_whole(archive: Archive, path: Path) -> None:
+    """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
+    with path.open("rb") as file:
+        wrong = download.mismatch(file, archive.size, archive.sha256)
+    if wrong:
+        raise DataError(
+            f"{path} is corrupt or truncated: {wrong}; delete it to download it again."
+        )
+
+
+def _from_tar(archive: Archive, path: Path) -> ImageSet:
+    """Reads the files of a fixed list into memory; no path in there is trusted."""
+    wanted = {f"{archive.folder}/{name}": name for name in archive.files}
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for member in tar:
+                name = wanted.get(member.name)
+                if name is None:
+                    continue
+                if name in files:
+                    raise DataError(f"{path} is corrupt: {name} is in it twice.")
+                # Before `extractfile`, which follows links.
+                if not member.isreg():
+                    raise DataError(f"{path} is corrupt: {name} in it is not a file.")
+                _check_size(archive, path, name, member.size)
+                with cast(IO[bytes], tar.extractfile(member)) as content:
+                    files[name] = content.read(archive.file_size(name))
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path} is corrupt: {error}.") from error
+    for member_name, name in wanted.items():
+        if name not in files:
+            raise DataError(f"{path} is corrupt: {member_name} is not in it.")
+    return _decode(archive, path, files)
+
+
+def _from_folder(archive: Archive, folder: Path) -> ImageSet:
+    try:
+        files = {name: (folder / name).read_bytes() for name in archive.files}
+        return _decode(archive, folder, files)
+    except OSError as error:
+        raise DataError(
+            f"{folder} is incomplete: {error}; unpack the archive again."
+        ) from error
+
+
+def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
+    if size != archive.file_size(name):
+        raise DataError(
+            f"{source} is corrupt or truncated: {name} has {size:,} bytes, not "
+            f"{archive.file_size(name):,}; put the published file there."
+        )
+
+
+def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
+    def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        for name in names:
+            _check_size(archive, source, name, len(files[name]))
+        data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
+        data = data.reshape(-1, archive.label_bytes + 3072)
+        labels = data[:, archive.label_bytes - 1].astype(np.int32)
+        if labels.max() >= archive.num_classes:
+            raise DataError(
+                f"{source} is corrupt: it has the label {labels.max()}, but only "
+                f"{archive.num_classes} classes exist; put the published files there."
+            )
+        planes = data[:, archive.label_bytes :].reshape(-1, 3, 32, 32)
+        return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
+
+    train_images, train_labels = part(archive.train_files)
+    test_images, test_labels = part(archive.test_files)
+    return ImageSet(
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        archive.num_classes,
+        flip=True,
+    )

@@ -1,0 +1,197 @@
+"""What feeds the loop: images that live on the device, or that are read as it goes.
+
+An ``Inputs`` hands the loop what one call needs, and says, inside the compiled step,
+how images and labels come of it.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from train.data.cifar import ImageSet
+from train.engine import config as config_lib
+from train.engine import devices
+from train.engine.config import Config
+
+PAD = 4
+
+
+class Inputs(Protocol):
+    """A training part and a test part, cut into batches."""
+
+    mesh: Mesh
+    per_epoch: int
+    """Steps of an epoch."""
+    num_classes: int
+    image_size: int
+    test_size: int
+    data: Any
+    """Arrays on the device that every training call gets."""
+    test_data: Any
+    """The same for evaluation."""
+
+    def calls(self, epoch: int, done: int, size: int) -> Iterator[Any]:
+        """What each call of ``size`` steps needs, after ``done`` steps of the epoch.
+
+        A tree of arrays; their first axis is that of the steps.
+        """
+
+    def batch(
+        self, data: Any, item: Any, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalised, augmented images and the labels of one step; traced."""
+
+    def test_calls(self) -> Iterator[tuple[Any, jax.Array]]:
+        """Batches of the test part, each image once, and the weights of their rows."""
+
+    def test_batch(self, data: Any, item: Any) -> tuple[jax.Array, jax.Array]:
+        """Normalised images and labels of one batch; traced."""
+
+    def position(self) -> Any:
+        """Where the training part is being read, of JSON types."""
+
+    def go_to(self, position: Any) -> None:
+        """Makes the next batch the one that came next at ``position``."""
+
+    def close(self) -> None:
+        """Ends what reads."""
+
+
+@flax.struct.dataclass
+class DeviceData:
+    """One part of an image set on the device, with what normalises its pixels."""
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+
+class DeviceInputs:
+    """Images that live whole on each device; a call needs their indices alone."""
+
+    def __init__(self, images: ImageSet, config: Config, mesh: Mesh) -> None:
+        """Puts the images on the devices.
+
+        Raises:
+          ValueError: the images do not fill a batch.
+        """
+        filled = config_lib.resolve(config)
+        check_fills(filled, len(images.train_images))
+        self.mesh = mesh
+        self.batch_size = filled.batch_size
+        self.size = len(images.train_images)
+        self.per_epoch = self.size // self.batch_size
+        self.num_classes = images.num_classes
+        self.image_size = images.train_images.shape[1]
+        self.test_size = len(images.test_images)
+        self.flip = images.flip
+        self.data, self.test_data = to_device(images, mesh)
+        self.order_key = jax.random.split(jax.random.key(config.seed), 3)[1]
+
+    def calls(self, epoch: int, done: int, size: int) -> Iterator[jax.Array]:
+        """Yields indices ``(steps, batch)``."""
+        order = np.asarray(epoch_order(self.order_key, epoch, self.size), np.int32)
+        order = order[: self.per_epoch * self.batch_size].reshape(self.per_epoch, -1)
+        for start in range(done, self.per_epoch, size):
+            yield devices.share(order[start : start + size], self.mesh, axis=1)
+
+    def batch(
+        self, data: DeviceData, item: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Takes the images of the indices ``item`` and augments them."""
+        images = augment(data.images[item], key, flip=self.flip)
+        return normalise(images, data), data.labels[item]
+
+    def test_calls(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yields indices and weights; the filling of the last batch weighs nothing."""
+        for start in range(0, self.test_size, self.batch_size):
+            indices = np.arange(start, start + self.batch_size, dtype=np.int32)
+            weights = (indices < self.test_size).astype(np.float32)
+            indices = np.minimum(indices, self.test_size - 1)
+            yield devices.share((indices, weights), self.mesh, axis=0)
+
+    def test_batch(
+        self, data: DeviceData, item: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Takes the images of the indices ``item``."""
+        return normalise(data.images[item], data), data.labels[item]
+
+    def position(self) -> None:
+        """Nothing: the order is a function of the seed and the epoch."""
+
+    def go_to(self, position: None) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def check_fills(config: Config, size: int) -> None:
+    """Raises ``ValueError`` for a batch that ``size`` training images cannot fill."""
+    config = config_lib.resolve(config)
+    if config.batch_size > size:
+        raise ValueError(
+            f"`batch_size` must be at most the {size:,} training images of "
+            f"{config.dataset}, got {config.batch_size:,}."
+        )
+
+
+def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:
+    """Both parts on each device, to be normalised by the training part's statistics."""
+    values = np.arange(256) / 255
+    mean, std = np.empty((2, 1, 1, 1, 3), np.float32)
+    for c in range(3):
+        counts = np.bincount(images.train_images[..., c].ravel(), minlength=256)
+        mean[..., c] = np.average(values, weights=counts)
+        variance = np.average((values - mean[..., c].item()) ** 2, weights=counts)
+        std[..., c] = np.sqrt(variance)
+    return (
+        DeviceData(
+            *devices.replicate(
+                (images.train_images, images.train_labels, mean, std), mesh
+            )
+        ),
+        DeviceData(
+            *devices.replicate(
+                (images.test_images, images.test_labels, mean, std), mesh
+            )
+        ),
+    )
+
+
+def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
+    """The order of the training images, a function of the key and the epoch alone."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), size)
+
+
+def augment(images: jax.Array, key: jax.Array, *, flip: bool) -> jax.Array:
+    """Moves each image by up to 4 pixels and mirrors it by the toss of its own coin.
+
+    Args:
+      images: ``(N, H, W, C)``; what moves in from outside is 0.
+      key: for the draws, one of each kind per image.
+      flip: whether to mirror at all.
+    """
+    shift_key, flip_key = jax.random.split(key)
+    shape = images.shape[1:]
+    padded = jnp.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+    corners = jax.random.randint(shift_key, (len(images), 2), 0, 2 * PAD + 1)
+    images = jax.vmap(lambda x, c: lax.dynamic_slice(x, (c[0], c[1], 0), shape))(
+        padded, corners
+    )
+    if flip:
+        coins = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        images = jnp.where(coins, images[:, :, ::-1], images)
+    return images
+
+
+def normalise(images: jax.Array, data: Any) -> jax.Array:
+    """Pixels 0..255 less ``data.mean``, over ``data.std``: in 0..1, per channel."""
+    return (images.astype(jnp.float32) / 255 - data.mean) / data.std

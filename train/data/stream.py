@@ -1,0 +1,110 @@
+"""Images of a folder as the loop's inputs, read and cut on the host as it goes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from train.data import folders
+from train.data.inputs import check_fills, normalise
+from train.engine import config as config_lib
+from train.engine import devices
+from train.engine.config import Config
+
+# Of ImageNet's training images, red, green and blue, as torchvision and timm have them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+@flax.struct.dataclass
+class Scale:
+    """What normalises pixels."""
+
+    mean: jax.Array | np.ndarray
+    std: jax.Array | np.ndarray
+
+
+class FolderInputs:
+    """Batches that Grain reads; each process reads its rows of them."""
+
+    def __init__(
+        self, images: folders.FolderImages, config: Config, mesh: Mesh
+    ) -> None:
+        """Begins to read.
+
+        Raises:
+          ValueError: the images do not fill a batch.
+        """
+        config = config_lib.resolve(config)
+        check_fills(config, len(images.train))
+        self.mesh = mesh
+        self.images = images
+        self.image_size = config.image_size
+        self.per_epoch = len(images.train) // config.batch_size
+        self.num_classes = images.num_classes
+        self.test_size = len(images.test)
+        self.options: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "image_size": config.image_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.batches = folders.train_batches(images, seed=config.seed, **self.options)
+        mean, std = (np.array(s, np.float32).reshape(1, 1, 1, 3) for s in (MEAN, STD))
+        scale = Scale(mean, std)
+        self.data = self.test_data = devices.replicate(scale, mesh)
+
+    def calls(self, epoch: int, done: int, size: int) -> Iterator[Any]:
+        """Yields ``{"image": (steps, batch, H, W, 3), "label": (steps, batch)}``."""
+        for start in range(done, self.per_epoch, size):
+            steps = min(size, self.per_epoch - start)
+            batches = [next(self.batches) for _ in range(steps)]
+            stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+            yield devices.join_shares(stacked, self.mesh, axis=1)
+
+    def batch(
+        self, data: Scale, item: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises; the crops were drawn on the host."""
+        return normalise(item["image"], data), item["label"]
+
+    def test_calls(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+        """Yields batches in order, the last one filled up with weight 0."""
+        batches = folders.evaluation_batches(self.images, **self.options)
+        try:
+            for item in batches:
+                item = devices.join_shares(item, self.mesh, axis=0)
+                yield item, item.pop("weight")
+        finally:
+            batches.close()
+
+    def test_batch(
+        self, data: Scale, item: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises."""
+        return normalise(item["image"], data), item["label"]
+
+    def position(self) -> dict[str, Any]:
+        """Grain's state, and what it is a position in."""
+        return {"state": self.batches.get_state(), "images": len(self.images.train)}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Sets Grain's state.
+
+        Raises:
+          ValueError: the folder does not hold as many images as it did.
+        """
+        if position["images"] != len(self.images.train):
+            raise ValueError(
+                f"`data_dir` holds {len(self.images.train):,} training images and held "
+                f"{position['images']:,} when the run began; bring them back, or begin "
+                "anew with another --workdir."
+            )
+        self.batches.set_state(position["state"])
+
+    def close(self) -> None:
+        """Ends the threads that read."""
+        self.batches.close()

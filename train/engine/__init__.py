@@ -1,0 +1,1 @@
+"""What a run is made of: configuration, state, steps, loop, checkpoints."""

@@ -1,0 +1,136 @@
+"""A run's folder: which run it holds, and files that are never half-written."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from train.engine import config as config_lib
+from train.engine.config import Config
+
+METRICS = "metrics.jsonl"
+TIMING = "timing.jsonl"
+RUN = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+def choose(config: Config) -> Path:
+    """The folder that was asked for, or a new one under runs/."""
+    if config.workdir is not None:
+        return config.workdir
+    now = time.strftime("%Y%m%d-%H%M%S")
+    dataset = config_lib.resolve(config).dataset
+    name = f"{now}-{dataset}-resnet{config.depth}-{config.attention}"
+    return Path("runs") / name
+
+
+def check(workdir: Path, config: Config) -> None:
+    """Raises ``ValueError`` unless ``config`` may begin, or go on, in ``workdir``.
+
+    Nothing is written.
+    """
+    described = workdir / RUN
+    if not described.exists():
+        metrics = workdir / METRICS
+        if metrics.exists() and metrics.stat().st_size:
+            raise ValueError(
+                f"`workdir` {workdir} holds an earlier run but no {RUN}, so that it "
+                "cannot be gone on with; pass another --workdir."
+            )
+        return
+    try:
+        there = json.loads(described.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`workdir` {workdir} holds a {RUN} that cannot be read ({error}); pass "
+            "another --workdir."
+        ) from error
+    wanted = config_lib.recipe(config)
+    names = sorted({n for n in wanted | there if wanted.get(n) != there.get(n)})
+    if names:
+        differences = ", ".join(
+            f"{n} {there.get(n)} (now {wanted.get(n)})" for n in names
+        )
+        raise ValueError(
+            f"`workdir` {workdir} holds a run of another configuration: {differences}; "
+            "pass another --workdir."
+        )
+    if config.resume == "never":
+        raise ValueError(
+            f"`workdir` {workdir} holds an earlier run; pass another --workdir, or "
+            "--resume auto to go on with it."
+        )
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+    """Makes the folder and holds it, so that no two runs write to it at once.
+
+    Raises:
+      ValueError: another process holds it, it cannot be written to, or ``check``.
+    """
+    check(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"`workdir` {workdir} cannot be written to ({error.strerror}); pass "
+            "another --workdir."
+        ) from error
+    with lock:
+        try:
+            # Let go of by the system when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"`workdir` {workdir} is in use by another process; wait for its end, "
+                "or pass another --workdir."
+            ) from error
+        # Once more: who held it until now may have begun another run.
+        check(workdir, config)
+        yield
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a reader sees the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replaces a file by one line of JSON for each of ``lines``."""
+    write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+
+def describe(config: Config, parameters: int, attention: int, machine: str) -> str:
+    """The text of run.json: what is trained, and with what."""
+    packages = ("flax-attn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"  # Run from a checkout, say.
+    fields = {
+        "config": config_lib.recipe(config),
+        "parameters": parameters,
+        "attention_parameters": attention,
+        "machine": machine,
+        "versions": versions,
+    }
+    return json.dumps(fields, indent=1) + "\n"

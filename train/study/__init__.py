@@ -1,0 +1,1 @@
+"""What several runs say: statistics, tables and plots."""
