@@ -8,6 +8,7 @@ from typing import Any
 from flax import linen as nn
 
 from flax_attn.blocks.bam import BAM
+from flax_attn.blocks.base import Attention
 from flax_attn.blocks.cbam import CBAM
 from flax_attn.blocks.channel import ECA, SE, ChannelAttention
 from flax_attn.blocks.layout import ChannelsFirst
@@ -15,6 +16,7 @@ from flax_attn.blocks.scse import scSE
 from flax_attn.blocks.spatial import SpatialAttention
 
 __all__ = [
+    "Attention",
     "BAM",
     "BLOCKS",
     "CBAM",

@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
+    Attention,
     GateFn,
     ModuleDef,
     Width,
@@ -21,7 +22,7 @@ from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
 from flax_attn.functional import Array, Implementation
 
 
-class BAM(nn.Module):
+class BAM(Attention):
     """Bottleneck Attention Module, https://arxiv.org/abs/1807.06514, eqs. 1-5.
 
     ``y = x * (1 + gate(channel(x) + spatial(x)))``, where ``channel`` is an MLP of the
@@ -81,6 +82,8 @@ class BAM(nn.Module):
     References: Park, Woo, Lee, Kweon. BAM: Bottleneck Attention Module.
     https://arxiv.org/abs/1807.06514, 2018.
     """
+
+    gates = {"element_gate": "element_gate"}
 
     reduction: int = 16
     dilation: int = 4

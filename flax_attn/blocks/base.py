@@ -1,7 +1,7 @@
-"""What the modules share beside the arithmetic: types, a start, a norm, a layer."""
+"""What a block is, and what the blocks share beside the arithmetic."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,17 @@ from flax_attn.functional import Array
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
 Width = int | Callable[[int], int]
+
+
+class Attention(nn.Module):
+    """An attention block: maps ``(..., H, W, C)`` to the same shape.
+
+    Attributes:
+      gates: the gates that a class itself sows: the name of each by the method that
+        sows it. Those of the blocks inside it are theirs to declare.
+    """
+
+    gates: ClassVar[Mapping[str, str]] = {}
 
 
 def width_of(field: str, value: Width, features: int) -> int:

@@ -9,13 +9,13 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.blocks.base import GateFn, ModuleDef, Width
+from flax_attn.blocks.base import Attention, GateFn, ModuleDef, Width
 from flax_attn.blocks.channel import ChannelAttention
 from flax_attn.blocks.spatial import SpatialAttention
 from flax_attn.functional import Array, Excite, Implementation
 
 
-class CBAM(nn.Module):
+class CBAM(Attention):
     """Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521, eq. 1.
 
     ``y = x * channel_gate(x)``, then ``y * spatial_gate(y)``::

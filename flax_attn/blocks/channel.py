@@ -14,11 +14,19 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.blocks.base import Conv, GateFn, Width, gate_of, last_layer, width_of
+from flax_attn.blocks.base import (
+    Attention,
+    Conv,
+    GateFn,
+    Width,
+    gate_of,
+    last_layer,
+    width_of,
+)
 from flax_attn.functional import Array, Excite, Implementation, Padding, Pool
 
 
-class SE(nn.Module):
+class SE(Attention):
     """Squeeze-and-Excitation, https://arxiv.org/abs/1709.01507, eqs. 2-4.
 
     Scales channel ``c`` of ``x`` by ``gate(expand(act(reduce(mean_hw(x)))))[c]``::
@@ -64,6 +72,8 @@ class SE(nn.Module):
     https://arxiv.org/abs/1709.01507, 2017.
     """
 
+    gates = {"channel_gate": "channel_gate"}
+
     reduction: int = 16
     hidden_features: Width | None = None
     pool: Pool = "avg"
@@ -93,7 +103,7 @@ class SE(nn.Module):
         return _channel_gate(self, x, mask, pools=(self.pool,), excite=mlp)
 
 
-class ECA(nn.Module):
+class ECA(Attention):
     """Efficient Channel Attention, https://arxiv.org/abs/1910.03151, eqs. 7 and 12.
 
     Scales channel ``c`` of ``x`` by ``gate(conv(mean_hw(x)))[c]``, where ``conv`` runs
@@ -142,6 +152,8 @@ class ECA(nn.Module):
     Deep Convolutional Neural Networks. https://arxiv.org/abs/1910.03151, 2019.
     """
 
+    gates = {"channel_gate": "channel_gate"}
+
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
@@ -172,7 +184,7 @@ class ECA(nn.Module):
         return _channel_gate(self, x, mask, pools=(self.pool,), excite=_conv)
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(Attention):
     """The channel half of CBAM, https://arxiv.org/abs/1807.06521, eq. 2.
 
     Scales channel ``c`` of ``x`` by ``gate(f(mean_hw(x)) + f(max_hw(x)))[c]``, where
@@ -229,6 +241,8 @@ class ChannelAttention(nn.Module):
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.
     """
+
+    gates = {"channel_gate": "channel_gate"}
 
     reduction: int = 16
     excite: Excite = "mlp"

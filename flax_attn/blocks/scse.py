@@ -9,7 +9,7 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.blocks.base import GateFn, Width, gate_of, last_layer
+from flax_attn.blocks.base import Attention, GateFn, Width, gate_of, last_layer
 from flax_attn.blocks.channel import SE
 from flax_attn.functional import Array, Implementation
 
@@ -18,7 +18,7 @@ Combine = Literal["add", "max"]
 COMBINATIONS: tuple[Combine, ...] = ("add", "max")
 
 
-class scSE(nn.Module):
+class scSE(Attention):
     """Concurrent spatial and channel SE, https://arxiv.org/abs/1803.02579, eqs. 1-3.
 
     ``y = x * channel_gate(x) + x * spatial_gate(x)``, where the first is SE's gate and
@@ -70,6 +70,8 @@ class scSE(nn.Module):
     The maximum: Recalibrating Fully Convolutional Networks with Spatial and
     Channel 'Squeeze & Excitation' Blocks. https://arxiv.org/abs/1808.08127, 2018.
     """
+
+    gates = {"spatial_gate": "spatial_gate"}
 
     reduction: int = 2
     combine: Combine = "add"

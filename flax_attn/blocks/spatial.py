@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
+    Attention,
     Conv,
     GateFn,
     ModuleDef,
@@ -19,7 +20,7 @@ from flax_attn.blocks.base import (
 from flax_attn.functional import Array, Implementation
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(Attention):
     """The spatial half of CBAM, https://arxiv.org/abs/1807.06521, eq. 3.
 
     Scales position ``(h, w)`` of ``x`` by ``gate(conv([max_c(x), mean_c(x)]))[h, w]``,
@@ -67,6 +68,8 @@ class SpatialAttention(nn.Module):
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.
     """
+
+    gates = {"gate_of": "spatial_gate"}
 
     kernel_size: int = 7
     norm: ModuleDef | None = None
