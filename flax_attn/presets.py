@@ -59,7 +59,7 @@ from flax_attn import functional
 from flax_attn.blocks.cbam import CBAM
 from flax_attn.blocks.channel import ECA, SE, ChannelAttention
 from flax_attn.blocks.spatial import SpatialAttention
-from flax_attn.functional import Array
+from flax_attn.functional import Array, checks
 
 __all__ = [
     "article_cbam",
@@ -170,8 +170,8 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
             "{256: 3, 512: 5, 1024: 5, 2048: 7}."
         )
     for features, width in widths.items():
-        functional.check_positive("widths", features)
-        functional.check_odd("widths", width)
+        checks.check_positive("widths", features)
+        checks.check_odd("widths", width)
     return partial(
         ECA,
         kernel_size=partial(_width_of, dict(widths)),

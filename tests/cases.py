@@ -7,10 +7,9 @@ from functools import partial
 import jax
 import numpy as np
 
-from flax_attn.resnet import ATTENTIONS
+from flax_attn.blocks import BLOCKS
 from tests import references
 
-BLOCKS = {name: make for name, make in ATTENTIONS.items() if make is not None}
 IMPLEMENTATIONS = ("fast", "plain")
 
 REFERENCES = {
@@ -22,7 +21,11 @@ REFERENCES = {
     "spatial": references.spatial,
     "cbam": references.cbam,
     "cbam-conv": references.cbam_conv,
+    "bam": references.bam,
+    "scse": references.scse,
+    "scse-max": partial(references.scse, combine=np.maximum),
 }
+ARTICLE = tuple(name for name in BLOCKS if not name.startswith(("bam", "scse")))
 
 
 def normal(shape, seed):
@@ -94,7 +97,7 @@ class Case:
 def _cases(shapes, kernels):
     return [
         Case(block, shape, ratio, k)
-        for block in BLOCKS
+        for block in ARTICLE
         for shape, ratio in shapes
         for k in (kernels if "cbam" in block or block == "spatial" else (7,))
     ]

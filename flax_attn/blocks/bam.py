@@ -19,7 +19,7 @@ from flax_attn.blocks.base import (
     normalise,
 )
 from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
-from flax_attn.functional import Array, Implementation
+from flax_attn.functional import Array, Implementation, checks
 
 
 class BAM(Attention):
@@ -107,28 +107,28 @@ class BAM(Attention):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the gate is zero there.
         """
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.keep(x, functional.check_mask(mask, x))
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
         x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
         return x * gate if self.identity_init else x * (1 + gate)
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, C)``."""
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        valid = functional.check_mask(mask, x)
-        x = functional.keep(x, valid)
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        valid = checks.check_mask(mask, x)
+        x = functional.apply_mask(x, valid)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
         axes = tuple(range(-1 - self.spatial_dims, -1))
         rows = None if valid is None else valid.any(axes, keepdims=True)
         channel = normalise(self, channel, rows, "channel_norm")
         logits = channel + self._spatial_logits(x, valid)
-        gate = functional.keep(gate_of(self, logits), valid)
+        gate = functional.apply_mask(gate_of(self, logits), valid)
         self.sow("intermediates", "element_gate", gate)
         return gate
 
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
-        functional.check_positive("dilation", self.dilation)
+        checks.check_positive("dilation", self.dilation)
         hidden = hidden_width(self, x.shape[-1])
         conv = partial(
             nn.Conv,
@@ -144,7 +144,7 @@ class BAM(Attention):
         wide = partial(inner, threes, kernel_dilation=self.dilation)
         y = inner(ones, name="spatial_reduce")(x)
         # A bias fills the padding, which the next convolution would look into.
-        y = wide(name="spatial_conv1")(functional.keep(y, mask))
-        y = wide(name="spatial_conv2")(functional.keep(y, mask))
+        y = wide(name="spatial_conv1")(functional.apply_mask(y, mask))
+        y = wide(name="spatial_conv2")(functional.apply_mask(y, mask))
         y = conv(1, ones, **last_layer(self), name="spatial_expand")(y)
         return normalise(self, y, mask, "spatial_norm")

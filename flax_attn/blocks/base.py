@@ -9,8 +9,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 
-from flax_attn import functional
-from flax_attn.functional import Array
+from flax_attn.functional import Array, checks
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
@@ -33,7 +32,7 @@ def width_of(field: str, value: Width, features: int) -> int:
     if not callable(value):
         return value
     width = value(features)
-    if not functional.is_int(width):
+    if not checks.is_int(width):
         raise ValueError(
             f"`{field}` is a function, which must return an integer, got {width!r} for "
             f"{features} channels; return an int."

@@ -12,7 +12,7 @@ from flax_attn import functional
 from flax_attn.blocks.base import Attention, GateFn, ModuleDef, Width
 from flax_attn.blocks.channel import ChannelAttention
 from flax_attn.blocks.spatial import SpatialAttention
-from flax_attn.functional import Array, Excite, Implementation
+from flax_attn.functional import Array, Excite, Implementation, checks
 
 
 class CBAM(Attention):
@@ -105,7 +105,7 @@ class CBAM(Attention):
         nothing and comes out as zero, and the spatial gate is zero there.
         """
         # Checked here as well, under the name that the user wrote.
-        functional.check_odd("spatial_kernel_size", self.spatial_kernel_size)
+        checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
         common: dict[str, Any] = {
             "gate": self.gate,
             "dtype": self.dtype,
@@ -137,8 +137,8 @@ class CBAM(Attention):
             name="spatial",
         )
         # spatial(channel(x)), but for the squeeze that is taken with the first product.
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.keep(x, functional.check_mask(mask, x))
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
         x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
         y, maps = functional.scale_and_squeeze(
             x,

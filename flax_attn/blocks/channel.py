@@ -23,7 +23,7 @@ from flax_attn.blocks.base import (
     last_layer,
     width_of,
 )
-from flax_attn.functional import Array, Excite, Implementation, Padding, Pool
+from flax_attn.functional import Array, Excite, Implementation, Padding, Pool, checks
 
 
 class SE(Attention):
@@ -274,7 +274,7 @@ class ChannelAttention(Attention):
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        functional.check_choice("excite", self.excite, functional.EXCITES)
+        checks.check_choice("excite", self.excite, functional.EXCITES)
         excite = mlp if self.excite == "mlp" else _conv
         return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
 
@@ -282,7 +282,7 @@ class ChannelAttention(Attention):
 def _scale(module: Any, x: Array, gate: Array, mask: Array | None) -> Array:
     x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
     return functional.scale(
-        functional.keep(x, functional.check_mask(mask, x)),
+        functional.apply_mask(x, checks.check_mask(mask, x)),
         gate,
         spatial_dims=module.spatial_dims,
         implementation=module.implementation,
@@ -313,12 +313,12 @@ def channel_logits(
     excite: Callable[..., Any],
 ) -> Array:
     """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
-    x = functional.check_feature_map(x, spatial_dims=module.spatial_dims)
+    x = checks.check_feature_map(x, spatial_dims=module.spatial_dims)
     logits_of = excite(module, x.shape[-1])
     squeeze = partial(
         functional.squeeze_spatial,
         x,
-        mask=functional.check_mask(mask, x),
+        mask=checks.check_mask(mask, x),
         spatial_dims=module.spatial_dims,
         implementation=module.implementation,
     )
@@ -332,10 +332,10 @@ def hidden_width(module: Any, features: int) -> int:
     """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
-        functional.check_positive("reduction", module.reduction)
+        checks.check_positive("reduction", module.reduction)
         hidden = max(features // module.reduction, 1)
     hidden = width_of("hidden_features", hidden, features)
-    functional.check_positive("hidden_features", hidden)
+    checks.check_positive("hidden_features", hidden)
     return hidden
 
 
@@ -359,12 +359,12 @@ def mlp(module: Any, features: int) -> Callable[[Array], Array]:
 
 def _conv(module: Any, features: int) -> Callable[[Array], Array]:
     """The convolution along C, as a function of descriptors ``(..., C)``."""
-    functional.check_choice("padding", module.padding, functional.PADDINGS)
+    checks.check_choice("padding", module.padding, functional.PADDINGS)
     width = module.kernel_size
     if width is None:
         width = functional.eca_kernel_size(features, gamma=module.gamma, b=module.b)
     width = width_of("kernel_size", width, features)
-    functional.check_odd("kernel_size", width)
+    checks.check_odd("kernel_size", width)
     return Conv(
         partial(
             functional.conv_channels,

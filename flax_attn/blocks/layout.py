@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_attn import functional
+from flax_attn.functional import checks
 
 
 class ChannelsFirst(nn.Module):
@@ -47,7 +47,7 @@ class ChannelsFirst(nn.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns ``module(x, *args, **kwargs)`` for ``x`` of shape (..., C, H, W)."""
         x = jnp.asarray(x)
-        functional.check_positive("spatial_dims", self.spatial_dims)
+        checks.check_positive("spatial_dims", self.spatial_dims)
         inner = getattr(self.module, "spatial_dims", self.spatial_dims)
         if inner != self.spatial_dims:
             raise ValueError(
@@ -56,7 +56,7 @@ class ChannelsFirst(nn.Module):
             )
         channels = -1 - self.spatial_dims
         if x.ndim < -channels:
-            spatial = functional.LAYOUTS.get(self.spatial_dims, "...")
+            spatial = checks.LAYOUTS.get(self.spatial_dims, "...")
             raise ValueError(
                 f"`x` must have at least {-channels} axes (..., C, {spatial}), got "
                 f"shape {x.shape}; add the missing axes, e.g. "

@@ -11,7 +11,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, GateFn, Width, gate_of, last_layer
 from flax_attn.blocks.channel import SE
-from flax_attn.functional import Array, Implementation
+from flax_attn.functional import Array, Implementation, checks
 
 Combine = Literal["add", "max"]
 
@@ -90,7 +90,7 @@ class scSE(Attention):
 
     def setup(self) -> None:
         """Makes the two halves."""
-        functional.check_choice("combine", self.combine, COMBINATIONS)
+        checks.check_choice("combine", self.combine, COMBINATIONS)
         common: dict[str, Any] = {
             "use_bias": self.use_bias,
             "dtype": self.dtype,
@@ -117,8 +117,8 @@ class scSE(Attention):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the spatial gate is zero there.
         """
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.keep(x, functional.check_mask(mask, x))
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
         x, channel, spatial = promote_dtype(
             x,
             self.channel.channel_gate(x, mask),
@@ -142,9 +142,9 @@ class scSE(Attention):
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        mask = functional.check_mask(mask, x)
-        logits = self.spatial(functional.keep(x, mask))
-        gate = functional.keep(gate_of(self, logits), mask)
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        mask = checks.check_mask(mask, x)
+        logits = self.spatial(functional.apply_mask(x, mask))
+        gate = functional.apply_mask(gate_of(self, logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate

@@ -17,7 +17,7 @@ from flax_attn.blocks.base import (
     last_layer,
     normalise,
 )
-from flax_attn.functional import Array, Implementation
+from flax_attn.functional import Array, Implementation, checks
 
 
 class SpatialAttention(Attention):
@@ -90,14 +90,14 @@ class SpatialAttention(Attention):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the gate is zero there.
         """
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.keep(x, functional.check_mask(mask, x))
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
         return self.scale(x, self.spatial_gate(x, mask))
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""
-        x = functional.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.keep(x, functional.check_mask(mask, x))
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
         maps = functional.squeeze_channels(x, implementation=self.implementation)
         return self.gate_of(maps.astype(self.dtype or x.dtype), mask)
 
@@ -107,7 +107,7 @@ class SpatialAttention(Attention):
 
         They are to be zero where ``mask`` is False, as the convolution's padding is.
         """
-        functional.check_odd("kernel_size", self.kernel_size)
+        checks.check_odd("kernel_size", self.kernel_size)
         logits = Conv(
             partial(
                 functional.conv_spatial,
@@ -121,9 +121,9 @@ class SpatialAttention(Attention):
             **last_layer(self),
             name="conv",
         )(maps)
-        mask = functional.check_mask(mask, maps)
+        mask = checks.check_mask(mask, maps)
         logits = normalise(self, logits, mask, "norm")
-        gate = functional.keep(gate_of(self, logits), mask)
+        gate = functional.apply_mask(gate_of(self, logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
 

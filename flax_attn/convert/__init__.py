@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_attn import functional
+from flax_attn.functional import checks
 
 Naming = Literal["timm", "torchvision", "article"]
 _Side = Literal["torch", "flax"]
@@ -489,7 +489,7 @@ def _convert(
     like: Mapping[str, Any] | None,
     strict: bool,
 ) -> _Arrays:
-    functional.check_choice("naming", naming, tuple(_BLOCKS))
+    checks.check_choice("naming", naming, tuple(_BLOCKS))
     report = Report()
     flat = _flat("state" if source == "torch" else "variables", state)
     moved = _translate(flat, source, naming, report)

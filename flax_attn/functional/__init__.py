@@ -1,32 +1,37 @@
-"""The blocks as pure array functions: what is computed, without any parameters' home.
+"""The arithmetic of attention, as pure functions of arrays ``(..., H, W, C)``.
 
-Each block squeezes a feature map ``x`` of shape ``(..., H, W, C)`` to descriptors,
-excites them to logits, turns the logits into a gate and multiplies. The squeezes, the
-two convolutions and the product with a spatial gate are defined here and nowhere else;
-the modules add parameters, an activation and a gate function. With ``spatial_dims=1``
-a map is ``(..., L, C)``, and with 3 ``(..., D, H, W, C)``.
+Every block is one sentence: it squeezes the feature map to descriptors, excites them to
+logits, turns the logits into a gate and multiplies. The squeezes, the two convolutions
+and the product with a gate are defined here and nowhere else; the modules add
+parameters, an activation and a gate function. With ``spatial_dims=1`` a map is
+``(..., L, C)``, and with 3 ``(..., D, H, W, C)``.
 
 What works on feature maps has two implementations. ``"plain"`` is the definition, in
 the obvious operations, differentiated automatically. ``"fast"`` computes the same with
 fewer passes over the map, forward and backward, but only in reverse mode: ``jax.jvp``,
 ``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``.
 
-Options are keyword-only. A bad option raises ``ValueError``; arrays are checked by
-``check_feature_map``, once, where they enter a module.
+In both, the gradient of a maximum goes to the first element that attains it, by its
+index: see ``_reductions``.
+
+Options are keyword-only. A bad option raises ``ValueError``; arrays are checked where
+they enter a module, by ``checks``.
 """
 
 import math
 import numbers
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_attn.functional import _kernels
-from flax_attn.functional._kernels import CHANNEL, SPATIAL
+from flax_attn.functional import _convolution, _reductions
+from flax_attn.functional._meshes import on_auto_axes, varying_alike
+from flax_attn.functional._reductions import CHANNEL, SPATIAL, Axes
+from flax_attn.functional.checks import check_choice, check_positive
 
 Array = jax.Array
 Pool = Literal["avg", "max"]
@@ -38,108 +43,6 @@ POOLS: tuple[Pool, ...] = ("avg", "max")
 EXCITES: tuple[Excite, ...] = ("mlp", "conv")
 PADDINGS: tuple[Padding, ...] = ("zeros", "circular")
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("fast", "plain")
-
-# The spatial axes, by their number.
-LAYOUTS = {1: "L", 2: "H, W", 3: "D, H, W"}
-
-
-def check_choice(field: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
-    if not (isinstance(value, str) and value in choices):
-        names = " or ".join(f'"{c}"' for c in choices)
-        raise ValueError(f"`{field}` must be {names}, got {value!r}.")
-
-
-def check_positive(field: str, value: Any) -> None:
-    """Raises ``ValueError`` unless ``value`` is an integer of at least 1."""
-    if not is_int(value) or value < 1:
-        raise ValueError(
-            f"`{field}` must be an integer of at least 1, got {value!r}; pass a "
-            "positive int."
-        )
-
-
-def check_odd(field: str, value: Any) -> None:
-    """Raises ``ValueError`` unless ``value`` is an odd integer of at least 1.
-
-    Only an odd kernel has a centre, so only an odd one keeps the size of the map.
-    """
-    if not is_int(value) or value < 1 or value % 2 == 0:
-        near = f" such as {max(int(value), 0) + 1}" if is_int(value) else ""
-        raise ValueError(
-            f"`{field}` must be an odd integer of at least 1, got {value!r}; pass an "
-            f"odd size{near}."
-        )
-
-
-def check_feature_map(x: Any, *, spatial_dims: int = 2) -> Array:
-    """Returns ``x`` as an array, or raises ``ValueError`` where no block is defined.
-
-    Args:
-      x: floating-point array ``(..., H, W, C)`` without empty axes.
-      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
-    """
-    if not is_int(spatial_dims) or spatial_dims not in LAYOUTS:
-        raise ValueError(
-            f"`spatial_dims` must be 1, 2 or 3, got {spatial_dims!r}; it counts the "
-            "axes between the batch and the channels."
-        )
-    x = jnp.asarray(x)
-    if x.ndim < spatial_dims + 1:
-        ones = "None, " * spatial_dims
-        raise ValueError(
-            f"`x` must have at least {spatial_dims + 1} axes (..., "
-            f"{LAYOUTS[spatial_dims]}, C), got shape {x.shape}; add the missing axes, "
-            f"e.g. x[:, {ones}:] for a batch of vectors."
-        )
-    if 0 in x.shape:
-        raise ValueError(
-            f"`x` must have no empty axis, got shape {x.shape}; the mean and maximum "
-            "of nothing are undefined, so leave such a batch out."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"`x` must be a floating-point array, got dtype {x.dtype}; convert it "
-            "first, e.g. x.astype(jnp.float32)."
-        )
-    return x
-
-
-def check_mask(mask: Any, x: Array) -> Array | None:
-    """Returns ``mask`` as ``(..., H, W, 1)``, or raises ``ValueError``.
-
-    Args:
-      mask: boolean array that broadcasts to ``(..., H, W)``, or None.
-      x: array ``(..., H, W, C)``.
-    """
-    if mask is None:
-        return None
-    mask = jnp.asarray(mask)
-    if mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"`mask` must be boolean, True where `x` is valid, got dtype {mask.dtype}; "
-            "convert it first, e.g. mask != 0."
-        )
-    rule = (
-        f"`mask` must have the shape of `x` without its channels, {x.shape[:-1]}, or "
-        f"broadcast to it, got {mask.shape}"
-    )
-    if mask.ndim > x.ndim - 1:
-        raise ValueError(f"{rule}; drop the last axis, e.g. mask[..., 0].")
-    try:
-        return jnp.broadcast_to(mask, x.shape[:-1])[..., None]
-    except ValueError as error:
-        raise ValueError(f"{rule}; pad it as `x` is padded.") from error
-
-
-def keep(x: Array, mask: Array | None) -> Array:
-    """``x`` where ``mask`` is True, and zero elsewhere, whatever stood there.
-
-    Args:
-      x: array ``(..., H, W, C)``.
-      mask: boolean array ``(..., H, W, 1)``, or None for all of ``x``.
-    """
-    return x if mask is None else jnp.where(mask, x, 0)
 
 
 def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
@@ -175,6 +78,16 @@ def eca_kernel_size(features: int, *, gamma: float = 2, b: float = 1) -> int:
     return t if t % 2 else t + 1
 
 
+def apply_mask(x: Array, mask: Array | None) -> Array:
+    """``x`` where ``mask`` is True, and zero elsewhere, whatever stood there.
+
+    Args:
+      x: array ``(..., H, W, C)``.
+      mask: boolean array ``(..., H, W, 1)``, or None for all of ``x``.
+    """
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
 def squeeze_spatial(
     x: Array,
     *,
@@ -186,7 +99,7 @@ def squeeze_spatial(
     """Reduces H and W: ``(..., H, W, C)`` to ``(..., 1, 1, C)``.
 
     The mean is accumulated in float32 or wider and *returned* so; the maximum keeps the
-    dtype of ``x``. Elements that tie for the maximum share its gradient evenly. Where
+    dtype of ``x``, and its gradient goes to the first element that attains it. Where
     ``mask`` admits none, both are zero.
 
       >>> squeeze_spatial(jnp.full((2, 3, 4), 300.0, jnp.float16)).ravel().tolist()
@@ -201,18 +114,44 @@ def squeeze_spatial(
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("pool", pool, POOLS)
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    squeeze = _squeeze_spatial
+    if mask is not None:
+        # Compiled as one, since `jax_debug_infs` looks at what a primitive returns.
+        squeeze = _squeeze_spatial_jitted
+    run = partial(
+        squeeze, pool=pool, spatial_dims=spatial_dims, implementation=implementation
+    )
+
+    def spec(x: tuple[Any, ...], *_: Any) -> list[Any]:
+        return [*x[: -1 - spatial_dims], *(None,) * spatial_dims, x[-1]]
+
+    return on_auto_axes(run, spec, x, *(() if mask is None else (mask,)))
+
+
+def _squeeze_spatial(
+    x: Array,
+    mask: Array | None = None,
+    *,
+    pool: Pool,
+    spatial_dims: int,
+    implementation: Implementation,
+) -> Array:
     if mask is not None:
         x = jnp.where(mask, x, 0 if pool == "avg" else -jnp.inf)
     folded = _fold(x, spatial_dims)
-    if _is_fast(implementation):
-        squeeze = _kernels.mean if pool == "avg" else _kernels.maximum
-        y = squeeze(folded, SPATIAL)
-    elif pool == "avg":
-        y = _mean(folded, SPATIAL)
+    if implementation == "fast":
+        squeeze = _reductions.mean if pool == "avg" else _reductions.maximum
     else:
-        y = folded.max(SPATIAL, keepdims=True)
+        squeeze = _plain_mean if pool == "avg" else _plain_maximum
+    y = squeeze(folded, SPATIAL)
     y = y.reshape(*x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1])
-    return y if mask is None else _of_valid(y, mask, pool, spatial_dims)
+    return y if mask is None else _over_valid(y, mask, pool, spatial_dims)
+
+
+_squeeze_spatial_jitted = jax.jit(
+    _squeeze_spatial, static_argnames=("pool", "spatial_dims", "implementation")
+)
 
 
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
@@ -228,11 +167,17 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
       x: floating-point array ``(..., H, W, C)``.
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
-    if _is_fast(implementation):
-        maximum, mean = _kernels.maximum(x, CHANNEL), _kernels.mean(x, CHANNEL)
-    else:
-        maximum, mean = x.max(CHANNEL, keepdims=True), _mean(x, CHANNEL)
-    return jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    fast = implementation == "fast"
+
+    def run(x: Array) -> Array:
+        rows = x.reshape(*(1,) * (3 - x.ndim), *x.shape)  # A lone signal has one row.
+        maximum = (_reductions.maximum if fast else _plain_maximum)(rows, CHANNEL)
+        mean = (_reductions.mean if fast else _plain_mean)(rows, CHANNEL)
+        maps = jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
+        return maps.reshape(*x.shape[:-1], 2)
+
+    return on_auto_axes(run, lambda x: [*x[:-1], None], x)
 
 
 def scale(
@@ -250,14 +195,19 @@ def scale(
       spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
-    if not _is_fast(implementation):
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "plain":
         return x * gate
     of_channels = gate.shape[-1] == x.shape[-1] and all(
         n == 1 for n in gate.shape[-1 - spatial_dims : -1]
     )
-    folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)
-    y = _kernels.scale(*folded, SPATIAL if of_channels else CHANNEL)
-    return y.reshape(x.shape)
+
+    def run(x: Array, gate: Array) -> Array:
+        folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)
+        y = _reductions.scale(*folded, SPATIAL if of_channels else CHANNEL)
+        return y.reshape(x.shape)
+
+    return on_auto_axes(run, lambda x, gate: list(x), *varying_alike(x, gate))
 
 
 def scale_and_squeeze(
@@ -276,14 +226,38 @@ def scale_and_squeeze(
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``). The fast form
         squeezes the product before it is rounded to a half-precision dtype.
     """
-    if _is_fast(implementation):
-        y, maximum, mean = _kernels.scale_and_squeeze(
-            _fold(x, spatial_dims), _fold(gate, spatial_dims)
-        )
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "plain":
+        y = x * gate
+        return y, squeeze_channels(y, implementation=implementation)
+
+    def run(x: Array, gate: Array) -> tuple[Array, Array]:
+        folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)
+        y, maximum, mean = _reductions.scale_and_squeeze(*folded)
         maps = jnp.concatenate([maximum, mean], axis=-1)
         return y.reshape(x.shape), maps.reshape(*x.shape[:-1], 2)
-    y = x * gate
-    return y, squeeze_channels(y, implementation=implementation)
+
+    return on_auto_axes(
+        run, lambda x, gate: (list(x), [*x[:-1], None]), *varying_alike(x, gate)
+    )
+
+
+def larger(a: Array, b: Array) -> Array:
+    """The larger of two maps, element by element; of equals, ``a``.
+
+    The gradient goes to the one that was chosen: the choice is made once, and is not
+    found again by comparing what the compiler may compute twice.
+
+    Args:
+      a: array of any shape.
+      b: array of the same shape and dtype.
+    """
+
+    def run(a: Array, b: Array) -> Array:
+        chosen = _reductions.decide(lambda a, b: a >= b, lambda a, b: ~(a < b), a, b)
+        return jnp.where(chosen, a, b)
+
+    return on_auto_axes(run, lambda a, b: list(a), *varying_alike(a, b))
 
 
 def conv_spatial(
@@ -306,19 +280,15 @@ def conv_spatial(
     Returns:
       Array ``(..., H, W, O)``.
     """
-    if _is_fast(implementation):
-        return _CONVS[kernel.ndim - 2](maps, kernel, precision)
-    spatial = "DHW"[5 - kernel.ndim :]
-    flat = maps.reshape(-1, *maps.shape[1 - kernel.ndim :])
-    y = lax.conv_general_dilated(
-        flat,
-        kernel,
-        window_strides=(1,) * len(spatial),
-        padding="SAME",
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=precision,
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    conv = _plain_conv if implementation == "plain" else _CONVS[kernel.ndim - 2]
+
+    def run(maps: Array, kernel: Array) -> Array:
+        return conv(maps, kernel, precision)
+
+    return on_auto_axes(
+        run, lambda maps, kernel: [*maps[:-1], None], *varying_alike(maps, kernel)
     )
-    return y.reshape(*maps.shape[:-1], kernel.shape[-1])
 
 
 def conv_channels(
@@ -341,11 +311,15 @@ def conv_channels(
     """
     check_choice("padding", padding, PADDINGS)
     p = kernel.shape[0] // 2 if padding == "circular" else 0
-    row = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(p, p)], mode="wrap")
-    y = conv_spatial(
-        row[..., None], kernel, precision=precision, implementation=implementation
-    )
-    return y[..., p : p + s.shape[-1], 0]
+
+    def run(s: Array, kernel: Array) -> Array:
+        row = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(p, p)], mode="wrap")
+        y = conv_spatial(
+            row[..., None], kernel, precision=precision, implementation=implementation
+        )
+        return y[..., p : p + s.shape[-1], 0]
+
+    return on_auto_axes(run, lambda s, kernel: list(s), *varying_alike(s, kernel))
 
 
 def _fold(x: Array, spatial_dims: int) -> Array:
@@ -354,8 +328,8 @@ def _fold(x: Array, spatial_dims: int) -> Array:
     return x.reshape(*batch, math.prod(spatial[:-1]), spatial[-1], x.shape[-1])
 
 
-def _of_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
-    """Mends what was squeezed over a whole map, of which only ``mask`` counts."""
+def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
+    """Corrects what was squeezed over a whole map, of which only ``mask`` counts."""
     axes = tuple(range(-1 - spatial_dims, -1))
     valid = mask.sum(axes, keepdims=True)
     if pool == "max":
@@ -364,16 +338,46 @@ def _of_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
     return y * (size / jnp.maximum(valid, 1).astype(y.dtype))
 
 
+def _plain_mean(x: Array, axes: Axes) -> Array:
+    # A half-precision accumulator overflows (float16) or stalls (bfloat16).
+    return jnp.mean(x, axes, dtype=_reductions.accumulator(x), keepdims=True)
+
+
+def _plain_maximum(x: Array, axes: Axes) -> Array:
+    shape = tuple(1 if i - x.ndim in axes else n for i, n in enumerate(x.shape))
+    if axes == SPATIAL:
+        x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    axis = -1 if axes == CHANNEL else -2
+    index = jnp.argmax(x, axis, keepdims=True)
+    return jnp.take_along_axis(x, index, axis).reshape(shape)
+
+
+def _plain_conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    spatial = "DHW"[5 - kernel.ndim :]
+    flat = maps.reshape(-1, *maps.shape[1 - kernel.ndim :])
+    y = lax.conv_general_dilated(
+        flat,
+        kernel,
+        window_strides=(1,) * len(spatial),
+        padding="SAME",
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        precision=precision,
+    )
+    return y.reshape(*maps.shape[:-1], kernel.shape[-1])
+
+
 def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
-    return _kernels.conv(maps[..., None, :, :], kernel[None], precision)[..., 0, :, :]
+    return _convolution.conv(maps[..., None, :, :], kernel[None], precision)[
+        ..., 0, :, :
+    ]
 
 
 def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     """Each slice of the kernel over H and W at once, then shifted sums along D."""
     kd, kh, kw, m, o = kernel.shape
-    d, dtype = maps.shape[-4], _kernels.wide(maps)
+    d, dtype = maps.shape[-4], _reductions.accumulator(maps)
     flat = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, m, kd * o)
-    planes = _kernels.conv(maps.astype(dtype), flat.astype(dtype), precision)
+    planes = _convolution.conv(maps.astype(dtype), flat.astype(dtype), precision)
     pads = [(0, 0)] * planes.ndim
     pads[-4] = (kd // 2, kd // 2)
     planes = jnp.pad(planes, pads)
@@ -383,27 +387,6 @@ def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
 
 _CONVS: dict[int, Callable[..., Array]] = {
     1: _conv_1d,
-    2: _kernels.conv,
+    2: _convolution.conv,
     3: _conv_3d,
 }
-
-
-def _mean(x: Array, axes: tuple[int, ...]) -> Array:
-    # A half-precision accumulator overflows (float16) or stalls (bfloat16).
-    return jnp.mean(x, axes, dtype=_kernels.wide(x), keepdims=True)
-
-
-def _is_fast(implementation: Any) -> bool:
-    check_choice("implementation", implementation, IMPLEMENTATIONS)
-    return implementation == "fast"
-
-
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is an integer of any kind, but no bool."""
-    if isinstance(value, bool):
-        return False
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True

@@ -1,0 +1,240 @@
+"""The convolution of very few channels as a banded product, with its gradients.
+
+XLA has slow loops on CPU for convolutions of one or two channels, and their weight
+gradient takes minutes to compile for a TPU. The product multiplies zeros of its band
+with values of other windows, so it is exact for finite maps alone; where its result is
+not finite, sums over the taps take its place.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_attn.functional._reductions import accumulator
+
+Array = jax.Array
+
+# Columns that a window of the banded product makes: it does (TILE + k - 1) / k times
+# the convolution's arithmetic, at the speed of a product.
+TILE = 16
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    """A convolution that keeps H and W, for very few channels.
+
+    ``maps`` is ``(..., H, W, M)``, ``kernel`` ``(kh, kw, M, O)`` of odd sizes and the
+    result ``(..., H, W, O)``.
+    """
+    return _by_taps_unless_finite(
+        partial(_banded, precision), partial(_by_taps, precision), maps, kernel
+    )
+
+
+def _banded(precision: lax.PrecisionLike, maps: Array, kernel: Array) -> Array:
+    """By a banded product, for finite maps.
+
+    The taps along W are one product of all windows of a row with a matrix that holds
+    each row of the kernel at every offset; those along H are kh shifted additions.
+    Windows come from tiles, so a pixel of a wide map costs no more than one of a narrow
+    map.
+    """
+    *batch, h, w, _ = maps.shape
+    kh, kw, _, o = kernel.shape
+    windows, tile = _windows(maps, kh, kw)
+    matrix = _einsum("ijmo,jvt->vmito", kernel, _band(kw, tile, kernel.dtype))
+    matrix = matrix.reshape(windows.shape[-1], kh * tile * o)
+    rows = _matmul(windows, matrix, precision)
+    n = windows.shape[-2]
+    rows = rows.reshape(*batch, h + kh - 1, n, kh, tile * o)
+    out = reduce(jnp.add, [rows[..., i : i + h, :, i, :] for i in range(kh)])
+    return out.reshape(*batch, h, n * tile, o)[..., :w, :].astype(maps.dtype)
+
+
+def _conv_fwd(
+    maps: Array, kernel: Array, precision: lax.PrecisionLike
+) -> tuple[Array, tuple[Array, Array]]:
+    return conv(maps, kernel, precision), (maps, kernel)
+
+
+def _conv_bwd(
+    precision: lax.PrecisionLike, res: tuple[Array, Array], ct: Array
+) -> tuple[Array, Array]:
+    def banded(maps: Array, kernel: Array, ct: Array) -> tuple[Array, Array]:
+        return lax.platform_dependent(
+            maps,
+            kernel,
+            ct,
+            cpu=partial(_bwd_by_windows, precision),
+            default=partial(_bwd_by_rows, precision),
+        )
+
+    d_maps, d_kernel = _by_taps_unless_finite(
+        banded, partial(_bwd_by_taps, precision), *res, ct
+    )
+    return d_maps.astype(res[0].dtype), d_kernel.astype(res[1].dtype)
+
+
+def _bwd_by_windows(
+    precision: lax.PrecisionLike, maps: Array, kernel: Array, ct: Array
+) -> tuple[Array, Array]:
+    """With the taps along H in the windows of ``ct`` too, which both gradients share.
+
+    A CPU makes fewer passes so; a TPU would pad the windows to its tiles.
+    """
+    h, w, m = maps.shape[-3:]
+    kh, kw, _, o = kernel.shape
+    windows, tile = _windows(ct, kh, kw)
+    n = windows.shape[-2]
+    windows = jnp.stack([windows[..., i : i + h, :, :] for i in range(kh)], -2)
+    windows = windows.reshape(math.prod(ct.shape[:-2]) * n, kh * windows.shape[-1])
+    # A convolution of `ct` with the flipped kernel. The gradient of its matrix is the
+    # product of the windows with `maps`.
+    band = _band(kw, tile, kernel.dtype)
+    matrix = _einsum("ijmo,jvt->ivotm", kernel[::-1, ::-1], band)
+    d_maps = _matmul(windows, matrix.reshape(-1, tile * m), precision)
+    d_maps = d_maps.reshape(*maps.shape[:-2], n * tile, m)[..., :w, :]
+    tiles = _pad(maps, -2, 0, n * tile - w)
+    tiles = tiles.reshape(windows.shape[0], tile * m)
+    d_matrix = _matmul(windows.T, tiles, precision).reshape(kh, -1, o, tile, m)
+    d_kernel = _einsum("ivotm,jvt->ijmo", d_matrix, band.astype(d_matrix.dtype))
+    return d_maps, d_kernel[::-1, ::-1]
+
+
+def _bwd_by_rows(
+    precision: lax.PrecisionLike, maps: Array, kernel: Array, ct: Array
+) -> tuple[Array, Array]:
+    h, w, m = maps.shape[-3:]
+    kh, kw, _, o = kernel.shape
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    d_maps = _banded(precision, ct.astype(accumulator(ct)), flipped)
+    # The gradient of `rows` is `ct` at kh offsets along H, and that of `matrix` one
+    # product with the windows, whose band is then summed along its diagonals.
+    windows, tile = _windows(maps, 1, kw)
+    n = windows.shape[-2]
+    ct = _pad(_pad(ct, -3, kh // 2, kh // 2), -2, 0, n * tile - w)
+    d_rows = jnp.stack([ct[..., i : i + h, :, :] for i in reversed(range(kh))], -4)
+    d_rows = d_rows.reshape(*ct.shape[:-3], kh, h, n, tile * o)
+    d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
+    windows = windows.reshape(-1, windows.shape[-1])
+    d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
+    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
+    return d_maps, d_kernel
+
+
+conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+@jax.custom_batching.custom_vmap
+def _is_finite(*arrays: Array) -> Array:
+    """Whether all of ``arrays`` are; under ``vmap``, of all samples at once."""
+    return reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in arrays])
+
+
+@_is_finite.def_vmap
+def _is_finite_in_batches(
+    size: int, is_batched: list[bool], *arrays: Array
+) -> tuple[Array, bool]:
+    return _is_finite(*arrays), False
+
+
+def _by_taps_unless_finite(
+    banded: Callable[..., Any], by_taps: Callable[..., Any], *arrays: Array
+) -> Any:
+    # Infinity and NaN times a zero of the band would be NaN in all of a window.
+    result = banded(*arrays)
+    return lax.cond(
+        _is_finite(*jax.tree.leaves(result)),
+        lambda result, *arrays: result,
+        lambda result, *arrays: by_taps(*arrays),
+        result,
+        *arrays,
+    )
+
+
+def _taps(maps: Array, kernel: Array) -> Callable[[Array], tuple[Array, Array, Array]]:
+    """Maps a tap's number to its row, its column and the part of ``maps`` it sees."""
+    h, w = maps.shape[-3:-1]
+    kh, kw = kernel.shape[:2]
+    padded = _pad(_pad(maps, -3, kh // 2, kh // 2), -2, kw // 2, kw // 2)
+
+    def tap(t: Array) -> tuple[Array, Array, Array]:
+        i, j = t // kw, t % kw
+        rows = lax.dynamic_slice_in_dim(padded, i, h, axis=maps.ndim - 3)
+        return i, j, lax.dynamic_slice_in_dim(rows, j, w, axis=maps.ndim - 2)
+
+    return tap
+
+
+def _by_taps(precision: lax.PrecisionLike, maps: Array, kernel: Array) -> Array:
+    """As a sum over the taps, one after the other."""
+    tap = _taps(maps, kernel)
+
+    def term(t: Array) -> Array:
+        i, j, part = tap(t)
+        return _matmul(part, kernel[i, j], precision)
+
+    n = kernel.shape[0] * kernel.shape[1]
+    first = term(jnp.int32(0))
+    y = lax.fori_loop(1, n, lambda t, y: y + term(t), first)
+    return y.astype(maps.dtype)
+
+
+def _bwd_by_taps(
+    precision: lax.PrecisionLike, maps: Array, kernel: Array, ct: Array
+) -> tuple[Array, Array]:
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    d_maps = _by_taps(precision, ct.astype(accumulator(ct)), flipped)
+    tap = _taps(maps, kernel)
+
+    def slope(t: Array) -> Array:
+        _, _, part = tap(t)
+        rows = part.reshape(-1, part.shape[-1])
+        return _matmul(rows.T, ct.reshape(-1, ct.shape[-1]), precision)
+
+    d_kernel = lax.map(slope, jnp.arange(kernel.shape[0] * kernel.shape[1]))
+    return d_maps, d_kernel.reshape(kernel.shape)
+
+
+def _matmul(x: Array, y: Array, precision: lax.PrecisionLike) -> Array:
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=accumulator(x))
+
+
+def _windows(maps: Array, kh: int, kw: int) -> tuple[Array, int]:
+    """Windows of ``tile + kw - 1`` columns, one every ``tile`` columns, and ``tile``.
+
+    ``(..., H, W, M)`` becomes ``(..., H + kh - 1, tiles, (tile + kw - 1) * M)``.
+    """
+    *batch, h, w, m = maps.shape
+    # A window's last kw - 1 columns lie in the next tile. Tiles of about equal width
+    # leave little to fill up.
+    # A width that export leaves open gets whole tiles.
+    tile = max(-(-w // -(-w // TILE)) if isinstance(w, int) else TILE, kw - 1)
+    tiles = -(-w // tile)
+    padded = _pad(maps, -3, kh // 2, kh // 2)
+    padded = _pad(padded, -2, kw // 2, (tiles + 1) * tile - w - kw // 2)
+    padded = padded.reshape(*batch, h + kh - 1, tiles + 1, tile * m)
+    heads = padded[..., 1:, : (kw - 1) * m]
+    return jnp.concatenate([padded[..., :-1, :], heads], axis=-1), tile
+
+
+def _band(k: int, tile: int, dtype: jnp.dtype) -> Array:
+    """``[j, v, t]``: whether tap j of column t falls on column v of the window."""
+    offsets = np.arange(tile + k - 1)[:, None] - np.arange(tile)
+    return jnp.asarray(offsets == np.arange(k)[:, None, None], dtype)
+
+
+def _einsum(equation: str, *operands: Array) -> Array:
+    return jnp.einsum(equation, *operands, precision="highest")
+
+
+def _pad(x: Array, axis: int, before: int, after: int) -> Array:
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (before, after)
+    return jnp.pad(x, pads)

@@ -1,0 +1,118 @@
+"""Every block where users have it: behind other layers, in one compiled program.
+
+XLA computes a cheap producer again in each loop that reads it, and may round it
+differently in each. So the gradient of every parameter is compared with the one that is
+computed operation by operation, at sizes that are no powers of two.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_attn.blocks import BLOCKS
+from tests.cases import IMPLEMENTATIONS, normal
+
+SHAPES = (
+    (2, 14, 14, 32),
+    (3, 8, 8, 32),
+    (1, 28, 28, 20),
+    (3, 4, 4, 33),
+    (8, 14, 14, 96),
+)
+
+BEFORE: dict[str, Callable[..., jax.Array]] = {
+    "norm": lambda y, x: y,
+    "relu": lambda y, x: nn.relu(y),
+    "silu": lambda y, x: nn.silu(y),
+    "residual": lambda y, x: nn.relu(y + 0.3 * x),
+    "affine": lambda y, x: y * 1.1 + 0.37,
+}
+
+
+class Program(nn.Module):
+    """A convolution, BatchNorm in training, one more layer, the block, a head."""
+
+    block: str
+    before: str
+    features: int
+    dtype: jnp.dtype
+    implementation: str = "fast"
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.astype(self.dtype)
+        x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="stem")(x)
+        y = nn.Conv(self.features, (3, 3), use_bias=False, dtype=self.dtype)(x)
+        y = nn.BatchNorm(use_running_average=False, dtype=self.dtype)(y)
+        y = BEFORE[self.before](y, x)
+        z = BLOCKS[self.block](
+            dtype=self.dtype, implementation=self.implementation, name="attention"
+        )(y)
+        z = nn.relu(z + y).mean((1, 2))
+        return nn.Dense(5, dtype=jnp.float32)(z)
+
+
+def errors(module, plain, x):
+    """The compiled gradient of ``module`` against that of ``plain``, op by op."""
+    variables = jax.jit(module.init)(jax.random.key(1), x)
+    # No bias and no scale at a value that the compiler could simplify away.
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape),
+        variables["params"],
+    )
+
+    def loss(module, params):
+        y, _ = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+        return jnp.sin(y).sum()
+
+    compiled = jax.jit(jax.grad(partial(loss, module)))(params)
+    eager = jax.grad(partial(loss, plain))(params)
+    # Of the whole gradient, since single leaves may cancel to their rounding.
+    return _distances(compiled, eager)
+
+
+def _distances(compiled, eager):
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eager)]
+    size = max(np.abs(leaf).max() for leaf in leaves)
+
+    def distance(a, b):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        return np.abs(a - b).max() / max(np.abs(b).max(), 0.05 * size)
+
+    flat = jax.tree.leaves_with_path(jax.tree.map(distance, compiled, eager))
+    return {jax.tree_util.keystr(path): float(error) for path, error in flat}
+
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+# One shape for all blocks behind one layer, so that the operations compile once.
+CASES = [(b, "float32", s) for b, s in zip(BEFORE, SHAPES, strict=True)]
+CASES += [("silu", "bfloat16", SHAPES[3])]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("before, dtype, shape", CASES)
+def test_gradients_behind_other_layers(before, dtype, shape, block):
+    check(block, before, dtype, shape)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("before", BEFORE)
+def test_gradients_at_every_shape(before, dtype, implementation, block):
+    for shape in SHAPES:
+        check(block, before, dtype, shape, implementation)
+
+
+def check(block, before, dtype, shape, implementation="fast"):
+    *_, features = shape
+    x = normal((*shape[:3], 8), features)
+    make = partial(Program, block, before, features, jnp.dtype(dtype))
+    found = errors(make(implementation), make("plain"), x)
+    assert not {k: e for k, e in found.items() if not e <= TOLERANCE[dtype]}
