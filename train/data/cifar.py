@@ -17,7 +17,7 @@ from train.data import download
 
 
 class DataError(Exception):
-    """The data cannot be had; the message is one line that says the way out."""
+    """The data cannot be loaded; the message is one line that says the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,12 @@ class ImageSet:
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive: where it is, how it is known to be whole, what it holds."""
+    """A published archive: where it is, its digest, and what it holds."""
 
     name: str
     """Its file name in the data folder, from wherever it came."""
     urls: tuple[str, ...]
-    """Its addresses, in the order in which they are tried."""
-    size: int
+    """Its mirrors, in the order in which they are tried."""
     sha256: str
     folder: str
     train_files: tuple[str, ...]
@@ -67,8 +66,11 @@ class Archive:
 ARCHIVES = {
     "cifar10": Archive(
         name="cifar-10-binary.tar.gz",
-        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
-        size=170_052_171,
+        urls=(
+            "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+            "cifar-10-binary.tar.gz",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        ),
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
         train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
@@ -81,7 +83,6 @@ ARCHIVES = {
     "cifar100": Archive(
         name="cifar-100-binary.tar.gz",
         urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
-        size=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
         train_files=("train.bin",),
@@ -103,11 +104,11 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     Args:
       name: of the image set.
       data_dir: for an archive.
-      urls: http or https addresses of the archive, in place of the known ones. Its
-        size and SHA-256 must be the published ones all the same.
+      urls: http or https addresses of the archive, in place of the known ones; its
+        SHA-256 must be the published one all the same.
 
     Raises:
-      DataError: the data cannot be had.
+      DataError: the data cannot be loaded.
     """
     for url in urls:
         if not download.is_address(url):
@@ -150,22 +151,22 @@ def load_digits() -> ImageSet:
 
 def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
     try:
-        download.fetch(urls, path, size=archive.size, sha256=archive.sha256)
+        download.fetch(urls, path, archive.sha256)
     except download.DownloadError as error:
         raise DataError(
-            f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
-            f"found neither; downloading failed: {error}. Pass --data-dir, --data-url, "
-            "or --dataset digits, which needs no network."
+            f"{path.parent} holds neither {archive.folder}/ nor {archive.name}, and "
+            f"the download failed: {error}. Pass --data-url, --data-dir, or --dataset "
+            "digits, which needs no network."
         ) from error
 
 
 def _check_whole(archive: Archive, path: Path) -> None:
     """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
-    with path.open("rb") as file:
-        wrong = download.mismatch(file, archive.size, archive.sha256)
-    if wrong:
+    sha256 = download.sha256_of(path)
+    if sha256 != archive.sha256:
         raise DataError(
-            f"{path} is corrupt or truncated: {wrong}; delete it to download it again."
+            f"{path} is corrupt or truncated: its SHA-256 is {sha256}, not the "
+            f"published {archive.sha256}; delete it to download it again."
         )
 
 
