@@ -38,7 +38,7 @@ class Archive:
     """A published archive: where it is, its digest, and what it holds."""
 
     name: str
-    """Its file name in the data folder, from wherever it came."""
+    """Its file name in the data folder, whatever its address."""
     urls: tuple[str, ...]
     """Its mirrors, in the order in which they are tried."""
     sha256: str
@@ -171,7 +171,7 @@ def _check_whole(archive: Archive, path: Path) -> None:
 
 
 def _from_tar(archive: Archive, path: Path) -> ImageSet:
-    """Reads the files of a fixed list into memory; no path in there is trusted."""
+    """Reads the files of a fixed list into memory; no path in the tar is trusted."""
     wanted = {f"{archive.folder}/{name}": name for name in archive.files}
     files: dict[str, bytes] = {}
     try:
