@@ -271,7 +271,7 @@ def test_a_member_that_claims_to_be_huge(tiny, tmp_path):
         data.load("tiny", tmp_path)
 
 
-def test_members_that_nobody_asked_for(tiny, tmp_path):
+def test_other_members_are_ignored(tiny, tmp_path):
     """They are passed over, and nothing is ever unpacked to the disk."""
     content = hostile(
         member("../escaped", b"!"),

@@ -102,7 +102,7 @@ def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatc
         assert set(arrays) == {"images", "stage1_block1"}
 
 
-def test_the_picture_is_of_overlays_and_their_colours():
+def test_the_picture_is_of_overlays_and_their_colors():
     rng = np.random.RandomState(0)
     images = rng.randint(0, 256, (2, 8, 8, 3)).astype(np.uint8)
     maps = {"a": rng.uniform(size=(2, 4, 4)), "b": rng.uniform(size=(2, 2, 3))}

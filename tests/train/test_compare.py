@@ -120,7 +120,7 @@ def test_no_runs(tmp_path, capsys):
 # --- the command line
 
 
-def test_help_is_instant_and_whole():
+def test_help_is_fast_and_complete():
     start = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-m", "train.compare", "--help"],

@@ -30,7 +30,7 @@ class ImageSet:
     test_labels: np.ndarray
     num_classes: int
     flip: bool
-    """Whether a mirrored image still shows the same thing."""
+    """Whether a flipped image still shows the same thing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     path = data_dir / archive.name
     if not path.exists():
         _download(archive, path, urls or archive.urls)
-    _check_whole(archive, path)
+    _verify(archive, path)
     return _from_tar(archive, path)
 
 
@@ -160,7 +160,7 @@ def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
         ) from error
 
 
-def _check_whole(archive: Archive, path: Path) -> None:
+def _verify(archive: Archive, path: Path) -> None:
     """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
     sha256 = download.sha256_of(path)
     if sha256 != archive.sha256:
@@ -185,7 +185,7 @@ def _from_tar(archive: Archive, path: Path) -> ImageSet:
                 # Before `extractfile`, which follows links.
                 if not member.isreg():
                     raise DataError(f"{path} is corrupt: {name} in it is not a file.")
-                _check_size(archive, path, name, member.size)
+                _verify_size(archive, path, name, member.size)
                 with cast(IO[bytes], tar.extractfile(member)) as content:
                     files[name] = content.read(archive.file_size(name))
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
@@ -206,7 +206,7 @@ def _from_folder(archive: Archive, folder: Path) -> ImageSet:
         ) from error
 
 
-def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
+def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
     if size != archive.file_size(name):
         raise DataError(
             f"{source} is corrupt or truncated: {name} has {size:,} bytes, not "
@@ -217,7 +217,7 @@ def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
 def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
     def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
-            _check_size(archive, source, name, len(files[name]))
+            _verify_size(archive, source, name, len(files[name]))
         data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
         data = data.reshape(-1, archive.label_bytes + 3072)
         labels = data[:, archive.label_bytes - 1].astype(np.int32)
