@@ -10,17 +10,15 @@ Exit codes: 0 drawn, 2 the command line, the data or the workdir is bad.
 import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from train.engine.config import Config, check_count
-
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
+from train.engine.workdir import RUN
+from train.study import gates as study
 
 
 def draw(
@@ -35,26 +33,27 @@ def draw(
     Args:
         run: workdir of train.cifar.
         out: the picture to write; its ending names the format.
-        data_dir: where the images lie that it was trained on.
+        data_dir: where the images are that it was trained on.
         images: how many images to show, at least 1; at most a batch.
-        limits: gates with the darkest and the lightest colour.
+        limits: gates with the darkest and the lightest color.
     """
     check_count("images", images)
     config = read_config(run, data_dir)
     # Only now, so that a mistyped path answers at once.
-    from train import compare
+    from flax_attn.blocks import BLOCKS
     from train.engine import devices, loop
 
     inputs = loop.make_inputs(config, loop.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
         model, variables = loop.last_saved(config, inputs, run)
-        shown, gates = compare.spatial_gates(model, variables, inputs, count=images)
+        shown, gates = study.spatial_gates(model, variables, inputs, count=images)
     if not gates:
+        names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
         raise ValueError(
             f"`run` must have a spatial gate, got attention {config.attention}; train "
-            "with --attention spatial, cbam or cbam-conv."
+            f"with --attention one of {names}."
         )
-    picture(shown, gates, limits=limits).savefig(out, dpi=130)
+    study.plot(shown, gates, limits=limits).savefig(out, dpi=130)
     print(f"Wrote {out}.")
 
 
@@ -65,40 +64,12 @@ def read_config(run: Path, data_dir: Path) -> Config:
       ValueError: there is none.
     """
     try:
-        recipe = json.loads((run / "run.json").read_text())["config"]
+        recipe = json.loads((run / RUN).read_text())["config"]
         return Config(**recipe, data_dir=data_dir)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`run` must be a workdir of train.cifar, got {run} ({error})."
         ) from error
-
-
-def picture(
-    images: "np.ndarray",
-    gates: Mapping[str, "np.ndarray"],
-    *,
-    limits: tuple[float, float] = (0.0, 1.0),
-) -> "Figure":
-    """Lays spatial gates over images, a column for each name.
-
-    Args:
-      images: ``(N, H, W, 3)`` uint8.
-      gates: by name, ``(N, h, w)``.
-      limits: gates with the darkest and the lightest colour (default: (0.0, 1.0)).
-    """
-    import numpy as np
-
-    from flax_attn import inspect
-    from train import report
-
-    overlays = {
-        f"{name}\n{maps.shape[1]}×{maps.shape[2]}": inspect.overlay(
-            images, maps, limits=limits
-        )
-        for name, maps in gates.items()
-    }
-    colours = inspect.colour_map(np.linspace(0, 1, 256))
-    return report.plot_overlays(images, overlays, colours, limits)
 
 
 def main(args: Sequence[str] | None = None) -> None:

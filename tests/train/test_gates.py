@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from flax_attn.inspect import colour_map, overlay
 from tests import tiny_run
 from tests.cases import normal
-from train import compare, gates
+from train import gates
 from train.engine import config as config_lib
 from train.engine import devices, loop, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config
+from train.study import gates as study
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +65,13 @@ def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeyp
         return np.zeros((2, 8, 8, 3), np.uint8), {"stage1_block1": np.ones((2, 4, 4))}
 
     monkeypatch.setattr(loop, "load", tiny_run.images)
-    monkeypatch.setattr(compare, "spatial_gates", spatial_gates)
+    monkeypatch.setattr(study, "spatial_gates", spatial_gates)
     out = tmp_path / "out.png"
     draw(folder, "--out", out, "--images", 2)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert seen["count"] == 2 and seen["model"].stages == (1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, seen["variables"]["params"], params)
     assert files_of(folder) == before
-
-
-def test_the_picture_is_of_overlays_and_their_colours():
-    rng = np.random.RandomState(0)
-    images = rng.randint(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    maps = {"a": rng.uniform(size=(2, 4, 4)), "b": rng.uniform(size=(2, 2, 3))}
-    *axes, bar = gates.picture(images, maps, limits=(0.25, 0.75)).axes
-    shown = np.array(axes).reshape(2, 3)
-    assert [axis.get_title() for axis in shown[0]] == ["image", "a\n4×4", "b\n2×3"]
-    for i, row in enumerate(shown):
-        laid = [overlay(images[i], m[i], limits=(0.25, 0.75)) for m in maps.values()]
-        for axis, expected in zip(row, [images[i], *laid], strict=True):
-            np.testing.assert_array_equal(axis.images[0].get_array(), expected)
-    assert bar.get_ylim() == (0.25, 0.75) and bar.get_ylabel() == "spatial gate"
-    ends = [np.array(bar._colorbar.cmap(v)[:3]) * 255 for v in (0.0, 1.0)]
-    np.testing.assert_allclose(ends, colour_map([0.0, 1.0]))
 
 
 def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
@@ -99,5 +83,5 @@ def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
     monkeypatch.setattr(loop, "load", tiny_run.images)
     assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)
-    monkeypatch.setattr(compare, "spatial_gates", lambda *_, count: (None, {}))
+    monkeypatch.setattr(study, "spatial_gates", lambda *_, count: (None, {}))
     assert "`run` must have a spatial gate" in refused(capsys, folder)

@@ -17,7 +17,7 @@ from train.data import download
 
 
 class DataError(Exception):
-    """The data cannot be had; the message is one line that says the way out."""
+    """The data cannot be loaded; the message is one line that says the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +30,17 @@ class ImageSet:
     test_labels: np.ndarray
     num_classes: int
     flip: bool
-    """Whether a mirrored image still shows the same thing."""
+    """Whether a flipped image still shows the same thing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive: where it is, how it is known to be whole, what it holds."""
+    """A published archive: where it is, its digest, and what it holds."""
 
     name: str
-    """Its file name in the data folder, from wherever it came."""
+    """Its file name in the data folder, whatever its address."""
     urls: tuple[str, ...]
-    """Its addresses, in the order in which they are tried."""
-    size: int
+    """Its mirrors, in the order in which they are tried."""
     sha256: str
     folder: str
     train_files: tuple[str, ...]
@@ -67,8 +66,11 @@ class Archive:
 ARCHIVES = {
     "cifar10": Archive(
         name="cifar-10-binary.tar.gz",
-        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
-        size=170_052_171,
+        urls=(
+            "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+            "cifar-10-binary.tar.gz",
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        ),
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         folder="cifar-10-batches-bin",
         train_files=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
@@ -81,7 +83,6 @@ ARCHIVES = {
     "cifar100": Archive(
         name="cifar-100-binary.tar.gz",
         urls=("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",),
-        size=168_513_733,
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         folder="cifar-100-binary",
         train_files=("train.bin",),
@@ -103,11 +104,11 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     Args:
       name: of the image set.
       data_dir: for an archive.
-      urls: http or https addresses of the archive, in place of the known ones. Its
-        size and SHA-256 must be the published ones all the same.
+      urls: http or https addresses of the archive, in place of the known ones; its
+        SHA-256 must be the published one all the same.
 
     Raises:
-      DataError: the data cannot be had.
+      DataError: the data cannot be loaded.
     """
     for url in urls:
         if not download.is_address(url):
@@ -125,7 +126,7 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     path = data_dir / archive.name
     if not path.exists():
         _download(archive, path, urls or archive.urls)
-    _check_whole(archive, path)
+    _verify(archive, path)
     return _from_tar(archive, path)
 
 
@@ -150,27 +151,27 @@ def load_digits() -> ImageSet:
 
 def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
     try:
-        download.fetch(urls, path, size=archive.size, sha256=archive.sha256)
+        download.fetch(urls, path, archive.sha256)
     except download.DownloadError as error:
         raise DataError(
-            f"Looked for {archive.folder}/ and {archive.name} in {path.parent} and "
-            f"found neither; downloading failed: {error}. Pass --data-dir, --data-url, "
-            "or --dataset digits, which needs no network."
+            f"{path.parent} holds neither {archive.folder}/ nor {archive.name}, and "
+            f"the download failed: {error}. Pass --data-url, --data-dir, or --dataset "
+            "digits, which needs no network."
         ) from error
 
 
-def _check_whole(archive: Archive, path: Path) -> None:
+def _verify(archive: Archive, path: Path) -> None:
     """Raises ``DataError`` unless ``path`` is the published archive, bit by bit."""
-    with path.open("rb") as file:
-        wrong = download.mismatch(file, archive.size, archive.sha256)
-    if wrong:
+    sha256 = download.sha256_of(path)
+    if sha256 != archive.sha256:
         raise DataError(
-            f"{path} is corrupt or truncated: {wrong}; delete it to download it again."
+            f"{path} is corrupt or truncated: its SHA-256 is {sha256}, not the "
+            f"published {archive.sha256}; delete it to download it again."
         )
 
 
 def _from_tar(archive: Archive, path: Path) -> ImageSet:
-    """Reads the files of a fixed list into memory; no path in there is trusted."""
+    """Reads the files of a fixed list into memory; no path in the tar is trusted."""
     wanted = {f"{archive.folder}/{name}": name for name in archive.files}
     files: dict[str, bytes] = {}
     try:
@@ -184,7 +185,7 @@ def _from_tar(archive: Archive, path: Path) -> ImageSet:
                 # Before `extractfile`, which follows links.
                 if not member.isreg():
                     raise DataError(f"{path} is corrupt: {name} in it is not a file.")
-                _check_size(archive, path, name, member.size)
+                _verify_size(archive, path, name, member.size)
                 with cast(IO[bytes], tar.extractfile(member)) as content:
                     files[name] = content.read(archive.file_size(name))
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
@@ -205,7 +206,7 @@ def _from_folder(archive: Archive, folder: Path) -> ImageSet:
         ) from error
 
 
-def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
+def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
     if size != archive.file_size(name):
         raise DataError(
             f"{source} is corrupt or truncated: {name} has {size:,} bytes, not "
@@ -216,7 +217,7 @@ def _check_size(archive: Archive, source: Path, name: str, size: int) -> None:
 def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
     def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
-            _check_size(archive, source, name, len(files[name]))
+            _verify_size(archive, source, name, len(files[name]))
         data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
         data = data.reshape(-1, archive.label_bytes + 3072)
         labels = data[:, archive.label_bytes - 1].astype(np.int32)

@@ -1,19 +1,14 @@
 """Image folders read through Grain, for sets that no device and no memory holds.
 
 The layout is ``FOLDER/train/CLASS/IMAGE`` and ``FOLDER/val/CLASS/IMAGE``, or ``test``
-in place of ``val``; where both are there it is ``val``, since the ``test`` of ImageNet
-has no labels. Images are the files that end in .jpg, .jpeg or .png in any case; other
-files are passed over and counted, hidden ones and hidden folders are passed over.
-
-Every image becomes RGB: transparency is dropped, of 16 bits the upper eight are kept.
-The orientation in EXIF is not applied, as with torchvision's ImageFolder, so that
-results compare.
+in place of ``val``; of both it is ``val``, since the ``test`` of ImageNet has no
+labels. Images are the files that end in .jpg, .jpeg or .png in any case; other files
+are ignored and counted, hidden files and folders ignored.
 
 Only this file knows Grain, and nothing that runs without it imports this file.
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,6 +22,8 @@ from train.data.cifar import DataError
 try:
     import grain
     from PIL import Image
+
+    from train.data.transforms import center_box, crop_box, cut
 except ImportError as error:
     raise ImportError(
         f'Image folders need the extra `grain`: pip install -e ".[grain]" ({error}).'
@@ -34,17 +31,6 @@ except ImportError as error:
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE"
-# Szegedy et al., Going deeper with convolutions, 2014, arXiv 1409.4842, section 6, as
-# every later ImageNet recipe has it: this range of areas and of width / height.
-AREAS = (0.08, 1.0)
-ASPECTS = (3 / 4, 4 / 3)
-TRIES = 10
-# The usual evaluation of ResNets, that of torchvision's first published weights: 224
-# pixels from the centre of an image whose short side was resized to 256.
-SHORT_SIDE = 256 / 224
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 while that leaves this many pixels for each
-# one that is wanted, so that the filter still decides what the result looks like.
-DRAFT = 2
 # A thread makes a whole batch, so more of them also hold more memory.
 MAX_THREADS = 16
 
@@ -66,14 +52,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """What a folder of images holds, none of them read yet."""
+    """The images of both parts, none of them read yet."""
 
     train: Part
     test: Part
     class_names: tuple[str, ...]
     """The class folders of the training part, sorted."""
     ignored: int
-    """Visible files in class folders that are no images by their names."""
+    """How many visible files in class folders are no images by their names."""
 
     @property
     def num_classes(self) -> int:
@@ -82,13 +68,12 @@ class FolderImages:
 
 
 def scan(data_dir: Path) -> FolderImages:
-    """Lists the images below ``data_dir``, which has the layout above.
+    """Lists the images below ``data_dir``.
 
-    A class may lack test images; a folder of either part that is there must not be
-    empty.
+    A class may lack test images, but no class folder may be empty.
 
     Raises:
-      DataError: the folder is not laid out so.
+      DataError: the folder does not have the layout above.
     """
     data_dir = data_dir.expanduser()
     parts, _ = _listing(data_dir)
@@ -172,17 +157,17 @@ def train_batches(
     process_count: int = 1,
     num_threads: int | None = None,
 ) -> grain.DatasetIterator:
-    """The training batches of one process, without end.
+    """The endless training batches of one process.
 
-    An epoch is ``len(images.train) // batch_size`` batches; the images left over, other
-    ones in each epoch, are dropped. The order is a function of the seed and the epoch,
-    the crop and the mirroring of an image of the seed, the epoch and its place in it.
-    So the processes' rows, one process after the other, are the same batch whatever
-    their number, provided that all of them see the same files.
+    An epoch is ``len(images.train) // batch_size`` batches; the images left over,
+    different ones in each epoch, are dropped. The order is a function of the seed and
+    the epoch, the crop and the flip of an image of the seed, the epoch and its position
+    in it. So the rows of the processes, concatenated, are the same batch for any number
+    of processes, provided that all of them see the same files.
 
-    ``get_state()`` is a dict that JSON can hold, and ``set_state()`` goes on from it
-    exactly, with any number of processes and threads; the images, ``batch_size`` and
-    ``seed`` must be those of the state. ``close()`` ends the threads.
+    ``get_state()`` is a dict of JSON types. ``set_state()`` resumes exactly there, with
+    any number of processes and threads; the images, ``batch_size`` and ``seed`` must be
+    those of the state. ``close()`` ends the threads.
 
     Args:
       images: what to read.
@@ -192,29 +177,29 @@ def train_batches(
       process_index: which rows to read.
       process_count: how many processes share a batch.
       num_threads: how many batches are made at a time, and how many wait at most; 0
-        makes each when it is asked for. By default one for each core, at most 16.
+        makes each on demand (default: one for each core, at most 16).
 
     Returns:
       An iterator over ``{"image": (B, image_size, image_size, 3) uint8, "label": (B,)
       int32}`` with ``B = batch_size // process_count``. It raises ``DataError`` for a
-      file that is no whole image.
+      broken file.
 
     Raises:
       ValueError: an argument is out of its range.
     """
-    _check(batch_size, image_size, process_index, process_count)
+    _check_shares(batch_size, image_size, process_index, process_count)
     if batch_size > len(images.train):
         raise ValueError(
             f"`batch_size` must be at most the {len(images.train):,} training images "
             f"in {images.train.folder}, got {batch_size:,}."
         )
-    # Grain shuffles by seed + epoch: as they are, seed 1 would begin with the second
-    # epoch of seed 0.
+    # Grain shuffles by seed + epoch: seed 1 itself would begin with the second epoch of
+    # seed 0.
     order_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-    per_epoch = len(images.train) // batch_size
+    steps_per_epoch = len(images.train) // batch_size
     return _iterator(
         grain.MapDataset.range(len(images.train))
-        .shuffle(seed=order_seed)[: per_epoch * batch_size]
+        .shuffle(seed=order_seed)[: steps_per_epoch * batch_size]
         .random_map(partial(_train_example, images.train, image_size), seed=crop_seed)
         .batch(batch_size // process_count)[process_index::process_count]
         .repeat(),
@@ -233,9 +218,9 @@ def evaluation_batches(
 ) -> grain.DatasetIterator:
     """One pass over the test images of one process, in order, each image once.
 
-    The short side becomes ``round(image_size * 256 / 224)`` pixels and the centre is
-    kept. The last batch is filled up with black images of weight 0, so that all batches
-    have one shape and all processes the same number of them.
+    The short side becomes ``round(image_size * 256 / 224)`` pixels, of which the center
+    is cropped. The last batch is padded with black images of weight 0, so that all
+    batches have one shape and all processes the same number of them.
 
     Args:
       images: what to read.
@@ -247,12 +232,12 @@ def evaluation_batches(
 
     Returns:
       An iterator over what ``train_batches`` has and ``"weight": (B,) float32``, 1 for
-      an image and 0 for a filling.
+      an image and 0 for padding.
 
     Raises:
       ValueError: an argument is out of its range.
     """
-    _check(batch_size, image_size, process_index, process_count)
+    _check_shares(batch_size, image_size, process_index, process_count)
     batches = -(-len(images.test) // batch_size)
     return _iterator(
         grain.MapDataset.range(batches * batch_size)
@@ -262,7 +247,7 @@ def evaluation_batches(
     )
 
 
-def _check(
+def _check_shares(
     batch_size: int, image_size: int, process_index: int, process_count: int
 ) -> None:
     for name, value in (
@@ -290,8 +275,8 @@ def _iterator(
 ) -> grain.DatasetIterator:
     if num_threads is None:
         num_threads = min(os.cpu_count() or 1, MAX_THREADS)
-    # Grain reads ahead by elements, and those are batches: the state is then the number
-    # of batches taken, which no number of processes changes.
+    # The elements that Grain prefetches are batches, so that its state is the number of
+    # batches taken, which does not depend on the number of processes.
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=num_threads
     )
@@ -304,8 +289,8 @@ def _train_example(
     flip = rng.random() < 0.5
 
     def pixels(file: Image.Image) -> np.ndarray:
-        cut = _cut(file, crop_box(*file.size, rng), size)
-        return cut[:, ::-1] if flip else cut
+        crop = cut(file, crop_box(*file.size, rng), size)
+        return crop[:, ::-1] if flip else crop
 
     return {"image": _read(part, index, pixels), "label": part.labels[index]}
 
@@ -319,7 +304,7 @@ def _test_example(part: Part, size: int, index: int) -> dict[str, Any]:
         }
 
     def pixels(file: Image.Image) -> np.ndarray:
-        return _cut(file, centre_box(*file.size, size), size)
+        return cut(file, center_box(*file.size, size), size)
 
     return {
         "image": _read(part, index, pixels),
@@ -339,77 +324,5 @@ def _read(
     except Exception as error:
         raise DataError(
             f"{str(path)!r} cannot be read as an image ({type(error).__name__}: "
-            f"{error}); replace the file, or delete it and start anew."
+            f"{error}); replace the file, or delete it and start a new run."
         ) from error
-
-
-def crop_box(
-    width: int, height: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Draws ``(left, top, right, bottom)`` of a random-resized crop, in pixels.
-
-    The area is uniform in 8 % to 100 % of the image, the aspect log-uniform in 3/4 to
-    4/3, the place uniform. What sticks out is drawn again; after ten draws it is the
-    largest centred box whose aspect is legal, or as near to it as pixels allow.
-    """
-    log_aspects = math.log(ASPECTS[0]), math.log(ASPECTS[1])
-    for _ in range(TRIES):
-        area = width * height * rng.uniform(*AREAS)
-        aspect = math.exp(rng.uniform(*log_aspects))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 1 <= w <= width and 1 <= h <= height:
-            left, top = rng.integers((0, 0), (width - w, height - h), endpoint=True)
-            return int(left), int(top), int(left) + w, int(top) + h
-    w = min(width, round(height * ASPECTS[1]))
-    h = min(height, round(width / ASPECTS[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def centre_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """Returns ``(left, top, right, bottom)`` of what evaluation shows, in pixels.
-
-    It is what a centred crop of ``size`` keeps once the short side has been resized to
-    ``round(size * 256 / 224)`` and the long side in proportion, rounded down.
-    """
-    short = round(size * SHORT_SIDE)
-    w = short * width // min(width, height)
-    h = short * height // min(width, height)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return (
-        left * width / w,
-        top * height / h,
-        (left + size) * width / w,
-        (top + size) * height / h,
-    )
-
-
-def _cut(
-    file: Image.Image, box: tuple[float, float, float, float], size: int
-) -> np.ndarray:
-    """The part ``box`` of an opened file as ``(size, size, 3)`` uint8.
-
-    The filter is Pillow's bilinear one, a triangle as wide as the pixels of the result.
-    It sees what lies beyond the box, as if the whole image were resized and then cut.
-    """
-    width, height = file.size
-    left, top, right, bottom = box
-    spare = min(right - left, bottom - top) / size / DRAFT
-    if spare > 1:
-        file.draft(None, (int(width / spare), int(height / spare)))
-    x, y = file.size[0] / width, file.size[1] / height
-    # No rounding may push the box over the edge: Pillow refuses that.
-    edges = min(right * x, file.size[0]), min(bottom * y, file.size[1])
-    scaled = (left * x, top * y, *edges)
-    resized = _rgb(file).resize((size, size), Image.Resampling.BILINEAR, scaled)
-    return np.asarray(resized)
-
-
-def _rgb(file: Image.Image) -> Image.Image:
-    if file.mode.startswith("I"):
-        # Grey of 16 bits: Pillow would clip it at 255, which makes it white.
-        return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
-    if file.mode == "P":
-        # Straight to RGB, Pillow would warn of a palette's transparency.
-        return file.convert("RGBA").convert("RGB")
-    return file.convert("RGB")

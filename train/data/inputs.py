@@ -1,7 +1,7 @@
-"""What feeds the loop: images that live on the device, or that are read as it goes.
+"""Inputs of the training loop: images on the device, or read during training.
 
-An ``Inputs`` hands the loop what one call needs, and says, inside the compiled step,
-how images and labels come of it.
+An ``Inputs`` yields the arrays that each call of the compiled step gets, and makes
+images and labels of them inside that step.
 """
 
 from collections.abc import Iterator
@@ -32,40 +32,40 @@ class Inputs(Protocol):
     image_size: int
     test_size: int
     data: Any
-    """Arrays on the device that every training call gets."""
+    """Arrays on the device that every training step gets."""
     test_data: Any
     """The same for evaluation."""
 
     def calls(self, epoch: int, done: int, size: int) -> Iterator[Any]:
-        """What each call of ``size`` steps needs, after ``done`` steps of the epoch.
+        """The batches of the epoch after ``done`` steps, ``size`` steps at a time.
 
-        A tree of arrays; their first axis is that of the steps.
+        A tree of arrays, whose first axis is that of the steps.
         """
 
     def batch(
         self, data: Any, item: Any, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalised, augmented images and the labels of one step; traced."""
+        """Normalized, augmented images and the labels of one step; traced."""
 
     def test_calls(self) -> Iterator[tuple[Any, jax.Array]]:
         """Batches of the test part, each image once, and the weights of their rows."""
 
     def test_batch(self, data: Any, item: Any) -> tuple[jax.Array, jax.Array]:
-        """Normalised images and labels of one batch; traced."""
+        """Normalized images and labels of one batch; traced."""
 
     def position(self) -> Any:
-        """Where the training part is being read, of JSON types."""
+        """The position in the training part, of JSON types."""
 
     def go_to(self, position: Any) -> None:
-        """Makes the next batch the one that came next at ``position``."""
+        """Resumes the training part at ``position``."""
 
     def close(self) -> None:
-        """Ends what reads."""
+        """Ends the threads that read."""
 
 
 @flax.struct.dataclass
 class DeviceData:
-    """One part of an image set on the device, with what normalises its pixels."""
+    """One part of an image set on the device, with what normalizes its pixels."""
 
     images: jax.Array
     labels: jax.Array
@@ -74,7 +74,7 @@ class DeviceData:
 
 
 class DeviceInputs:
-    """Images that live whole on each device; a call needs their indices alone."""
+    """All images on each device; a batch is their indices."""
 
     def __init__(self, images: ImageSet, config: Config, mesh: Mesh) -> None:
         """Puts the images on the devices.
@@ -107,10 +107,10 @@ class DeviceInputs:
     ) -> tuple[jax.Array, jax.Array]:
         """Takes the images of the indices ``item`` and augments them."""
         images = augment(data.images[item], key, flip=self.flip)
-        return normalise(images, data), data.labels[item]
+        return normalize(images, data), data.labels[item]
 
     def test_calls(self) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Yields indices and weights; the filling of the last batch weighs nothing."""
+        """Yields indices and weights, which are 0 for the padding of the last batch."""
         for start in range(0, self.test_size, self.batch_size):
             indices = np.arange(start, start + self.batch_size, dtype=np.int32)
             weights = (indices < self.test_size).astype(np.float32)
@@ -121,10 +121,10 @@ class DeviceInputs:
         self, data: DeviceData, item: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Takes the images of the indices ``item``."""
-        return normalise(data.images[item], data), data.labels[item]
+        return normalize(data.images[item], data), data.labels[item]
 
     def position(self) -> None:
-        """Nothing: the order is a function of the seed and the epoch."""
+        """None: the order is a function of the seed and the epoch."""
 
     def go_to(self, position: None) -> None:
         """Does nothing."""
@@ -134,17 +134,17 @@ class DeviceInputs:
 
 
 def check_fills(config: Config, size: int) -> None:
-    """Raises ``ValueError`` for a batch that ``size`` training images cannot fill."""
+    """Raises ``ValueError`` for a batch larger than the ``size`` training images."""
     config = config_lib.resolve(config)
     if config.batch_size > size:
         raise ValueError(
             f"`batch_size` must be at most the {size:,} training images of "
-            f"{config.dataset}, got {config.batch_size:,}."
+            f"{config.dataset}, got {config.batch_size:,}; pass a smaller --batch-size."
         )
 
 
 def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:
-    """Both parts on each device, to be normalised by the training part's statistics."""
+    """Both parts on each device, with the statistics of the training part."""
     values = np.arange(256) / 255
     mean, std = np.empty((2, 1, 1, 1, 3), np.float32)
     for c in range(3):
@@ -152,18 +152,14 @@ def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:
         mean[..., c] = np.average(values, weights=counts)
         variance = np.average((values - mean[..., c].item()) ** 2, weights=counts)
         std[..., c] = np.sqrt(variance)
-    return (
-        DeviceData(
-            *devices.replicate(
-                (images.train_images, images.train_labels, mean, std), mesh
-            )
-        ),
-        DeviceData(
-            *devices.replicate(
-                (images.test_images, images.test_labels, mean, std), mesh
-            )
-        ),
+    train, test = (
+        DeviceData(*devices.replicate((*part, mean, std), mesh))
+        for part in (
+            (images.train_images, images.train_labels),
+            (images.test_images, images.test_labels),
+        )
     )
+    return train, test
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
@@ -172,12 +168,12 @@ def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:
 
 
 def augment(images: jax.Array, key: jax.Array, *, flip: bool) -> jax.Array:
-    """Moves each image by up to 4 pixels and mirrors it by the toss of its own coin.
+    """Shifts each image by up to 4 pixels and flips it with probability 1/2.
 
     Args:
-      images: ``(N, H, W, C)``; what moves in from outside is 0.
-      key: for the draws, one of each kind per image.
-      flip: whether to mirror at all.
+      images: ``(N, H, W, C)``; padded with 0.
+      key: of the draws, which are independent for each image.
+      flip: whether to flip at all.
     """
     shift_key, flip_key = jax.random.split(key)
     shape = images.shape[1:]
@@ -187,11 +183,11 @@ def augment(images: jax.Array, key: jax.Array, *, flip: bool) -> jax.Array:
         padded, corners
     )
     if flip:
-        coins = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
-        images = jnp.where(coins, images[:, :, ::-1], images)
+        flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        images = jnp.where(flipped, images[:, :, ::-1], images)
     return images
 
 
-def normalise(images: jax.Array, data: Any) -> jax.Array:
-    """Pixels 0..255 less ``data.mean``, over ``data.std``: in 0..1, per channel."""
+def normalize(images: jax.Array, data: Any) -> jax.Array:
+    """Returns ``(images / 255 - data.mean) / data.std``, per channel."""
     return (images.astype(jnp.float32) / 255 - data.mean) / data.std

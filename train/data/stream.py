@@ -1,4 +1,4 @@
-"""Images of a folder as the loop's inputs, read and cut on the host as it goes."""
+"""Image folders as inputs of the training loop, read and cropped on the host."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.data import folders
-from train.data.inputs import check_fills, normalise
+from train.data.inputs import check_fills, normalize
 from train.engine import config as config_lib
 from train.engine import devices
 from train.engine.config import Config
@@ -21,19 +21,19 @@ STD = (0.229, 0.224, 0.225)
 
 @flax.struct.dataclass
 class Scale:
-    """What normalises pixels."""
+    """The mean and standard deviation of pixels, per channel."""
 
     mean: jax.Array | np.ndarray
     std: jax.Array | np.ndarray
 
 
 class FolderInputs:
-    """Batches that Grain reads; each process reads its rows of them."""
+    """Batches that Grain reads; each process reads its own rows."""
 
     def __init__(
         self, images: folders.FolderImages, config: Config, mesh: Mesh
     ) -> None:
-        """Begins to read.
+        """Starts to read.
 
         Raises:
           ValueError: the images do not fill a batch.
@@ -68,11 +68,11 @@ class FolderInputs:
     def batch(
         self, data: Scale, item: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalises; the crops were drawn on the host."""
-        return normalise(item["image"], data), item["label"]
+        """Normalizes; the crops were drawn on the host."""
+        return normalize(item["image"], data), item["label"]
 
     def test_calls(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """Yields batches in order, the last one filled up with weight 0."""
+        """Yields batches in order and weights, 0 for the padding of the last one."""
         batches = folders.evaluation_batches(self.images, **self.options)
         try:
             for item in batches:
@@ -84,24 +84,24 @@ class FolderInputs:
     def test_batch(
         self, data: Scale, item: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalises."""
-        return normalise(item["image"], data), item["label"]
+        """Normalizes."""
+        return normalize(item["image"], data), item["label"]
 
     def position(self) -> dict[str, Any]:
-        """Grain's state, and what it is a position in."""
+        """Grain's state, and the number of images it is for."""
         return {"state": self.batches.get_state(), "images": len(self.images.train)}
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Sets Grain's state.
 
         Raises:
-          ValueError: the folder does not hold as many images as it did.
+          ValueError: the number of images has changed.
         """
         if position["images"] != len(self.images.train):
             raise ValueError(
                 f"`data_dir` holds {len(self.images.train):,} training images and held "
-                f"{position['images']:,} when the run began; bring them back, or begin "
-                "anew with another --workdir."
+                f"{position['images']:,} when the run began; restore them, or start a "
+                "new run with another --workdir."
             )
         self.batches.set_state(position["state"])
 

@@ -1,0 +1,118 @@
+"""The spatial gates of trained networks."""
+
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_attn.inspect import colour_map, overlay
+from flax_attn.resnet import ATTENTIONS, BasicBlock, ResNet
+from tests import tiny_run
+from tests.cases import variables_for
+from train.data.cifar import ImageSet
+from train.data.inputs import DeviceInputs
+from train.engine import devices
+from train.engine.config import Config
+from train.study import gates as study
+
+
+def test_spatial_gates_are_those_of_each_stages_last_block():
+    rng = np.random.RandomState(0)
+    pixels = rng.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
+    labels = np.zeros(12, np.int32)
+    images = ImageSet(pixels[:8], labels[:8], pixels[8:], labels[8:], 10, flip=False)
+    model = ResNet(
+        stages=(2, 1),
+        block=BasicBlock,
+        num_classes=10,
+        width=4,
+        imagenet_stem=False,
+        attention=ATTENTIONS["cbam"],
+    )
+    variables = variables_for(model, jnp.zeros((1, 8, 8, 3)))
+    # As means and variances, of which a random one would be negative.
+    variables["batch_stats"] = jax.tree.map(np.ones_like, variables["batch_stats"])
+    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    shown, gates = study.spatial_gates(model, variables, fed, count=3)
+    np.testing.assert_array_equal(shown, pixels[8:11])
+    assert {name: gate.shape for name, gate in gates.items()} == {
+        "stage1_block2": (3, 8, 8),
+        "stage2_block1": (3, 4, 4),
+    }
+    known = pixels[:8].astype(np.float64) / 255
+    inputs = (pixels[8:11] / 255 - known.mean((0, 1, 2))) / known.std((0, 1, 2))
+    apply = jax.jit(partial(model.apply, mutable=["intermediates"]))
+    _, state = apply(variables, inputs.astype(np.float32))
+    for name, gate in gates.items():
+        attention = state["intermediates"][name]["attention"]
+        (expected,) = attention["spatial"]["spatial_gate"]
+        np.testing.assert_allclose(gate, expected[..., 0], atol=1e-5)
+        assert gate.dtype == np.float32 and 0 < gate.min() < gate.max() <= 1
+
+
+@pytest.mark.parametrize("attention", ["none", "se"])
+def test_without_spatial_attention_there_are_no_spatial_gates(attention):
+    pixels, labels = np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int32)
+    pixels[0] = 255
+    images = ImageSet(pixels, labels, pixels, labels, 10, flip=False)
+    model = ResNet(
+        stages=(1,),
+        block=BasicBlock,
+        num_classes=10,
+        width=4,
+        imagenet_stem=False,
+        attention=ATTENTIONS[attention],
+    )
+    variables = variables_for(model, jnp.zeros((1, 4, 4, 3)))
+    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    shown, gates = study.spatial_gates(model, variables, fed, count=2)
+    assert gates == {} and shown.shape == (2, 4, 4, 3)
+
+
+def test_the_blocks_with_spatial_gates():
+    """By the articles; BAM has one gate of both kinds."""
+    expected = {"spatial", "cbam", "cbam-conv", "scse", "scse-max"}
+    assert set(filter(study.has_spatial_gate, ATTENTIONS)) == expected
+    assert not study.has_spatial_gate("a block of another version")
+
+
+def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatch):
+    made = []
+
+    def spatial_gates(*_):
+        made.append(1)
+        return np.zeros((2, 4, 4, 3), np.uint8), {"stage1_block1": np.ones((2, 4, 4))}
+
+    def run(attention):
+        config = Config(batch_size=8, attention=attention)
+        return types.SimpleNamespace(config=config, model=None, variables=None)
+
+    images = tiny_run.images()
+    monkeypatch.setattr(study, "spatial_gates", spatial_gates)
+    study.save_gates(tmp_path, run("se"), images)
+    assert not list(tmp_path.iterdir())
+    study.save_gates(tmp_path, run("cbam-conv"), images)
+    study.save_gates(tmp_path, run("cbam-conv"), images)
+    assert [path.name for path in tmp_path.iterdir()] == ["gates.npz"]
+    assert len(made) == 1
+    with np.load(tmp_path / "gates.npz") as arrays:
+        assert set(arrays) == {"images", "stage1_block1"}
+
+
+def test_the_picture_is_of_overlays_and_their_colors():
+    rng = np.random.RandomState(0)
+    images = rng.randint(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    maps = {"a": rng.uniform(size=(2, 4, 4)), "b": rng.uniform(size=(2, 2, 3))}
+    *axes, bar = study.plot(images, maps, limits=(0.25, 0.75)).axes
+    shown = np.array(axes).reshape(2, 3)
+    assert [axis.get_title() for axis in shown[0]] == ["image", "a\n4×4", "b\n2×3"]
+    for i, row in enumerate(shown):
+        laid = [overlay(images[i], m[i], limits=(0.25, 0.75)) for m in maps.values()]
+        for axis, expected in zip(row, [images[i], *laid], strict=True):
+            np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+    assert bar.get_ylim() == (0.25, 0.75) and bar.get_ylabel() == "spatial gate"
+    ends = [np.array(bar._colorbar.cmap(v)[:3]) * 255 for v in (0.0, 1.0)]
+    np.testing.assert_allclose(ends, colour_map([0.0, 1.0]))

@@ -1,0 +1,140 @@
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.study.runs import report_of, summary_of, write_block, write_run
+from train.study import report
+
+
+@pytest.mark.parametrize(
+    "block, none, words",
+    [
+        (
+            [0.91, 0.93, 0.98],
+            [0.90, 0.91, 0.95],
+            "+2.00 points (95 % interval -0.48 to +4.48 over 3 seeds): the interval "
+            "covers zero; these runs do not show that it helps or hurts.",
+        ),
+        (
+            [0.90, 0.91, 0.95],
+            [0.91, 0.93, 0.98],
+            "-2.00 points (95 % interval -4.48 to +0.48 over 3 seeds): the interval "
+            "covers zero; these runs do not show that it helps or hurts.",
+        ),
+        (
+            [0.941, 0.942, 0.943],
+            [0.90, 0.90, 0.90],
+            "helps by 4.20 points (95 % interval +3.95 to +4.45 over 3 seeds).",
+        ),
+        (
+            [0.90, 0.90, 0.90],
+            [0.941, 0.942, 0.943],
+            "hurts by 4.20 points (95 % interval -4.45 to -3.95 over 3 seeds).",
+        ),
+        ([0.93], [0.90], "+3.00 points with a single seed: there is no interval"),
+        (
+            [0.93, 0.94],
+            [0.90, 0.91],
+            "+3.00 points with each of 2 seeds: without any spread there is no",
+        ),
+    ],
+)
+def test_verdict(block, none, words, tmp_path):
+    write_block(tmp_path, "none", none)
+    write_block(tmp_path, "se", block)
+    text = report_of(tmp_path)
+    assert f"- se: {words}" in text
+    assert ("helps by" in text, "hurts by" in text) == (
+        "helps by" in words,
+        "hurts by" in words,
+    )
+
+
+def test_unfinished_runs_are_listed_and_not_averaged(tmp_path):
+    write_block(tmp_path, "none", [0.90, 0.92])
+    write_block(tmp_path, "se", [0.91, 0.94])
+    write_run(tmp_path, "none", 2, [0.1], epochs=3)
+    write_run(tmp_path, "se", 2, [0.1, 0.2, 0.5])
+    write_run(tmp_path, "cbam", 0, [], epochs=3)
+    summary, blocks = summary_of(tmp_path)
+    assert math.isclose(blocks["none"]["mean"], 0.91)
+    assert list(blocks["se"]["accuracies"]) == [0, 1, 2]
+    assert list(blocks["se"]["difference"]["by_seed"]) == [0, 1]
+    assert "cbam" not in blocks
+    text = report_of(tmp_path)
+    unfinished = re.findall(r"Unfinished and in no number here: (.*)\.", text)
+    assert unfinished == [
+        "none, seed 2, 1 of 3 epochs",
+        "cbam, seed 0, 0 of 3 epochs",
+        "cbam, seed 1, not begun",
+        "cbam, seed 2, not begun",
+    ]
+
+
+def test_without_a_baseline_there_is_no_difference(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5, 0.9])
+    write_run(tmp_path, "se", 1, [0.5, 0.9])
+    text = report_of(tmp_path)
+    assert "- se: no seed is finished both with it and with none" in text
+
+
+def test_nothing_finished(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5], epochs=2)
+    shown = report.write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "No run is finished." in text and "No run is finished." in shown
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_time_with_compilation_in_it_is_flagged(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5], steps=[2.0])
+    write_run(tmp_path, "se", 0, [0.5], steps=[3.0])
+    text = report_of(tmp_path)
+    assert "3,000.00†" in text and "+50.0%†" in text
+    assert "†: no epoch was timed without compilation" in text
+
+
+def test_what_the_reader_is_told(tmp_path):
+    for seed in range(2):
+        for attention in ("none", "se"):
+            write_run(
+                *(tmp_path, attention, seed, [0.5, 0.9]),
+                label_smoothing=0.1,
+                depth=14,
+                data_dir=Path("/somewhere"),
+            )
+    text = report_of(tmp_path)
+    assert "# Attention on digits: ResNet-14, 2 epochs" in text
+    assert "never the best one" in text
+    assert "not corrected for comparing several" in text
+    recipe = re.search(r"## Recipe\n\n(.*?)\n\n", text, re.DOTALL)[1].splitlines()
+    assert sorted(recipe) == [
+        "- batch_size: 64",
+        "- dataset: digits",
+        "- depth: 14",
+        "- epochs: 2",
+        "- label_smoothing: 0.1",
+    ]
+    assert "- an abacus" in text and "- jax 1.2.3, flax 4.5.6" in text
+    assert "+2,604" in text and "0.0026 M" in text
+    assert "different machines" not in text
+    facts = json.loads((tmp_path / "se-seed1" / "run.json").read_text())
+    facts["machine"] = "another abacus"
+    (tmp_path / "se-seed1" / "run.json").write_text(json.dumps(facts))
+    text = report_of(tmp_path)
+    assert "step times are not comparable" in text and "- another abacus" in text
+
+
+def test_gates_that_are_missing_are_named(tmp_path):
+    for attention in ("none", "se", "cbam"):
+        write_block(tmp_path, attention, [0.90, 0.91])
+    text = report_of(tmp_path)
+    assert re.findall(r"- (.*): no run has its gates.npz", text) == ["cbam"]
+    assert "gates-cbam.png" not in text
+    (tmp_path / "cbam-seed1" / "gates.npz").touch()
+    text = report_of(tmp_path)
+    assert "no run has its gates.npz" not in text
+    assert "`cbam`, seed 1: the spatial gate" in text and "(gates-cbam.png)" in text

@@ -1,0 +1,255 @@
+"""The report of ``train.compare`` from its logs: words, tables and figures.
+
+It needs no jax, except to say whether a block without a picture of its gates should
+have one.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.engine import config as config_lib
+from train.engine import workdir as workdir_lib
+from train.engine.config import Config
+from train.study.gates import has_spatial_gate
+from train.study.logs import GATES, Log, name_of, read_runs
+from train.study.statistics import BASELINE, summarize
+from train.study.tables import format_table
+
+INTRODUCTION = f"""Test accuracy after the **last** epoch, never the best one: mean ±
+sample standard deviation over seeds. Differences are paired: each run against that of
+`{BASELINE}` with the same seed. Intervals are Student's t over those pairs, each for
+its block alone: they are not corrected for comparing several blocks at once. Seeds
+change the parameters, the order and the augmentation but not the images, so an interval
+says nothing about other data. Step time is the median over epochs, then over seeds."""
+
+
+def verdict(block: Mapping[str, Any]) -> str:
+    """What the difference to the baseline shows, and what it does not, in words."""
+    name, difference = block["attention"], block["difference"]
+    if difference is None:
+        return (
+            f"{name}: no seed is finished both with it and with {BASELINE}, so there "
+            "is no difference."
+        )
+    mean, low, high = (difference[k] for k in ("mean", "low", "high"))
+    seeds = len(difference["by_seed"])
+    if seeds == 1:
+        return (
+            f"{name}: {_points(mean)} points with a single seed: there is no interval, "
+            "and one run of each does not show whether it helps."
+        )
+    if low is None:
+        return (
+            f"{name}: {_points(mean)} points with each of {seeds} seeds: without any "
+            "spread there is no interval, and these runs do not show whether it helps."
+        )
+    spread = f"(95 % interval {_range(low, high)} over {seeds} seeds)"
+    if low > 0:
+        return f"{name}: helps by {_points(mean)[1:]} points {spread}."
+    if high < 0:
+        return f"{name}: hurts by {_points(mean)[1:]} points {spread}."
+    return (
+        f"{name}: {_points(mean)} points {spread}: the interval covers zero; these "
+        "runs do not show that it helps or hurts."
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The blocks as an aligned Markdown table."""
+    if not summary["blocks"]:
+        return "No run is finished."
+    return format_table([_row(block) for block in summary["blocks"]], markdown=True)
+
+
+def _row(block: Mapping[str, Any]) -> dict[str, str | None]:
+    difference = block["difference"] or {"mean": None, "low": None}
+    mean, low = difference["mean"], difference["low"]
+    seconds, overhead = block["step_seconds"], block["overhead"]
+    spread = "" if block["std"] is None else f" ± {100 * block['std']:.2f}"
+    added = block["parameters_added"]
+    mark = "†" if block["compilation_timed"] else ""
+    return {
+        "block": block["attention"],
+        "seeds": str(len(block["accuracies"])),
+        "test accuracy, %": f"{100 * block['mean']:.2f}{spread}",
+        f"to {BASELINE}, points": None if mean is None else _points(mean),
+        "95 % interval": None if low is None else _range(low, difference["high"]),
+        "parameters added": f"{added:+,}",
+        "in millions": f"{added / 1e6:.4f} M",
+        "step, ms": None if seconds is None else f"{1e3 * seconds:,.2f}{mark}",
+        "overhead": None if overhead is None else f"{overhead:+.1%}{mark}",
+    }
+
+
+def _range(low: float, high: float) -> str:
+    return f"{_points(low)} to {_points(high)}"
+
+
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What the table does not say, a line for each."""
+    lines = [
+        verdict(block) for block in summary["blocks"] if block["attention"] != BASELINE
+    ]
+    for run in summary["unfinished"]:
+        state = (
+            "not begun"
+            if run["epochs"] is None
+            else f"{run['epochs']} of {summary['recipe']['epochs']} epochs"
+        )
+        lines.append(
+            f"Unfinished and in no number here: {run['attention']}, seed "
+            f"{run['seed']}, {state}."
+        )
+    lines += [
+        f"{block['attention']}: no run has its {GATES}; train without --report-only "
+        "to have the picture."
+        for block in summary["blocks"]
+        if block["gates_seed"] is None
+        and block["attention"] != BASELINE
+        and has_spatial_gate(block["attention"])
+    ]
+    if any(block["compilation_timed"] for block in summary["blocks"]):
+        lines.append(
+            "†: no epoch was timed without compilation; train at least two epochs "
+            "for a step time that can be trusted."
+        )
+    if len(summary["machines"]) > 1 or len(summary["versions"]) > 1:
+        lines.append(
+            "The runs come from different machines or versions: step times are not "
+            "comparable, and accuracies may differ for that alone."
+        )
+    return lines
+
+
+def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
+    """The report: ``summary`` in words, tables and the figures beside it."""
+    recipe = summary["recipe"]
+    gates = {
+        block["attention"]: block["gates_seed"]
+        for block in summary["blocks"]
+        if block["gates_seed"] is not None
+    }
+    parts = [
+        f"# Attention on {recipe['dataset']}: ResNet-{recipe['depth']}, "
+        f"{recipe['epochs']} epochs",
+        INTRODUCTION,
+        table(summary),
+        _bullets(remarks(summary)),
+    ]
+    if summary["blocks"]:
+        parts += [
+            "## Accuracy against step time",
+            "![Accuracy against step time](accuracy-vs-step-time.png)",
+            "## Test accuracy over epochs",
+            "Mean over seeds; the band reaches from the lowest to the highest.",
+            "![Test accuracy over epochs](curves.png)",
+            "## Every run",
+            _table_of_runs(summary["blocks"]),
+        ]
+    if gates:
+        parts.append("## Where it attends")
+    for attention, seed in gates.items():
+        parts += [
+            f"`{attention}`, seed {seed}: the spatial gate of each stage's last block.",
+            f"![Spatial gates of {attention}](gates-{attention}.png)",
+        ]
+    command = (
+        f"python -m train.compare --report-only --workdir {shlex.quote(str(workdir))}"
+    )
+    parts += [
+        "## Recipe",
+        _bullets(f"{field}: {value}" for field, value in _notable(recipe).items()),
+        "Every other option has its default.",
+        "## Machine and versions",
+        _bullets(summary["machines"]),
+        _bullets(
+            ", ".join(f"{name} {version}" for name, version in versions.items())
+            for versions in summary["versions"]
+        ),
+        "## Rebuild",
+        "This report, `report.json` and the figures come from the logs alone:",
+        f"```bash\n{command}\n```",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table_of_runs(blocks: Sequence[Mapping[str, Any]]) -> str:
+    seeds = sorted({seed for block in blocks for seed in block["accuracies"]})
+    rows = []
+    for block in blocks:
+        row = {"test accuracy, %": block["attention"]}
+        for seed in seeds:
+            accuracy = block["accuracies"].get(seed)
+            row[f"seed {seed}"] = None if accuracy is None else 100 * accuracy
+        rows.append(row)
+    return format_table(rows, markdown=True)
+
+
+def _notable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say how long and on what, and those that are not the default."""
+    same = ("dataset", "loader", "family")
+    default = config_lib.recipe(Config(**{k: recipe[k] for k in same}))
+    always = ("dataset", "depth", "epochs", "batch_size")
+    return {
+        field: value
+        for field, value in recipe.items()
+        if field in always or field not in default or value != default[field]
+    }
+
+
+def write_report(workdir: Path) -> str:
+    """Writes report.md, report.json and the figures; returns what the terminal shows.
+
+    Raises:
+      ValueError: the logs give no report; see ``read_runs``.
+    """
+    logs = read_runs(workdir)
+    summary = summarize(logs)
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    workdir_lib.write(workdir / "report.json", text)
+    workdir_lib.write(workdir / "report.md", markdown(summary, workdir))
+    if summary["blocks"]:
+        _draw(workdir, logs, summary["blocks"])
+    lines = [table(summary), "", *remarks(summary), "", f"Wrote {workdir}/report.md."]
+    return "\n".join(lines)
+
+
+def _draw(
+    workdir: Path, logs: Sequence[Log], blocks: Sequence[Mapping[str, Any]]
+) -> None:
+    import numpy as np
+
+    from train.study import plots
+
+    timed = [block for block in blocks if block["step_seconds"] is not None]
+    figures = {"accuracy-vs-step-time": plots.plot_cost(timed)}
+    figures["curves"] = plots.plot_bands(
+        {
+            block["attention"]: [
+                log.metrics
+                for log in logs
+                if log.attention == block["attention"] and log.finished
+            ]
+            for block in blocks
+        }
+    )
+    for block in blocks:
+        attention, seed = block["attention"], block["gates_seed"]
+        if seed is not None:
+            path = workdir / name_of(attention, seed) / GATES
+            with np.load(path) as arrays:
+                gates = dict(arrays)
+            figures[f"gates-{attention}"] = plots.plot_gates(gates.pop("images"), gates)
+    for name, figure in figures.items():
+        figure.savefig(workdir / f"{name}.png", dpi=150)
