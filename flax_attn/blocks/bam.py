@@ -3,26 +3,20 @@
 from collections.abc import Callable
 from functools import partial
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
     Attention,
-    GateFn,
     ModuleDef,
     Width,
-    gate_of,
-    last_layer,
-    normalise,
 )
 from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
-from flax_attn.functional import Array, Implementation, checks
+from flax_attn.functional import Array, checks
 
 
-class BAM(Attention):
+class BAM(Attention, kw_only=True):
     """Bottleneck Attention Module, https://arxiv.org/abs/1807.06514, eqs. 1-5.
 
     ``y = x * (1 + gate(channel(x) + spatial(x)))``, where ``channel`` is an MLP of the
@@ -45,6 +39,8 @@ class BAM(Attention):
     ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Its place is
     between the stages of a network, and not in its residual branches.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       reduction: divisor r; the hidden width of both branches is ``max(C // r, 1)``
         (default: 16).
@@ -55,22 +51,7 @@ class BAM(Attention):
         use_running_average=not train)`` in the paper; called as Flax's norms are, with
         ``mask=`` where the block has a mask (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-      gate: function from the summed logits to the gate (default: nn.sigmoid).
       use_bias: whether all layers add a bias (default: True, as in the paper).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the products, see ``jax.lax.Precision``.
-      kernel_init: initializer of all kernels.
-      bias_init: initializer of all biases.
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the block starts as the identity: the last kernels and
-        biases start at zero, or with ``norm`` the norms' scales and biases, and
-        ``2 * gate(logits)`` stands in the place of ``1 + gate(logits)`` and is sown
-        (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -90,16 +71,7 @@ class BAM(Attention):
     hidden_features: Width | None = None
     norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
-    gate: GateFn = nn.sigmoid
     use_bias: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
@@ -121,9 +93,9 @@ class BAM(Attention):
         channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
         axes = tuple(range(-1 - self.spatial_dims, -1))
         rows = None if valid is None else valid.any(axes, keepdims=True)
-        channel = normalise(self, channel, rows, "channel_norm")
+        channel = self.normalized(self.norm, channel, rows, name="channel_norm")
         logits = channel + self._spatial_logits(x, valid)
-        gate = functional.apply_mask(gate_of(self, logits), valid)
+        gate = functional.apply_mask(self.gate_from(logits), valid)
         self.sow("intermediates", "element_gate", gate)
         return gate
 
@@ -146,5 +118,5 @@ class BAM(Attention):
         # A bias fills the padding, which the next convolution would look into.
         y = wide(name="spatial_conv1")(functional.apply_mask(y, mask))
         y = wide(name="spatial_conv2")(functional.apply_mask(y, mask))
-        y = conv(1, ones, **last_layer(self), name="spatial_expand")(y)
-        return normalise(self, y, mask, "spatial_norm")
+        y = conv(1, ones, **self.last_layer(), name="spatial_expand")(y)
+        return self.normalized(self.norm, y, mask, name="spatial_norm")

@@ -7,24 +7,148 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype, Initializer, PrecisionLike
 
-from flax_attn.functional import Array, checks
+from flax_attn import functional
+from flax_attn.functional import Array, Implementation, checks
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
 Width = int | Callable[[int], int]
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, kw_only=True):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
+    A subclass adds its own fields, declares in ``gates`` what it sows, and is called
+    with a map and an optional boolean mask ``(..., H, W)``. All fields are
+    keyword-only. Those that every block has:
+
     Attributes:
-      gates: the gates that a class itself sows: the name of each by the method that
-        sows it. Those of the blocks inside it are theirs to declare.
+      gate: function from logits to the gate (default: nn.sigmoid).
+      use_bias: whether the layers add a bias; a bias before a norm, which has one of
+        its own, is left out (default: False; of BAM: True).
+      dtype: the dtype of the result (default: infer from input and params). Means are
+        accumulated in float32 or wider whatever this is.
+      param_dtype: the dtype passed to parameter initializers (default: float32).
+      precision: numerical precision of the products, see ``jax.lax.Precision``.
+      kernel_init: initializer of all kernels.
+      bias_init: initializer of all biases.
+      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
+        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
+      identity_init: whether the block starts as the identity: the last kernels and
+        biases start at zero, or the scale and bias of a norm after them, and each gate
+        is ``2 * gate(logits)``, which is 1 then (default: False).
+      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
+        ``(..., D, H, W, C)`` (default: 2).
+      gates: of the class: the gates that it sows itself, the name of each by the
+        method that sows it. Those of the blocks inside it are theirs to declare.
     """
 
     gates: ClassVar[Mapping[str, str]] = {}
+
+    gate: GateFn = nn.sigmoid
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    implementation: Implementation = "fast"
+    identity_init: bool = False
+    spatial_dims: int = 2
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
+
+    def scaled(self, x: Array, gate: Array) -> Array:
+        """Returns ``x * gate`` in the block's dtype, for an ``x`` already masked."""
+        x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
+        return functional.scale(
+            x,
+            gate,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )
+
+    def first_layer(self) -> dict[str, Any]:
+        """The initializers of a layer before the last one."""
+        return {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
+
+    def last_layer(self) -> dict[str, Any]:
+        """The initializers of the layer that makes the logits."""
+        # Before a norm, zeros would be amplified or leave nothing to learn from: there
+        # the norm's scale starts at zero instead.
+        if self.identity_init and getattr(self, "norm", None) is None:
+            return {name: zeros_like(init) for name, init in self.first_layer().items()}
+        return self.first_layer()
+
+    def gate_from(self, logits: Array) -> Array:
+        """The gate for ``logits``; at zero logits it is 1 with ``identity_init``."""
+        check_callable("gate", self.gate)
+        if not self.identity_init:
+            return self.gate(logits)
+        with jax.ensure_compile_time_eval():
+            # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
+            at_zero = float(jax.jit(self.gate)(jnp.zeros(())))
+        if at_zero != 0.5:
+            raise ValueError(
+                "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "
+                f"{at_zero}; pass a gate such as nn.sigmoid, or identity_init=False."
+            )
+        return 2 * self.gate(logits)
+
+    def normalized(
+        self, norm: ModuleDef | None, x: Array, mask: Array | None, *, name: str
+    ) -> Array:
+        """``x`` through ``norm``, if any, over what ``mask`` admits."""
+        if norm is None:
+            return x
+        module = self._make_norm(norm, name)
+        if mask is None:
+            return module(x)
+        # What has nothing valid is normalized as it is, since the mean of nothing is
+        # NaN: a row, or for statistics of the batch, the whole of it.
+        axes = tuple(range(-1 - self.spatial_dims, -1))
+        shared = isinstance(module, nn.BatchNorm)
+        valid = mask.any(None if shared else axes, keepdims=True)
+        return module(x, mask=mask | ~valid)
+
+    def _make_norm(self, norm: ModuleDef, name: str) -> Any:
+        if isinstance(norm, nn.Module) or not callable(norm):
+            raise ValueError(
+                "`norm` must make a module, such as nn.BatchNorm or a "
+                f"functools.partial of it, got {norm!r}; pass "
+                "partial(nn.BatchNorm, use_running_average=not train)."
+            )
+        if not self.identity_init:
+            return norm(name=name)
+        try:
+            module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
+        except TypeError as error:
+            raise ValueError(_NO_SCALE.format(norm)) from error
+        if not getattr(module, "use_scale", True):
+            raise ValueError(_NO_SCALE.format(norm))
+        return module
+
+
+def zeros_like(init: Initializer) -> Initializer:
+    """Zeros in the boxes that ``init`` returns, such as those of partitioning."""
+
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, init(*args, **kwargs))
+
+    return zeros
+
+
+def check_callable(field: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise ValueError(
+            f"`{field}` must be a function of arrays, got {value!r}; pass the function "
+            "itself, such as nn.relu or nn.sigmoid."
+        )
 
 
 def width_of(field: str, value: Width, features: int) -> int:
@@ -38,57 +162,6 @@ def width_of(field: str, value: Width, features: int) -> int:
             f"{features} channels; return an int."
         )
     return width
-
-
-def last_layer(module: Any) -> dict[str, Any]:
-    """The initializers of the layer that makes the logits."""
-    # Before a norm, zeros would be amplified or leave nothing to learn from: there the
-    # norm's scale starts at zero instead.
-    if module.identity_init and getattr(module, "norm", None) is None:
-        return {"kernel_init": _ZEROS, "bias_init": _ZEROS}
-    return {"kernel_init": module.kernel_init, "bias_init": module.bias_init}
-
-
-def gate_of(module: Any, logits: Array) -> Array:
-    """The gate for ``logits``; at zero logits it is 1 with ``identity_init``."""
-    if not module.identity_init:
-        return module.gate(logits)
-    with jax.ensure_compile_time_eval():
-        # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
-        at_zero = float(jax.jit(module.gate)(jnp.zeros(())))
-    if at_zero != 0.5:
-        raise ValueError(
-            "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "
-            f"{at_zero}; pass a gate such as nn.sigmoid, or identity_init=False."
-        )
-    return 2 * module.gate(logits)
-
-
-def normalise(module: Any, x: Array, mask: Array | None, name: str) -> Array:
-    """``x`` through the norm of ``module``, if any, over what ``mask`` admits."""
-    if module.norm is None:
-        return x
-    norm = _make_norm(module, name)
-    if mask is None:
-        return norm(x)
-    # What has nothing valid is normalised as it is, since the mean of nothing is NaN:
-    # a row, or for statistics of the batch, the whole of it.
-    axes = tuple(range(-1 - module.spatial_dims, -1))
-    shared = isinstance(norm, nn.BatchNorm)
-    valid = mask.any(None if shared else axes, keepdims=True)
-    return norm(x, mask=mask | ~valid)
-
-
-def _make_norm(module: Any, name: str) -> Any:
-    if not module.identity_init:
-        return module.norm(name=name)
-    try:
-        norm = module.norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
-    except TypeError as error:
-        raise ValueError(_NO_SCALE.format(module.norm)) from error
-    if not getattr(norm, "use_scale", True):
-        raise ValueError(_NO_SCALE.format(module.norm))
-    return norm
 
 
 _ZEROS = nn.initializers.zeros_init()

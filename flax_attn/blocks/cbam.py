@@ -3,19 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, GateFn, ModuleDef, Width
+from flax_attn.blocks.base import Attention, ModuleDef, Width
 from flax_attn.blocks.channel import ChannelAttention
 from flax_attn.blocks.spatial import SpatialAttention
-from flax_attn.functional import Array, Excite, Implementation, checks
+from flax_attn.functional import Array, Excite, checks
 
 
-class CBAM(Attention):
+class CBAM(Attention, kw_only=True):
     """Convolutional Block Attention Module, https://arxiv.org/abs/1807.06521, eq. 1.
 
     ``y = x * channel_gate(x)``, then ``y * spatial_gate(y)``::
@@ -36,6 +34,8 @@ class CBAM(Attention):
     ``spatial_norm=partial(nn.BatchNorm, use_running_average=not train,
     momentum=0.99)``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       reduction: divisor r of the channel MLP; the hidden width is ``max(C // r, 1)``
         (default: 16).
@@ -50,23 +50,6 @@ class CBAM(Attention):
       spatial_norm: module between the spatial convolution and its gate, see
         ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-      gate: function from logits to the gate, for both halves (default: nn.sigmoid).
-      use_bias: whether layers add a bias (default: False). Before ``spatial_norm``,
-        which has a bias of its own, the spatial convolution adds none.
-      dtype: the dtype of the result (default: infer from input and params). Means are
-        accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the products, see ``jax.lax.Precision``.
-      kernel_init: initializer of all kernels.
-      bias_init: initializer of all biases.
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether both gates start at exactly 1, so that the block starts as
-        the identity: their last kernels and biases start at zero, or the scale and
-        bias of ``spatial_norm``, and the gates are ``2 * gate(logits)`` (default:
-        False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -86,16 +69,6 @@ class CBAM(Attention):
     b: float = 1
     spatial_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:

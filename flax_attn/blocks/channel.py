@@ -10,23 +10,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
     Attention,
     Conv,
-    GateFn,
     Width,
-    gate_of,
-    last_layer,
     width_of,
 )
-from flax_attn.functional import Array, Excite, Implementation, Padding, Pool, checks
+from flax_attn.functional import Array, Excite, Padding, Pool, checks
 
 
-class SE(Attention):
+class SE(Attention, kw_only=True):
     """Squeeze-and-Excitation, https://arxiv.org/abs/1709.01507, eqs. 2-4.
 
     Scales channel ``c`` of ``x`` by ``gate(expand(act(reduce(mean_hw(x)))))[c]``::
@@ -40,27 +35,14 @@ class SE(Attention):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 16).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
       pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
       act: activation between the two layers (default: nn.relu).
-      gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether both layers add a bias (default: False).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the products, see ``jax.lax.Precision``.
-      kernel_init: initializer of both kernels, (C, h) and (h, C).
-      bias_init: initializer of both biases, (h,) and (C,).
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the gate starts at exactly 1, so that the block starts as
-        the identity: the last kernel and bias start at zero, and the gate is
-        ``2 * gate(logits)`` (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -78,16 +60,6 @@ class SE(Attention):
     hidden_features: Width | None = None
     pool: Pool = "avg"
     act: Callable[[Array], Array] = nn.relu
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
@@ -103,7 +75,7 @@ class SE(Attention):
         return _channel_gate(self, x, mask, pools=(self.pool,), excite=mlp)
 
 
-class ECA(Attention):
+class ECA(Attention, kw_only=True):
     """Efficient Channel Attention, https://arxiv.org/abs/1910.03151, eqs. 7 and 12.
 
     Scales channel ``c`` of ``x`` by ``gate(conv(mean_hw(x)))[c]``, where ``conv`` runs
@@ -118,6 +90,8 @@ class ECA(Attention):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       kernel_size: width k, odd, or a function from C to it (default: None, which means
         ``eca_kernel_size(C, gamma=gamma, b=b)``). Released ECA-Net weights have fixed
@@ -127,21 +101,6 @@ class ECA(Attention):
       pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
       padding: what stands beyond the first and last channel, ``"zeros"`` or
         ``"circular"`` (default: "zeros").
-      gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether the convolution adds a bias (default: False).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the convolution, see ``jax.lax.Precision``.
-      kernel_init: initializer of the kernel, (k, 1, 1).
-      bias_init: initializer of the bias, (1,).
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the gate starts at exactly 1, so that the block starts as
-        the identity: the last kernel and bias start at zero, and the gate is
-        ``2 * gate(logits)`` (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -159,16 +118,6 @@ class ECA(Attention):
     b: float = 1
     pool: Pool = "avg"
     padding: Padding = "zeros"
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
@@ -184,7 +133,7 @@ class ECA(Attention):
         return _channel_gate(self, x, mask, pools=(self.pool,), excite=_conv)
 
 
-class ChannelAttention(Attention):
+class ChannelAttention(Attention, kw_only=True):
     """The channel half of CBAM, https://arxiv.org/abs/1807.06521, eq. 2.
 
     Scales channel ``c`` of ``x`` by ``gate(f(mean_hw(x)) + f(max_hw(x)))[c]``, where
@@ -202,6 +151,8 @@ class ChannelAttention(Attention):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       reduction: divisor r of the MLP; the hidden width is ``max(C // r, 1)``
         (default: 16).
@@ -215,21 +166,6 @@ class ChannelAttention(Attention):
       padding: what the convolution finds beyond the first and last channel,
         ``"zeros"`` or ``"circular"`` (default: "zeros").
       act: activation between the MLP's layers (default: nn.relu).
-      gate: function from the summed logits to the gate (default: nn.sigmoid).
-      use_bias: whether the layers add a bias (default: False).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the products, see ``jax.lax.Precision``.
-      kernel_init: initializer of the kernels, (C, h) and (h, C), or (k, 1, 1).
-      bias_init: initializer of the biases, (h,) and (C,), or (1,).
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the gate starts at exactly 1, so that the block starts as
-        the identity: the last kernel and bias start at zero, and the gate is
-        ``2 * gate(logits)`` (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -252,16 +188,6 @@ class ChannelAttention(Attention):
     b: float = 1
     padding: Padding = "zeros"
     act: Callable[[Array], Array] = nn.relu
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
@@ -279,18 +205,13 @@ class ChannelAttention(Attention):
         return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
 
 
-def _scale(module: Any, x: Array, gate: Array, mask: Array | None) -> Array:
-    x, gate = promote_dtype(jnp.asarray(x), gate, dtype=module.dtype)
-    return functional.scale(
-        functional.apply_mask(x, checks.check_mask(mask, x)),
-        gate,
-        spatial_dims=module.spatial_dims,
-        implementation=module.implementation,
-    )
+def _scale(module: Attention, x: Array, gate: Array, mask: Array | None) -> Array:
+    x = jnp.asarray(x)
+    return module.scaled(functional.apply_mask(x, checks.check_mask(mask, x)), gate)
 
 
 def _channel_gate(
-    module: Any,
+    module: Attention,
     x: Array,
     mask: Array | None,
     *,
@@ -299,13 +220,13 @@ def _channel_gate(
 ) -> Array:
     """The gate, ``(..., 1, 1, C)``, sown."""
     logits = channel_logits(module, x, mask, pools=pools, excite=excite)
-    gate = gate_of(module, logits)
+    gate = module.gate_from(logits)
     module.sow("intermediates", "channel_gate", gate)
     return gate
 
 
 def channel_logits(
-    module: Any,
+    module: Attention,
     x: Array,
     mask: Array | None,
     *,
@@ -328,7 +249,7 @@ def channel_logits(
     return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
 
 
-def hidden_width(module: Any, features: int) -> int:
+def hidden_width(module: Attention, features: int) -> int:
     """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
@@ -339,7 +260,7 @@ def hidden_width(module: Any, features: int) -> int:
     return hidden
 
 
-def mlp(module: Any, features: int) -> Callable[[Array], Array]:
+def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
     """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
     layer = partial(
         nn.Dense,
@@ -348,16 +269,14 @@ def mlp(module: Any, features: int) -> Callable[[Array], Array]:
         param_dtype=module.param_dtype,
         precision=module.precision,
     )
-    first: dict[str, Any] = {
-        "kernel_init": module.kernel_init,
-        "bias_init": module.bias_init,
-    }
-    reduce = layer(hidden_width(module, features), **first, name="reduce")
-    expand = layer(features, **last_layer(module), name="expand")
+    reduce = layer(
+        hidden_width(module, features), **module.first_layer(), name="reduce"
+    )
+    expand = layer(features, **module.last_layer(), name="expand")
     return lambda s: expand(module.act(reduce(s)))
 
 
-def _conv(module: Any, features: int) -> Callable[[Array], Array]:
+def _conv(module: Attention, features: int) -> Callable[[Array], Array]:
     """The convolution along C, as a function of descriptors ``(..., C)``."""
     checks.check_choice("padding", module.padding, functional.PADDINGS)
     width = module.kernel_size
@@ -376,6 +295,6 @@ def _conv(module: Any, features: int) -> Callable[[Array], Array]:
         use_bias=module.use_bias,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
-        **last_layer(module),
+        **module.last_layer(),
         name="conv",
     )

@@ -3,22 +3,20 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, GateFn, Width, gate_of, last_layer
+from flax_attn.blocks.base import Attention, Width
 from flax_attn.blocks.channel import SE
-from flax_attn.functional import Array, Implementation, checks
+from flax_attn.functional import Array, checks
 
 Combine = Literal["add", "max"]
 
 COMBINATIONS: tuple[Combine, ...] = ("add", "max")
 
 
-class scSE(Attention):
+class scSE(Attention, kw_only=True):
     """Concurrent spatial and channel SE, https://arxiv.org/abs/1803.02579, eqs. 1-3.
 
     ``y = x * channel_gate(x) + x * spatial_gate(x)``, where the first is SE's gate and
@@ -36,6 +34,8 @@ class scSE(Attention):
     Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
     ``intermediates/channel/channel_gate`` and ``intermediates/spatial_gate``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       reduction: divisor r of the channel half; its hidden width is ``max(C // r, 1)``
         (default: 2).
@@ -44,21 +44,6 @@ class scSE(Attention):
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
       act: activation between the two layers of the channel half (default: nn.relu).
-      gate: function from logits to the gate, for both halves (default: nn.sigmoid).
-      use_bias: whether the layers add a bias (default: False).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the products, see ``jax.lax.Precision``.
-      kernel_init: initializer of all kernels.
-      bias_init: initializer of all biases.
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the block starts as the identity: the last kernels and
-        biases start at zero, and both gates are ``2 * gate(logits)``; their sum is
-        halved (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -77,16 +62,6 @@ class scSE(Attention):
     combine: Combine = "add"
     hidden_features: Width | None = None
     act: Callable[[Array], Array] = nn.relu
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def setup(self) -> None:
         """Makes the two halves."""
@@ -109,7 +84,7 @@ class scSE(Attention):
             spatial_dims=self.spatial_dims,
             **common,
         )
-        self.spatial = nn.Dense(1, **common, **last_layer(self))
+        self.spatial = nn.Dense(1, **common, **self.last_layer())
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
@@ -135,7 +110,7 @@ class scSE(Attention):
             for gate in (channel, spatial)
         )
         if self.combine == "max":
-            return jnp.maximum(by_channel, by_position)
+            return functional.larger(by_channel, by_position)
         if self.identity_init:  # Halved before they are added: twice x may overflow.
             return by_channel / 2 + by_position / 2
         return by_channel + by_position
@@ -145,6 +120,6 @@ class scSE(Attention):
         x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
         mask = checks.check_mask(mask, x)
         logits = self.spatial(functional.apply_mask(x, mask))
-        gate = functional.apply_mask(gate_of(self, logits), mask)
+        gate = functional.apply_mask(self.gate_from(logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate

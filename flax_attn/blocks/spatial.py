@@ -2,25 +2,18 @@
 
 from functools import partial
 
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
     Attention,
     Conv,
-    GateFn,
     ModuleDef,
-    gate_of,
-    last_layer,
-    normalise,
 )
-from flax_attn.functional import Array, Implementation, checks
+from flax_attn.functional import Array, checks
 
 
-class SpatialAttention(Attention):
+class SpatialAttention(Attention, kw_only=True):
     """The spatial half of CBAM, https://arxiv.org/abs/1807.06521, eq. 3.
 
     Scales position ``(h, w)`` of ``x`` by ``gate(conv([max_c(x), mean_c(x)]))[h, w]``,
@@ -35,28 +28,14 @@ class SpatialAttention(Attention):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
     ``intermediates/spatial_gate``.
 
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
     Attributes:
       kernel_size: k, any odd size (default: 7).
       norm: module between the convolution and the gate, such as
         ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
         official code; called as Flax's norms are, with ``mask=`` where the block has a
         mask (default: None).
-      gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether the convolution adds a bias (default: False).
-      dtype: the dtype of the result (default: infer from input and params). The mean
-        is accumulated in float32 or wider whatever this is.
-      param_dtype: the dtype passed to parameter initializers (default: float32).
-      precision: numerical precision of the convolution, see ``jax.lax.Precision``.
-      kernel_init: initializer of the kernel, (k, k, 2, 1). Its input channels are
-        [max, mean], in this order.
-      bias_init: initializer of the bias, (1,).
-      implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
-        (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the gate starts at exactly 1, so that the block starts as
-        the identity: the last kernel and bias start at zero, or with ``norm`` the
-        norm's scale and bias, and the gate is ``2 * gate(logits)`` (default: False).
-      spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
-        ``(..., D, H, W, C)`` (default: 2).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -73,16 +52,6 @@ class SpatialAttention(Attention):
 
     kernel_size: int = 7
     norm: ModuleDef | None = None
-    gate: GateFn = nn.sigmoid
-    use_bias: bool = False
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: PrecisionLike = None
-    kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros_init()
-    implementation: Implementation = "fast"
-    identity_init: bool = False
-    spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
@@ -118,21 +87,15 @@ class SpatialAttention(Attention):
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            **last_layer(self),
+            **self.last_layer(),
             name="conv",
         )(maps)
         mask = checks.check_mask(mask, maps)
-        logits = normalise(self, logits, mask, "norm")
-        gate = functional.apply_mask(gate_of(self, logits), mask)
+        logits = self.normalized(self.norm, logits, mask, name="norm")
+        gate = functional.apply_mask(self.gate_from(logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
 
     def scale(self, x: Array, gate: Array) -> Array:
         """Returns ``x`` times a spatial gate."""
-        x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
-        return functional.scale(
-            x,
-            gate,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
+        return self.scaled(x, gate)

@@ -140,6 +140,7 @@ def _squeeze_spatial(
     if mask is not None:
         x = jnp.where(mask, x, 0 if pool == "avg" else -jnp.inf)
     folded = _fold(x, spatial_dims)
+    squeeze: Callable[[Array, Axes], Array]
     if implementation == "fast":
         squeeze = _reductions.mean if pool == "avg" else _reductions.maximum
     else:

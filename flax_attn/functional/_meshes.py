@@ -63,4 +63,4 @@ def _varying(x: Array) -> frozenset[str]:
 def _vary(x: Array, axes: tuple[str, ...]) -> Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # Before jax 0.9.
+    return getattr(lax, "pvary")(x, axes)  # noqa: B009 - Before there was pcast.

@@ -15,6 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,10 +214,8 @@ def decide(
 
 
 def _branch(
-    function: Callable[..., Array | tuple[Array, ...]],
-    otherwise: Callable[..., Array | tuple[Array, ...]],
-    *arrays: Array,
-) -> Array | tuple[Array, ...]:
+    function: Callable[..., Any], otherwise: Callable[..., Any], *arrays: Array
+) -> Any:
     first = [a[(0,) * a.ndim] for a in arrays]
     ordered = reduce(jnp.logical_and, [f == f for f in first])
     return lax.cond(ordered, function, otherwise, *arrays)
@@ -437,12 +436,12 @@ def _found(index: Array, size: int, ct: Array) -> tuple[Array, Array]:
 
 def _positions(shape: tuple[int, ...], axes: Axes) -> Array:
     """Where an element is along ``axes``, broadcasting to ``shape``."""
-    position: Array | int = 0
+    position = jnp.zeros((1, 1, 1), jnp.int32)
     for axis in axes:
         along = tuple(shape[i] if i == axis else 1 for i in (-3, -2, -1))
         iota = lax.broadcasted_iota(jnp.int32, along, 3 + axis)
         position = position * shape[axis] + iota
-    return jnp.asarray(position).reshape((1,) * (len(shape) - 3) + position.shape)
+    return position.reshape((1,) * (len(shape) - 3) + position.shape)
 
 
 def _size(shape: tuple[int, ...], axes: Axes) -> int:

@@ -1,0 +1,188 @@
+"""Every block under what JAX users do to programs: meshes, export, dtypes, boxes."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import export
+from jax.sharding import AxisType
+
+from flax_attn import functional
+from flax_attn.blocks import BLOCKS
+from tests.cases import forward_and_gradients, normal, variables_for
+
+blocks = pytest.mark.parametrize("block", BLOCKS)
+SHAPE = (4, 6, 8, 16)
+
+
+def arrays(block, **fields):
+    module = BLOCKS[block](**fields)
+    x, cotangent = normal(SHAPE, 1), normal(SHAPE, 2)
+    return module, variables_for(module, x), x, cotangent
+
+
+MESHES = {
+    "batch": ((4,), ("data",), jax.P("data")),
+    "space": ((2, 4), ("data", "space"), jax.P("data", None, "space")),
+    "channels": ((2, 4), ("data", "model"), jax.P("data", None, None, "model")),
+    "one device": ((1,), ("data",), jax.P("data")),
+}
+
+
+@blocks
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_explicit_meshes(block, implementation):
+    module, variables, x, cotangent = arrays(block, implementation=implementation)
+    expected = forward_and_gradients(module, variables, x, cotangent)
+    for shape, names, spec in MESHES.values():
+        mesh = jax.make_mesh(
+            shape,
+            names,
+            axis_types=(AxisType.Explicit,) * len(names),
+            devices=jax.devices()[: int(np.prod(shape))],
+        )
+        with jax.set_mesh(mesh):
+            on_mesh = jax.device_put((x, cotangent), jax.NamedSharding(mesh, spec))
+            replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+            y, d_variables, d_x = forward_and_gradients(module, replicated, *on_mesh)
+        assert d_x.sharding.spec == on_mesh[0].sharding.spec
+        got = jax.device_get((y, d_variables, d_x))
+        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@blocks
+def test_shard_map_with_replicated_parameters(block):
+    module, variables, x, cotangent = arrays(block)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def local(variables, x, cotangent):
+        def loss(variables, x):
+            return (module.apply(variables, x) * cotangent).sum()
+
+        return jax.grad(loss, (0, 1))(variables, x)
+
+    shared, data = jax.P(), jax.P("data")
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(shared, data, data), out_specs=(shared, data)
+    )
+    _, *expected = forward_and_gradients(module, variables, x, cotangent)
+    got = jax.jit(run)(variables, x, cotangent)
+    chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
+
+
+@blocks
+def test_exported_gradients_of_any_size(block):
+    pytest.importorskip("flatbuffers")
+    module, variables, *_ = arrays(block)
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 16"), jnp.float32)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables)
+    program = export.export(jax.jit(lambda v, x: module.apply(v, x)))(shapes, x)
+    program = export.deserialize(program.serialize(vjp_order=1))
+    x, cotangent = normal((2, 5, 19, 16), 3), normal((2, 5, 19, 16), 4)
+    _, *expected = forward_and_gradients(module, variables, x, cotangent)
+    got = jax.jit(lambda v, x, ct: jax.vjp(program.call, v, x)[1](ct))(
+        variables, x, cotangent
+    )
+    chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
+
+
+@blocks
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_strict_dtype_promotion(block, dtype, implementation):
+    module, variables, x, cotangent = arrays(
+        block, dtype=jnp.dtype(dtype), implementation=implementation
+    )
+    half = jax.ShapeDtypeStruct(SHAPE, jnp.dtype(dtype))
+    mask = jax.ShapeDtypeStruct(SHAPE[:-1], jnp.bool_)
+
+    def run(variables, x, mask):
+        y, pullback = jax.vjp(lambda v, x: module.apply(v, x, mask), variables, x)
+        return pullback(y)
+
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(run, variables, half, mask)
+        jax.eval_shape(partial(run, mask=None), variables, half)
+
+
+@blocks
+def test_the_first_start_keeps_the_boxes_of_partitioned_parameters(block):
+    init = nn.with_partitioning(nn.initializers.ones_init(), (None, "model"))
+    module = BLOCKS[block](identity_init=True, kernel_init=init)
+    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones(SHAPE))
+    kernels = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            variables["params"], is_leaf=lambda v: isinstance(v, nn.Partitioned)
+        )
+        if "kernel" in jax.tree_util.keystr(path)
+    ]
+    assert kernels and all(isinstance(k, nn.Partitioned) for k in kernels)
+
+
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_infinity_and_nan_stay_in_their_windows(implementation):
+    maps = normal((1, 40, 40, 2), 0)
+    maps[0, 20, 21, 1] = np.nan
+    kernel = normal((7, 7, 2, 1), 1)
+    y = functional.conv_spatial(maps, kernel, implementation=implementation)
+    assert np.isnan(y).sum() == 49
+    s = np.ones((2, 16), np.float32)
+    s[1, 5] = np.inf
+    y = functional.conv_channels(s, np.ones((3, 1, 1)), implementation=implementation)
+    assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
+
+
+def test_nan_at_one_sample_stays_there_under_vmap():
+    maps, kernel = normal((3, 9, 9, 2), 0), normal((3, 3, 2, 1), 1)
+    maps[1, 4, 4, 0] = np.nan
+    run = jax.vmap(functional.conv_spatial, (0, None))
+    d_maps = jax.jit(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
+    assert np.isnan(run(maps, kernel)).sum() == 9
+    assert np.isfinite(d_maps).all()
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (257, 391), (64, 64, 64)])
+def test_means_of_large_maps(size):
+    dims = len(size)
+    x = np.full((*size, 2), 0.1, np.float32)
+    exact = float(np.float32(0.1))
+    mean = partial(functional.squeeze_spatial, spatial_dims=dims)
+    np.testing.assert_allclose(jax.jit(mean)(x), exact, rtol=1e-6)
+
+    def product_sum(gate):
+        return functional.scale(x, gate, spatial_dims=dims).sum()
+
+    gate = jnp.ones((1,) * dims + (2,))
+    slope = jax.jit(jax.grad(product_sum))(gate) / np.prod(size)
+    np.testing.assert_allclose(slope, exact, rtol=2e-6)
+
+
+@blocks
+def test_second_derivatives(block):
+    """Of a gradient by the gradient: each rule is differentiable in reverse mode."""
+    module, variables, x, _ = arrays(block)
+    plain = BLOCKS[block](implementation="plain")
+
+    def curvature(module, x):
+        def slope(x):
+            return jax.grad(lambda x: (module.apply(variables, x) ** 3).sum())(x)
+
+        return jax.grad(lambda x: (slope(x) * jnp.cos(x)).sum())(x)
+
+    fast, exact = (jax.jit(partial(curvature, m))(x) for m in (module, plain))
+    np.testing.assert_allclose(fast, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("act", "relu"), ("gate", "sigmoid"), ("spatial_norm", nn.BatchNorm(True))],
+)
+def test_functions_given_by_name_or_modules_by_instance(field, value):
+    module = BLOCKS["cbam"](**{field: value})
+    with pytest.raises(ValueError, match=f"`{field.removeprefix('spatial_')}` must"):
+        module.init(jax.random.key(0), jnp.ones(SHAPE))
