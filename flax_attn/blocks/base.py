@@ -86,7 +86,7 @@ class Attention(nn.Module, kw_only=True):
 
     def gate_from(self, logits: Array) -> Array:
         """The gate for ``logits``; at zero logits it is 1 with ``identity_init``."""
-        check_callable("gate", self.gate)
+        checks.check_callable("gate", self.gate)
         if not self.identity_init:
             return self.gate(logits)
         with jax.ensure_compile_time_eval():
@@ -140,15 +140,6 @@ def zeros_like(init: Initializer) -> Initializer:
         return jax.tree.map(jnp.zeros_like, init(*args, **kwargs))
 
     return zeros
-
-
-def check_callable(field: str, value: Any) -> None:
-    """Raises ``ValueError`` unless ``value`` can be called."""
-    if not callable(value):
-        raise ValueError(
-            f"`{field}` must be a function of arrays, got {value!r}; pass the function "
-            "itself, such as nn.relu or nn.sigmoid."
-        )
 
 
 def width_of(field: str, value: Width, features: int) -> int:

@@ -273,6 +273,7 @@ def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
         hidden_width(module, features), **module.first_layer(), name="reduce"
     )
     expand = layer(features, **module.last_layer(), name="expand")
+    checks.check_callable("act", module.act)
     return lambda s: expand(module.act(reduce(s)))
 
 

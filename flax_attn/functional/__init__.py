@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_attn.functional import _convolution, _reductions
-from flax_attn.functional._meshes import on_auto_axes, varying_alike
+from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
 from flax_attn.functional._reductions import CHANNEL, SPATIAL, Axes
 from flax_attn.functional.checks import check_choice, check_positive
 
@@ -320,6 +320,7 @@ def conv_channels(
         )
         return y[..., p : p + s.shape[-1], 0]
 
+    s = replicated_along(s, -1)
     return on_auto_axes(run, lambda s, kernel: list(s), *varying_alike(s, kernel))
 
 

@@ -150,7 +150,7 @@ def _by_taps_unless_finite(
     # Infinity and NaN times a zero of the band would be NaN in all of a window.
     result = banded(*arrays)
     return lax.cond(
-        _is_finite(*jax.tree.leaves(result)),
+        _is_finite(*lax.stop_gradient(jax.tree.leaves(result))),
         lambda result, *arrays: result,
         lambda result, *arrays: by_taps(*arrays),
         result,

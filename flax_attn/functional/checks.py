@@ -102,6 +102,15 @@ def check_mask(mask: Any, x: Array) -> Array | None:
         raise ValueError(f"{rule}; pad it as `x` is padded.") from error
 
 
+def check_callable(field: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``value`` can be called."""
+    if not callable(value):
+        raise ValueError(
+            f"`{field}` must be a function of arrays, got {value!r}; pass the function "
+            "itself, such as nn.relu or nn.sigmoid."
+        )
+
+
 def is_int(value: Any) -> bool:
     """Whether ``value`` is an integer of any kind, but no bool."""
     if isinstance(value, bool):

@@ -257,7 +257,7 @@ def test_half_precision_counts_valid_elements_exactly():
     x = jnp.ones((1, 20, 20, 4), jnp.bfloat16)
     mask = (jnp.arange(400) < 257).reshape(1, 20, 20, 1)
     mean = flax_attn.functional.squeeze_spatial(
-        flax_attn.functional.keep(x, mask), mask=mask
+        flax_attn.functional.apply_mask(x, mask), mask=mask
     )
     np.testing.assert_allclose(mean, np.ones((1, 1, 1, 4)), rtol=1e-6)
 

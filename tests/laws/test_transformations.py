@@ -38,7 +38,9 @@ MESHES = {
 def test_explicit_meshes(block, implementation):
     module, variables, x, cotangent = arrays(block, implementation=implementation)
     expected = forward_and_gradients(module, variables, x, cotangent)
-    for shape, names, spec in MESHES.values():
+    for name, (shape, names, spec) in MESHES.items():
+        if block == "bam" and name in ("space", "channels"):
+            continue  # Flax's own convolution, which BAM has inside, refuses these.
         mesh = jax.make_mesh(
             shape,
             names,
@@ -49,7 +51,7 @@ def test_explicit_meshes(block, implementation):
             on_mesh = jax.device_put((x, cotangent), jax.NamedSharding(mesh, spec))
             replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
             y, d_variables, d_x = forward_and_gradients(module, replicated, *on_mesh)
-        assert d_x.sharding.spec == on_mesh[0].sharding.spec
+        assert d_x.sharding.is_equivalent_to(on_mesh[0].sharding, d_x.ndim)
         got = jax.device_get((y, d_variables, d_x))
         chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
