@@ -40,8 +40,8 @@ Models 1.x under the names that it gives these blocks.
 
 Deviations, common to all:
 
-- Elements that tie for a maximum share its gradient evenly. timm does the same; the
-  official CBAM gives it to one of them.
+- Of elements that tie for a maximum the first one takes its gradient, as in the
+  article's and the official code; timm's ``amax`` shares it evenly.
 - ``timm_cbam`` stacks [max, mean] as everything here does; timm stacks [mean, max], so
   the two inputs of its spatial kernel change places when weights are ported.
 - Flax's BatchNorm keeps an average of the biased variance of the n logits of a batch,

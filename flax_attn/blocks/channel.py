@@ -171,8 +171,8 @@ class ChannelAttention(Attention, kw_only=True):
       ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the official code's MLP has biases; set ``use_bias=True`` for it.
-    Elements that tie for a maximum share its gradient evenly, as ``jnp.max`` and
-    ``torch.amax`` have it; PyTorch's max pooling gives it to one of them.
+    Of elements that tie for a maximum the first one takes its gradient, as in PyTorch's
+    max pooling; ``jnp.max`` and ``torch.amax`` share it evenly.
 
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.

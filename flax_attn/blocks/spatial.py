@@ -41,8 +41,8 @@ class SpatialAttention(Attention, kw_only=True):
       ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
-    Elements that tie for the maximum share its gradient evenly, as ``torch.amax`` has
-    it; ``torch.max(x, dim)`` gives it to one of them.
+    Of elements that tie for the maximum the first one takes its gradient, as with
+    ``torch.max(x, dim)``; ``torch.amax`` shares it evenly.
 
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.
