@@ -8,9 +8,12 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import processes, tiny_run
@@ -166,21 +169,36 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     assert [json.loads(line) for line in lines] == whole.history
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_a_state_that_is_not_finite_stops_the_run(
+    steps_per_call, tmp_path, monkeypatch
 ):
-    """The rate is NaN from step 7 on, so the loss is after it."""
-    monkeypatch.setattr(
-        loop,
-        "make_schedule",
-        lambda *_: lambda step: jax.numpy.where(step < 7, 0.1, np.nan),
+    """One parameter turns NaN in step 7, whose loss is that of the state before."""
+    make_optimizer = loop.make_optimizer
+
+    def make_poisoned(config, schedule):
+        poison = optax.scale_by_schedule(lambda i: jnp.where(i == 6, jnp.nan, 1.0))
+        stem = partial(
+            jax.tree_util.tree_map_with_path,
+            lambda path, _: [part.key for part in path] == ["norm_stem", "scale"],
+        )
+        return optax.chain(make_optimizer(config, schedule), optax.masked(poison, stem))
+
+    monkeypatch.setattr(loop, "make_optimizer", make_poisoned)
+    config = Config(
+        depth=8, batch_size=8, devices=1, epochs=3, steps_per_call=steps_per_call
     )
-    config = Config(depth=8, batch_size=8, devices=1, epochs=3)
     with pytest.raises(FloatingPointError) as error:
         loop.train(config, tiny_run.images(), tmp_path / "Run")
-    assert str(error.value).startswith("The loss is nan at epoch 2, step 9; training")
+    message = str(error.value)
+    assert message.startswith(
+        "params/norm_stem/scale is not finite after epoch 2, step 7, whose loss is "
+        "finite ("
+    )
+    assert "JAX_DEBUG_NANS=True" in message and "--learning-rate" not in message
     where = f"The checkpoint of step 5 is in {tmp_path / 'Run' / 'checkpoints'}"
-    assert where in str(error.value)
+    assert where in message
+    assert os.listdir(tmp_path / "Run" / "checkpoints") == ["5"]
     assert len((tmp_path / "Run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 

@@ -103,11 +103,11 @@ def test_bad_arguments(arguments, message, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_loss_that_is_not_finite(tmp_path, environment):
+def test_a_run_that_is_not_finite(tmp_path, environment):
     run = partial(run_command, environment=environment)
     arguments = ("--dataset", "digits", "--depth", 8, "--learning-rate", 1e30)
     result = run(*arguments, "--workdir", tmp_path / "run", "--batch-size", 32)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert "The loss is" in last and "at epoch 1, step" in last
+    assert "training stopped" in last and "epoch 1, step" in last
     assert "Traceback" not in result.stderr

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
+import train.data
 from tests.processes import finish, metrics_of, places, run, start, wait_until
 from train.data import folders, stream
 from train.data.cifar import DataError
@@ -114,8 +114,8 @@ def test_bad_arguments(arguments, message, data_dir, environment, tmp_path):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    monkeypatch.delitem(sys.modules, "train.folders")
-    monkeypatch.delattr(train, "folders")
+    monkeypatch.delitem(sys.modules, "train.data.folders")
+    monkeypatch.delattr(train.data, "folders")
     with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
         loop.load(Config(loader="grain"))
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,11 @@ Images = Union[ImageSet, "FolderImages"]
 
 # Long enough to hide the dispatch of a call, short enough for a bar that moves.
 MAX_STEPS_PER_CALL = 100
-NAN_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
+LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
+STATE_ADVICE = (
+    "A gradient or a batch statistic is not finite; the same command with "
+    "JAX_DEBUG_NANS=True in the environment stops where it is computed."
+)
 
 
 if TYPE_CHECKING:
@@ -53,6 +57,15 @@ class TrainState(train_state.TrainState):
     """Step, parameters and optimiser state, and the running batch statistics."""
 
     batch_stats: Any
+
+
+class Metrics(NamedTuple):
+    """What a call of several steps reports; the first axis is that of the steps."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    finite: jax.Array
+    """Whether each leaf of ``checked(state)`` is finite after the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +171,7 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     Raises:
       ValueError: the configuration cannot be trained, or the folder is another's.
       CheckpointError: all checkpoints in the folder are damaged.
-      FloatingPointError: the loss is not finite any more.
+      FloatingPointError: the loss, a parameter or a batch statistic is not finite.
       Interrupted: a signal came; what was done is saved.
     """
     check(config)
@@ -272,10 +285,6 @@ class Training:
                 self._run_epoch()
         except _Stop:
             raise self._stopped() from None
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error} {self._last_good()} {NAN_ADVICE}"
-            ) from None
         if self.checkpoints is not None:
             self.checkpoints.wait()
         return Run(
@@ -298,9 +307,9 @@ class Training:
             trained = time.perf_counter()
             test_loss, test_accuracy = self.evaluate(progress.state, self._check_stop)
             if not math.isfinite(test_loss):
-                raise FloatingPointError(
-                    f"The test loss is {test_loss} at epoch {epoch}, step {self.step}; "
-                    "training stopped."
+                raise self._not_finite(
+                    f"The test loss is {test_loss} at epoch {epoch}, step {self.step}",
+                    LOSS_ADVICE,
                 )
             loss = statistics.fmean(progress.losses)
             bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
@@ -346,14 +355,10 @@ class Training:
         progress, inputs = self.progress, self.inputs
         size = steps_per_call(self.config, inputs.per_epoch)
 
-        def fetch(metrics: tuple[jax.Array, jax.Array]) -> None:
-            loss, accuracy = (np.asarray(m, np.float64) for m in metrics)
-            bad = np.flatnonzero(~np.isfinite(loss))
-            if bad.size:
-                raise FloatingPointError(
-                    f"The loss is {loss[bad[0]]} at epoch {epoch}, step "
-                    f"{self.step + int(bad[0]) + 1}; training stopped."
-                )
+        def fetch(metrics: Metrics) -> None:
+            loss = np.asarray(metrics.loss, np.float64)
+            accuracy = np.asarray(metrics.accuracy, np.float64)
+            self._check_finite(epoch, loss, np.asarray(metrics.finite))
             progress.losses += loss.tolist()
             progress.accuracies += accuracy.tolist()
             bar.set_postfix(loss=f"{loss[-1]:.4f}", refresh=False)
@@ -372,6 +377,27 @@ class Training:
                 raise _Stop
         if before is not None:
             fetch(before)
+
+    def _check_finite(self, epoch: int, loss: np.ndarray, finite: np.ndarray) -> None:
+        """Raises ``FloatingPointError`` for the first step that is not finite."""
+        bad = np.flatnonzero(~(np.isfinite(loss) & finite.all(axis=1)))
+        if not bad.size:
+            return
+        i = bad[0]
+        where = f"epoch {epoch}, step {self.step + int(i) + 1}"
+        if not np.isfinite(loss[i]):
+            raise self._not_finite(f"The loss is {loss[i]} at {where}", LOSS_ADVICE)
+        names = leaf_names(checked(self.progress.state))
+        name = names[int(np.argmin(finite[i]))]
+        raise self._not_finite(
+            f"{name} is not finite after {where}, whose loss is finite ({loss[i]:.4g})",
+            STATE_ADVICE,
+        )
+
+    def _not_finite(self, what: str, advice: str) -> FloatingPointError:
+        newest = self._newest()
+        last_good = f"The {newest}." if newest else "There is no checkpoint."
+        return FloatingPointError(f"{what}; training stopped. {last_good} {advice}")
 
     def _stop_requested(self) -> bool:
         return devices.highest(interrupt.requested() or 0) > 0
@@ -429,12 +455,10 @@ class Training:
         if self.folder is None and jax.process_count() == 1:
             return
         tree = devices.to_host(self._tree())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
             if not np.isfinite(leaf).all():
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise FloatingPointError(
-                    f"{name} is not finite after step {self.step}, whose loss is "
-                    f"{self._last_loss()}; training stopped."
+                raise self._not_finite(
+                    f"{name} is not finite after step {self.step}", STATE_ADVICE
                 )
         if self.checkpoints is not None:
             progress = self.progress
@@ -447,10 +471,6 @@ class Training:
             }
             # A copy, since the lists go on growing while this is being written.
             self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
-
-    def _last_loss(self) -> float:
-        progress = self.progress
-        return (progress.losses or [progress.history[-1]["train_loss"]])[-1]
 
     def _write_metrics(self) -> None:
         if self.folder is None:
@@ -485,10 +505,6 @@ class Training:
         if newest is None:
             return None
         return f"checkpoint of step {newest} is in {self.checkpoints.directory}"
-
-    def _last_good(self) -> str:
-        newest = self._newest()
-        return f"The {newest}." if newest else "There is no checkpoint."
 
 
 def steps_per_call(config: Config, per_epoch: int) -> int:
@@ -572,8 +588,8 @@ def make_state(
 
 def make_train_steps(
     config: Config, inputs: Inputs
-) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
-    """Returns ``(state, data, key, item) -> (state, (losses, accuracies))``, jitted.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns ``(state, data, key, item) -> (state, metrics)``, jitted.
 
     ``key`` is the data of one, for the augmentation, and an argument so that one
     program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
@@ -582,7 +598,7 @@ def make_train_steps(
 
     def step(
         state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
         images, labels = inputs.batch(data, item, step_key)
         images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
@@ -605,12 +621,13 @@ def make_train_steps(
             loss_fn, has_aux=True
         )(state.params)
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        return state, (loss, accuracy)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked(state))]
+        return state, Metrics(loss, accuracy, jnp.stack(finite))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
     def train_steps(
         state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
             state, metrics = step(state, data, key, jax.tree.map(lambda a: a[0], item))
             return state, jax.tree.map(lambda m: m[None], metrics)
@@ -649,6 +666,23 @@ def make_evaluate(
         return float(loss), float(accuracy)
 
     return evaluate
+
+
+def checked(state: TrainState) -> dict[str, Any]:
+    """What must be finite after every step; ``Metrics.finite`` has its leaves' order.
+
+    The optimizer's state is left out: what is not finite in it reaches the parameters
+    in the same step.
+    """
+    return _variables(state)
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, such as ``params/norm_stem/scale``."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
