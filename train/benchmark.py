@@ -27,7 +27,7 @@ import tyro
 from jax.experimental import topologies
 from tqdm.auto import tqdm
 
-from flax_attn.resnet import ATTENTIONS, imagenet_resnet
+from flax_attn.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs
 from train.engine import config as config_lib
@@ -311,9 +311,7 @@ def measure_network(
         if attention is not None:
             attention = partial(attention, implementation=contender)
         config = config_lib.Config(attention=block, dtype=dtype)
-        make = (
-            partial(loop.cifar_resnet, 20) if on_cifar else partial(imagenet_resnet, 50)
-        )
+        make = partial(cifar_resnet, 20) if on_cifar else partial(imagenet_resnet, 50)
         model = make(num_classes=10, attention=attention, dtype=jnp.dtype(dtype))
         optimizer = loop.make_optimizer(config, loop.make_schedule(config, 1, 100))
         state = loop.make_state(model, optimizer, jax.random.key(0), size)

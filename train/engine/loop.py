@@ -8,18 +8,12 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
-from flax.training import train_state
-from jax import lax
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
@@ -27,8 +21,6 @@ from flax_attn.resnet import (
     ATTENTIONS,
     check_cifar_depth,
     check_imagenet_depth,
-    cifar_resnet,
-    imagenet_resnet,
 )
 from train.data import cifar as data
 from train.data.cifar import ImageSet
@@ -37,6 +29,17 @@ from train.engine import config as config_lib
 from train.engine import devices, interrupt, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config
+from train.engine.model import (
+    TrainState,
+    count_parameters,
+    leaf_names,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_state,
+    variables_of,
+)
+from train.engine.steps import Metrics, checked, make_evaluate, make_train_steps
 
 Images = Union[ImageSet, "FolderImages"]
 
@@ -51,21 +54,6 @@ STATE_ADVICE = (
 
 if TYPE_CHECKING:
     from train.data.folders import FolderImages
-
-
-class TrainState(train_state.TrainState):
-    """Step, parameters and optimiser state, and the running batch statistics."""
-
-    batch_stats: Any
-
-
-class Metrics(NamedTuple):
-    """What a call of several steps reports; the first axis is that of the steps."""
-
-    loss: jax.Array
-    accuracy: jax.Array
-    finite: jax.Array
-    """Whether each leaf of ``checked(state)`` is finite after the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +71,7 @@ class Run:
     @property
     def variables(self) -> dict[str, Any]:
         """The trained variables of ``model``."""
-        return _variables(self.state)
+        return variables_of(self.state)
 
     def summary(self) -> str:
         """What was trained and how well it did, in one line."""
@@ -522,169 +510,6 @@ def steps_per_call(config: Config, per_epoch: int) -> int:
     return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
 
 
-def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The network that ``config`` asks for."""
-    make = cifar_resnet if config.family == "cifar" else imagenet_resnet
-    return make(
-        config.depth,
-        num_classes=num_classes,
-        attention=ATTENTIONS[config.attention],
-        dtype=jnp.dtype(config.dtype),
-    )
-
-
-def make_schedule(config: Config, per_epoch: int, total: int) -> optax.Schedule:
-    """A linear warm-up, then half a cosine down to 0 at step ``total``."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=int(min(config.warmup_epochs * per_epoch, total / 10)),
-        decay_steps=total,
-    )
-
-
-def make_optimizer(
-    config: Config, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and an L2 penalty on kernels."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=kernel_mask),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True),
-    )
-
-
-def kernel_mask(params: Any) -> Any:
-    """A tree of bools like ``params``, true where a leaf is called ``kernel``."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel", params
-    )
-
-
-def count_parameters(params: Any) -> tuple[int, int]:
-    """How many parameters there are, and how many of them are attention."""
-    sizes = [
-        (leaf.size, any(part.key == "attention" for part in path))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    return sum(n for n, _ in sizes), sum(n for n, attention in sizes if attention)
-
-
-def make_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    image_size: int,
-) -> TrainState:
-    """The state before the first step."""
-    init = jax.jit(partial(model.init, train=True))
-    variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
-    return TrainState.create(
-        apply_fn=model.apply,
-        params=variables["params"],
-        tx=optimizer,
-        batch_stats=variables["batch_stats"],
-    )
-
-
-def make_train_steps(
-    config: Config, inputs: Inputs
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns ``(state, data, key, item) -> (state, metrics)``, jitted.
-
-    ``key`` is the data of one, for the augmentation, and an argument so that one
-    program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
-    more. The old state's buffers are given up.
-    """
-
-    def step(
-        state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
-        images, labels = inputs.batch(data, item, step_key)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            logits = logits.astype(jnp.float32)
-            targets = jax.nn.one_hot(labels, logits.shape[-1])
-            targets = optax.smooth_labels(targets, config.label_smoothing)
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
-            accuracy = (logits.argmax(-1) == labels).mean()
-            return loss, (updates["batch_stats"], accuracy)
-
-        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
-            loss_fn, has_aux=True
-        )(state.params)
-        state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked(state))]
-        return state, Metrics(loss, accuracy, jnp.stack(finite))
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
-    def train_steps(
-        state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, Metrics]:
-        if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
-            state, metrics = step(state, data, key, jax.tree.map(lambda a: a[0], item))
-            return state, jax.tree.map(lambda m: m[None], metrics)
-        return lax.scan(lambda s, i: step(s, data, key, i), state, item)
-
-    return train_steps
-
-
-def make_evaluate(
-    inputs: Inputs,
-) -> Callable[[TrainState, Callable[[], None]], tuple[float, float]]:
-    """Returns what maps a state to its mean loss and accuracy over the test part.
-
-    Each image counts once. The second argument is called between batches; what it
-    raises ends the evaluation.
-    """
-
-    @partial(jax.jit, out_shardings=devices.replicated(inputs.mesh))
-    def add(
-        sums: jax.Array, state: TrainState, data: Any, item: Any, weights: jax.Array
-    ) -> jax.Array:
-        images, labels = inputs.test_batch(data, item)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
-        logits = state.apply_fn(_variables(state), images).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
-
-    def evaluate(
-        state: TrainState, between: Callable[[], None] = lambda: None
-    ) -> tuple[float, float]:
-        sums = devices.replicate(np.zeros(2, np.float32), inputs.mesh)
-        for item, weights in inputs.test_calls():
-            sums = add(sums, state, inputs.test_data, item, weights)
-            between()
-        loss, accuracy = np.asarray(sums, np.float64) / inputs.test_size
-        return float(loss), float(accuracy)
-
-    return evaluate
-
-
-def checked(state: TrainState) -> dict[str, Any]:
-    """What must be finite after every step; ``Metrics.finite`` has its leaves' order.
-
-    The optimizer's state is left out: what is not finite in it reaches the parameters
-    in the same step.
-    """
-    return _variables(state)
-
-
-def leaf_names(tree: Any) -> list[str]:
-    """The paths of a tree's leaves, such as ``params/norm_stem/scale``."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
 def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
     """What of a run a checkpoint holds, beside its record."""
     return {
@@ -694,7 +519,3 @@ def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
         "opt_state": state.opt_state,
         "key": jax.random.key_data(key),
     }
-
-
-def _variables(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}
