@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or damaged, and what the next start makes of them."""
 
+import dataclasses
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 
 from tests import processes, tiny_run
 from tests.processes import finish, metrics_of, wait_until
+from train.data.inputs import DeviceInputs
 from train.engine import loop
 from train.engine.checkpoint import CheckpointError, Checkpoints
 from train.engine.config import Config
@@ -42,7 +44,7 @@ def arrays(workdir):
         loop.config_lib.resolve(
             Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
         ),
-        loop.DeviceInputs(
+        DeviceInputs(
             tiny_run.images(), Config(batch_size=8), loop.devices.make_mesh(1)
         ),
     )
@@ -225,17 +227,16 @@ def test_another_configuration_is_refused(untouched, fields, message):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
     before = {p: p.stat().st_mtime_ns for p in untouched.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=message):
-        loop.train(
-            loop.dataclasses.replace(config, **fields), tiny_run.images(), untouched
-        )
+        loop.train(dataclasses.replace(config, **fields), tiny_run.images(), untouched)
     after = {p: p.stat().st_mtime_ns for p in untouched.rglob("*") if p.is_file()}
-    del before[untouched / ".lock"], after[untouched / ".lock"]
+    before.pop(untouched / ".lock", None)
+    after.pop(untouched / ".lock", None)
     assert before == after
 
 
 def test_two_runs_do_not_share_a_folder(untouched):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
-    with loop.workdir.claimed(untouched, config):
+    with loop.workdir.locked(untouched, config):
         with pytest.raises(ValueError, match="is in use by another process"):
             loop.train(config, tiny_run.images(), untouched)
 

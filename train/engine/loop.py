@@ -1,30 +1,19 @@
-"""The training loop: jitted steps, metrics, and checkpoints to go on from."""
+"""The training loop: epochs of steps, metrics, and checkpoints to resume from."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
 import statistics
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
-from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from flax_attn.resnet import (
-    ATTENTIONS,
-    check_cifar_depth,
-    check_imagenet_depth,
-)
-from train.data import cifar as data
-from train.data.cifar import ImageSet
-from train.data.inputs import DeviceInputs, Inputs, check_fills
+from train.data.inputs import Inputs
 from train.engine import config as config_lib
 from train.engine import devices, interrupt, workdir
 from train.engine.checkpoint import Checkpoints
@@ -37,14 +26,41 @@ from train.engine.model import (
     make_optimizer,
     make_schedule,
     make_state,
-    variables_of,
 )
-from train.engine.steps import Metrics, checked, make_evaluate, make_train_steps
+from train.engine.progress import Progress, Run
+from train.engine.saved import last_saved, saved_shapes, saved_tree
+from train.engine.setup import Images, check, check_batch, load, make_inputs
+from train.engine.steps import (
+    Metrics,
+    checked,
+    make_evaluate,
+    make_train_steps,
+    steps_per_call,
+)
 
-Images = Union[ImageSet, "FolderImages"]
+__all__ = [
+    "Images",
+    "Progress",
+    "Run",
+    "TrainState",
+    "Training",
+    "check",
+    "check_batch",
+    "count_parameters",
+    "last_saved",
+    "load",
+    "make_evaluate",
+    "make_inputs",
+    "make_model",
+    "make_optimizer",
+    "make_schedule",
+    "make_state",
+    "make_train_steps",
+    "saved_shapes",
+    "steps_per_call",
+    "train",
+]
 
-# Long enough to hide the dispatch of a call, short enough for a bar that moves.
-MAX_STEPS_PER_CALL = 100
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
     "A gradient or a batch statistic is not finite; the same command with "
@@ -52,109 +68,18 @@ STATE_ADVICE = (
 )
 
 
-if TYPE_CHECKING:
-    from train.data.folders import FolderImages
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What came of a run."""
-
-    config: Config
-    model: nn.Module
-    state: TrainState
-    history: list[dict[str, float]]
-    """One entry for each line of metrics.jsonl."""
-    timing: list[dict[str, Any]]
-    """One entry for each line of timing.jsonl."""
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """The trained variables of ``model``."""
-        return variables_of(self.state)
-
-    def summary(self) -> str:
-        """What was trained and how well it did, in one line."""
-        config, last = self.config, self.history[-1]
-        total, attention = count_parameters(self.state.params)
-        minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
-        return (
-            f"ResNet-{config.depth}, attention {config.attention}, on "
-            f"{config.dataset}: {total:,} parameters ({attention:,} of them "
-            f"attention), test accuracy {last['test_accuracy']:.2%} after "
-            f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
-            f"{minutes} min {seconds} s."
-        )
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come: with the configuration, all that its rest depends on."""
-
-    state: TrainState
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """Of the steps of the epoch under way."""
-    accuracies: list[float] = dataclasses.field(default_factory=list)
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
 class _Stop(Exception):
     """A signal asked for the end."""
 
 
-def check(config: Config) -> None:
-    """Raises ``ValueError`` for a configuration that nothing can be trained by."""
-    config_lib.check(config)
-    config_lib.check_choice("attention", config.attention, ATTENTIONS)
-    if config.family == "cifar":
-        check_cifar_depth(config.depth)
-    else:
-        check_imagenet_depth(config.depth)
-
-
-def check_batch(config: Config, images: Images) -> None:
-    """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
-    config = config_lib.resolve(config)
-    labels = images.train_labels if isinstance(images, ImageSet) else images.train
-    check_fills(config, len(labels))
-    devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
-
-
-def load(config: Config) -> Images:
-    """The images that ``config`` names.
-
-    Raises:
-      DataError: they cannot be had.
-    """
-    config = config_lib.resolve(config)
-    if config.loader == "grain":
-        try:
-            from train.data import folders
-        except ImportError as error:  # Grain is an extra; the message names it.
-            raise data.DataError(str(error)) from error
-
-        return folders.scan(config.data_dir)
-    return data.load(config.dataset, config.data_dir, config.data_url)
-
-
-def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
-    """What feeds the loop ``images``."""
-    if isinstance(images, ImageSet):
-        return DeviceInputs(images, config, mesh)
-    from train.data.stream import FolderInputs
-
-    return FolderInputs(images, config, mesh)
-
-
 def train(config: Config, images: Images, folder: Path | None = None) -> Run:
-    """Trains as ``config`` says, or goes on with that run, and returns the result.
+    """Trains as ``config`` says, or resumes that run, and returns the result.
 
     Args:
       config: what to train; ``workdir`` is not looked at.
       images: what to train and evaluate on.
       folder: where metrics.jsonl, timing.jsonl, run.json and checkpoints go, and where
-        a run of the same configuration is gone on with; None to write nothing.
+        a run of the same configuration is resumed; None to write nothing.
 
     Raises:
       ValueError: the configuration cannot be trained, or the folder is another's.
@@ -167,67 +92,14 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     config = config_lib.resolve(config)
     with contextlib.ExitStack() as stack:
         if folder is not None:  # Before anything is compiled.
-            claim = workdir.claimed(folder, config)
-            devices.on_main(lambda: stack.enter_context(claim))
+            lock = workdir.locked(folder, config)
+            devices.on_main(lambda: stack.enter_context(lock))
         inputs = make_inputs(config, images, devices.make_mesh(config.devices))
         stack.callback(inputs.close)
         training = Training(config, inputs)
         if folder is not None:
             training.open(folder, stack)
         return training.run()
-
-
-def last_saved(
-    config: Config, inputs: Inputs, folder: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of the run in ``folder`` and its variables at the last checkpoint.
-
-    Nothing is trained, and no file of the run is written.
-
-    Args:
-      config: that of the run.
-      inputs: what feeds it.
-      folder: where it lies.
-
-    Raises:
-      ValueError: there is no checkpoint, or another process trains there.
-      CheckpointError: all of them are damaged.
-    """
-    config = config_lib.resolve(config)
-    model, shapes = saved_shapes(config, inputs)
-    # Only the shapes and dtypes of a template matter.
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    with (
-        workdir.claimed(folder, config),
-        contextlib.closing(
-            Checkpoints(folder / workdir.CHECKPOINTS, config.keep, tell)
-        ) as checkpoints,
-    ):
-        found = checkpoints.restore(template)
-    if found is None:
-        raise ValueError(f"`workdir` {folder} holds no checkpoint; train there first.")
-    tree, _ = found
-    return model, {name: tree[name] for name in ("params", "batch_stats")}
-
-
-def saved_shapes(
-    config: config_lib.Resolved, inputs: Inputs
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
-    model = make_model(config, inputs.num_classes)
-    total = config.epochs * inputs.per_epoch
-    optimizer = make_optimizer(config, make_schedule(config, inputs.per_epoch, total))
-
-    def tree() -> dict[str, Any]:
-        key = jax.random.key(config.seed)
-        return _saved(make_state(model, optimizer, key, inputs.image_size), key)
-
-    return model, jax.eval_shape(tree)
-
-
-def tell(line: str) -> None:
-    """Prints a line where a bar may be."""
-    tqdm.write(line, file=sys.stderr)
 
 
 class Training:
@@ -397,13 +269,13 @@ class Training:
     # The folder.
 
     def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Goes on with the run in ``folder``, and writes to it until ``stack`` ends."""
+        """Resumes the run in ``folder``, and writes to it until ``stack`` ends."""
         template = devices.to_host(self._tree())
 
         def begin() -> tuple[Any, dict[str, Any]] | None:
             self.folder = folder
             self.checkpoints = Checkpoints(
-                folder / workdir.CHECKPOINTS, self.config.keep, tell
+                folder / workdir.CHECKPOINTS, self.config.keep, devices.log
             )
             stack.callback(self.checkpoints.close)
             found = self.checkpoints.restore(template)
@@ -414,12 +286,12 @@ class Training:
 
         found = devices.from_main(devices.on_main(begin), template)
         if devices.is_main():
-            tell(f"Writing to {folder}.")
+            devices.log(f"Writing to {folder}.")
         if found is not None:
-            self._go_on(*found)
+            self._resume(*found)
         self._write_metrics()
 
-    def _go_on(self, tree: Any, record: dict[str, Any]) -> None:
+    def _resume(self, tree: Any, record: dict[str, Any]) -> None:
         state = self.progress.state.replace(
             **devices.replicate(
                 {name: tree[name] for name in tree if name != "key"}, self.inputs.mesh
@@ -430,13 +302,13 @@ class Training:
         )
         self.inputs.go_to(record["position"])
         if devices.is_main():
-            tell(f"Going on from step {self.step} of {self._total()}.")
+            devices.log(f"Going on from step {self.step} of {self._total()}.")
 
     def _total(self) -> int:
         return self.epochs * self.inputs.per_epoch
 
     def _tree(self) -> dict[str, Any]:
-        return _saved(self.progress.state, self.key)
+        return saved_tree(self.progress.state, self.key)
 
     def _save(self) -> None:
         """Begins to save all of the progress; it must be finite."""
@@ -467,7 +339,7 @@ class Training:
             workdir.write_lines(self.folder / workdir.METRICS, self.progress.history)
             workdir.write_lines(self.folder / workdir.TIMING, self.progress.timing)
         except OSError as error:
-            tell(
+            devices.log(
                 f"{workdir.METRICS} in {self.folder} could not be written "
                 f"({error.strerror}); its last lines wait for the next epoch."
             )
@@ -493,29 +365,3 @@ class Training:
         if newest is None:
             return None
         return f"checkpoint of step {newest} is in {self.checkpoints.directory}"
-
-
-def steps_per_call(config: Config, per_epoch: int) -> int:
-    """How many steps one call runs: what was asked for, or what suits the backend."""
-    if config.steps_per_call is not None:
-        return min(config.steps_per_call, per_epoch)
-    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
-    # are read as training goes would all have to be there before the first step.
-    if jax.default_backend() == "cpu" or config.loader == "grain":
-        return 1
-    # A divisor, so that one program serves all calls of an epoch; where there is none
-    # of some length, the last call is shorter.
-    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
-    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
-    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
-
-
-def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
-    """What of a run a checkpoint holds, beside its record."""
-    return {
-        "step": state.step,
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "opt_state": state.opt_state,
-        "key": jax.random.key_data(key),
-    }

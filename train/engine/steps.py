@@ -15,6 +15,9 @@ from train.engine import devices
 from train.engine.config import Config
 from train.engine.model import TrainState, variables_of
 
+# Long enough to hide the dispatch of a call, short enough for a bar that moves.
+MAX_STEPS_PER_CALL = 100
+
 
 class Metrics(NamedTuple):
     """What a call of several steps reports; the first axis is that of the steps."""
@@ -114,3 +117,18 @@ def checked(state: TrainState) -> dict[str, Any]:
     in the same step.
     """
     return variables_of(state)
+
+
+def steps_per_call(config: Config, per_epoch: int) -> int:
+    """How many steps one call runs: what was asked for, or what suits the backend."""
+    if config.steps_per_call is not None:
+        return min(config.steps_per_call, per_epoch)
+    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
+    # are read as training goes would all have to be there before the first step.
+    if jax.default_backend() == "cpu" or config.loader == "grain":
+        return 1
+    # A divisor, so that one program serves all calls of an epoch; where there is none
+    # of some length, the last call is shorter.
+    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
+    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
+    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
