@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -365,7 +366,7 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
 
     def mean(group: list[dict[str, Any]], field: str) -> float:
-        return math.exp(sum(math.log(row[field]) for row in group) / len(group))
+        return statistics.geometric_mean(row[field] for row in group)
 
     return [
         {
@@ -440,9 +441,11 @@ def write_json(path: Path, tables: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    """Measures as the command line says; an interrupt prints what is done."""
-    options = tyro.cli(Options, prog="python -m train.benchmark", description=__doc__)
+def main(args: Sequence[str] | None = None) -> None:
+    """Measures as ``args`` say; an interrupt prints what is done."""
+    options = tyro.cli(
+        Options, prog="python -m train.benchmark", description=__doc__, args=args
+    )
     try:
         check(options)
     except ValueError as error:
