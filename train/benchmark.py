@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import tyro
 from jax.experimental import topologies
 from tqdm.auto import tqdm
 
-from flax_attn.resnet import ATTENTIONS, imagenet_resnet
+from flax_attn.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs
 from train.engine import config as config_lib
@@ -311,9 +312,7 @@ def measure_network(
         if attention is not None:
             attention = partial(attention, implementation=contender)
         config = config_lib.Config(attention=block, dtype=dtype)
-        make = (
-            partial(loop.cifar_resnet, 20) if on_cifar else partial(imagenet_resnet, 50)
-        )
+        make = partial(cifar_resnet, 20) if on_cifar else partial(imagenet_resnet, 50)
         model = make(num_classes=10, attention=attention, dtype=jnp.dtype(dtype))
         optimizer = loop.make_optimizer(config, loop.make_schedule(config, 1, 100))
         state = loop.make_state(model, optimizer, jax.random.key(0), size)
@@ -367,7 +366,7 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
 
     def mean(group: list[dict[str, Any]], field: str) -> float:
-        return math.exp(sum(math.log(row[field]) for row in group) / len(group))
+        return statistics.geometric_mean(row[field] for row in group)
 
     return [
         {
@@ -442,9 +441,11 @@ def write_json(path: Path, tables: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    """Measures as the command line says; an interrupt prints what is done."""
-    options = tyro.cli(Options, prog="python -m train.benchmark", description=__doc__)
+def main(args: Sequence[str] | None = None) -> None:
+    """Measures as ``args`` say; an interrupt prints what is done."""
+    options = tyro.cli(
+        Options, prog="python -m train.benchmark", description=__doc__, args=args
+    )
     try:
         check(options)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or damaged, and what the next start makes of them."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,13 +9,17 @@ import resource
 import shutil
 import signal
 import time
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import processes, tiny_run
 from tests.processes import finish, metrics_of, wait_until
+from train.data.inputs import DeviceInputs
 from train.engine import loop
 from train.engine.checkpoint import CheckpointError, Checkpoints
 from train.engine.config import Config
@@ -39,7 +44,7 @@ def arrays(workdir):
         loop.config_lib.resolve(
             Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
         ),
-        loop.DeviceInputs(
+        DeviceInputs(
             tiny_run.images(), Config(batch_size=8), loop.devices.make_mesh(1)
         ),
     )
@@ -166,21 +171,36 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     assert [json.loads(line) for line in lines] == whole.history
 
 
-def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_a_state_that_is_not_finite_stops_the_run(
+    steps_per_call, tmp_path, monkeypatch
 ):
-    """The rate is NaN from step 7 on, so the loss is after it."""
-    monkeypatch.setattr(
-        loop,
-        "make_schedule",
-        lambda *_: lambda step: jax.numpy.where(step < 7, 0.1, np.nan),
+    """One parameter turns NaN in step 7, whose loss is that of the state before."""
+    make_optimizer = loop.make_optimizer
+
+    def make_poisoned(config, schedule):
+        poison = optax.scale_by_schedule(lambda i: jnp.where(i == 6, jnp.nan, 1.0))
+        stem = partial(
+            jax.tree_util.tree_map_with_path,
+            lambda path, _: [part.key for part in path] == ["norm_stem", "scale"],
+        )
+        return optax.chain(make_optimizer(config, schedule), optax.masked(poison, stem))
+
+    monkeypatch.setattr(loop, "make_optimizer", make_poisoned)
+    config = Config(
+        depth=8, batch_size=8, devices=1, epochs=3, steps_per_call=steps_per_call
     )
-    config = Config(depth=8, batch_size=8, devices=1, epochs=3)
     with pytest.raises(FloatingPointError) as error:
         loop.train(config, tiny_run.images(), tmp_path / "Run")
-    assert str(error.value).startswith("The loss is nan at epoch 2, step 9; training")
+    message = str(error.value)
+    assert message.startswith(
+        "params/norm_stem/scale is not finite after epoch 2, step 7, whose loss is "
+        "finite ("
+    )
+    assert "JAX_DEBUG_NANS=True" in message and "--learning-rate" not in message
     where = f"The checkpoint of step 5 is in {tmp_path / 'Run' / 'checkpoints'}"
-    assert where in str(error.value)
+    assert where in message
+    assert os.listdir(tmp_path / "Run" / "checkpoints") == ["5"]
     assert len((tmp_path / "Run" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -207,17 +227,16 @@ def test_another_configuration_is_refused(untouched, fields, message):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
     before = {p: p.stat().st_mtime_ns for p in untouched.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=message):
-        loop.train(
-            loop.dataclasses.replace(config, **fields), tiny_run.images(), untouched
-        )
+        loop.train(dataclasses.replace(config, **fields), tiny_run.images(), untouched)
     after = {p: p.stat().st_mtime_ns for p in untouched.rglob("*") if p.is_file()}
-    del before[untouched / ".lock"], after[untouched / ".lock"]
+    before.pop(untouched / ".lock", None)
+    after.pop(untouched / ".lock", None)
     assert before == after
 
 
 def test_two_runs_do_not_share_a_folder(untouched):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
-    with loop.workdir.claimed(untouched, config):
+    with loop.workdir.locked(untouched, config):
         with pytest.raises(ValueError, match="is in use by another process"):
             loop.train(config, tiny_run.images(), untouched)
 

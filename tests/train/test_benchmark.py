@@ -109,10 +109,12 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
         (["--rounds", "0"], "`rounds` must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and len(error.splitlines()) == 1
 
 
 def test_turns_change_their_order():

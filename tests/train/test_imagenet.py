@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train
+import train.data
 from tests.processes import finish, metrics_of, places, run, start, wait_until
+from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
 from train.engine import devices, loop
@@ -104,18 +105,19 @@ def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
         (("--dataset", "digits"), "`dataset` folder and `loader` grain go together"),
     ],
 )
-def test_bad_arguments(arguments, message, data_dir, environment, tmp_path):
+def test_bad_arguments(arguments, message, data_dir, tmp_path, capsys):
     arguments = [str(a).format(data_dir=data_dir) for a in arguments]
-    workdir = ("--workdir", tmp_path / "run")
-    code, _, err = run(environment, "train.imagenet", *arguments, *workdir)
-    assert code == 2 and message in err, err
+    with pytest.raises(SystemExit) as stop:
+        imagenet.main([*arguments, "--workdir", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err
     assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    monkeypatch.delitem(sys.modules, "train.folders")
-    monkeypatch.delattr(train, "folders")
+    monkeypatch.delitem(sys.modules, "train.data.folders")
+    monkeypatch.delattr(train.data, "folders")
     with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
         loop.load(Config(loader="grain"))
 

@@ -16,13 +16,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-# Orbax logs the traceback of each failure that it also raises; it is told once, here.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 # Bytes that a checkpoint takes beside its arrays, generously.
 ROOM = 1_000_000
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class CheckpointError(Exception):
@@ -34,16 +31,19 @@ class Checkpoints:
 
     Attributes:
       directory: where they lie.
-      keep: how many of the newest stay.
-      tell: gets each line about something that went wrong and does not stop the run.
+      max_to_keep: how many of the newest stay.
+      log: gets each line about something that went wrong and does not stop the run.
     """
 
-    def __init__(self, directory: Path, keep: int, tell: Tell) -> None:
+    def __init__(self, directory: Path, max_to_keep: int, log: Log) -> None:
         """Opens ``directory``; what a killed run left half-written there goes."""
         self.directory = directory.absolute()
-        self.keep = keep
-        self.tell = tell
+        self.max_to_keep = max_to_keep
+        self.log = log
         self._saving: int | None = None
+        # Orbax logs the traceback of each failure that it also raises, and that this
+        # class reports in one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -58,7 +58,9 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self.keep, create=False, multiprocessing_options=alone
+                max_to_keep=self.max_to_keep,
+                create=False,
+                multiprocessing_options=alone,
             ),
         )
 
@@ -118,7 +120,7 @@ class Checkpoints:
         kept = (
             "there is none before it" if last is None else f"that of step {last} stays"
         )
-        self.tell(
+        self.log(
             f"The checkpoint of step {step} could not be written to {self.directory} "
             f"({_reason(error)}); {kept} and training goes on."
         )
@@ -139,7 +141,7 @@ class Checkpoints:
             # A damaged file may make any layer below raise anything.
             except Exception as error:
                 damaged.append(step)
-                self.tell(
+                self.log(
                     f"The checkpoint {self.directory / str(step)} is damaged "
                     f"({_reason(error)}); trying the one before."
                 )

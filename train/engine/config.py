@@ -25,8 +25,8 @@ class Config:
     """Train a residual network with an attention block on images."""
 
     attention: str = "none"
-    """Block in every residual branch: none, se, se-max, eca, channel, channel-conv,
-    spatial, cbam or cbam-conv."""
+    """Block in every residual branch: none, or a name in flax_attn.blocks.BLOCKS; a
+    name that is not there is answered with the list."""
     dataset: str | None = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
@@ -94,7 +94,7 @@ class Config:
 
 
 # What may differ between a run and its continuation: where and how, not what.
-PLACE = frozenset(
+NOT_RECIPE = frozenset(
     {
         *("steps_per_call", "data_dir", "data_url", "workdir", "resume"),
         *("checkpoint_every", "keep", "devices", "coordinator", "num_processes"),
@@ -135,7 +135,7 @@ def resolve(config: Config) -> Resolved:
 def recipe(config: Config) -> dict[str, Any]:
     """What decides the result of a run, of JSON types; two runs of it are the same."""
     fields = dataclasses.asdict(resolve(config))
-    return {name: value for name, value in fields.items() if name not in PLACE}
+    return {name: value for name, value in fields.items() if name not in NOT_RECIPE}
 
 
 def check(config: Config) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
 
 from train.engine.config import Config
 
@@ -150,6 +152,11 @@ def to_host(tree: Any) -> Any:
 def is_main() -> bool:
     """Whether this process writes files and shows bars."""
     return jax.process_index() == 0
+
+
+def log(line: str) -> None:
+    """Prints a line where a bar may be."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def on_main(action: Callable[[], T]) -> T | None:

@@ -1,164 +1,90 @@
-"""The training loop: jitted steps, metrics, and checkpoints to go on from."""
+"""The training loop: epochs of steps, metrics, and checkpoints to resume from."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
-from flax.training import train_state
-from jax import lax
-from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from flax_attn.resnet import (
-    ATTENTIONS,
-    check_cifar_depth,
-    check_imagenet_depth,
-    cifar_resnet,
-    imagenet_resnet,
-)
-from train.data import cifar as data
-from train.data.cifar import ImageSet
-from train.data.inputs import DeviceInputs, Inputs, check_fills
+from train.data.inputs import Inputs
 from train.engine import config as config_lib
 from train.engine import devices, interrupt, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config
+from train.engine.model import (
+    TrainState,
+    count_parameters,
+    leaf_names,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_state,
+)
+from train.engine.progress import Progress, Run
+from train.engine.saved import last_saved, saved_shapes, saved_tree
+from train.engine.setup import Images, check, check_batch, load, make_inputs
+from train.engine.steps import (
+    Metrics,
+    checked,
+    make_evaluate,
+    make_train_steps,
+    steps_per_call,
+)
 
-Images = Union[ImageSet, "FolderImages"]
+__all__ = [
+    "Images",
+    "Progress",
+    "Run",
+    "TrainState",
+    "Training",
+    "check",
+    "check_batch",
+    "count_parameters",
+    "last_saved",
+    "load",
+    "make_evaluate",
+    "make_inputs",
+    "make_model",
+    "make_optimizer",
+    "make_schedule",
+    "make_state",
+    "make_train_steps",
+    "saved_shapes",
+    "steps_per_call",
+    "train",
+]
 
-# Long enough to hide the dispatch of a call, short enough for a bar that moves.
-MAX_STEPS_PER_CALL = 100
-NAN_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
-
-
-if TYPE_CHECKING:
-    from train.data.folders import FolderImages
-
-
-class TrainState(train_state.TrainState):
-    """Step, parameters and optimiser state, and the running batch statistics."""
-
-    batch_stats: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What came of a run."""
-
-    config: Config
-    model: nn.Module
-    state: TrainState
-    history: list[dict[str, float]]
-    """One entry for each line of metrics.jsonl."""
-    timing: list[dict[str, Any]]
-    """One entry for each line of timing.jsonl."""
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """The trained variables of ``model``."""
-        return _variables(self.state)
-
-    def summary(self) -> str:
-        """What was trained and how well it did, in one line."""
-        config, last = self.config, self.history[-1]
-        total, attention = count_parameters(self.state.params)
-        minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
-        return (
-            f"ResNet-{config.depth}, attention {config.attention}, on "
-            f"{config.dataset}: {total:,} parameters ({attention:,} of them "
-            f"attention), test accuracy {last['test_accuracy']:.2%} after "
-            f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
-            f"{minutes} min {seconds} s."
-        )
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come: with the configuration, all that its rest depends on."""
-
-    state: TrainState
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """Of the steps of the epoch under way."""
-    accuracies: list[float] = dataclasses.field(default_factory=list)
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
+STATE_ADVICE = (
+    "A gradient or a batch statistic is not finite; the same command with "
+    "JAX_DEBUG_NANS=True in the environment stops where it is computed."
+)
 
 
 class _Stop(Exception):
     """A signal asked for the end."""
 
 
-def check(config: Config) -> None:
-    """Raises ``ValueError`` for a configuration that nothing can be trained by."""
-    config_lib.check(config)
-    config_lib.check_choice("attention", config.attention, ATTENTIONS)
-    if config.family == "cifar":
-        check_cifar_depth(config.depth)
-    else:
-        check_imagenet_depth(config.depth)
-
-
-def check_batch(config: Config, images: Images) -> None:
-    """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
-    config = config_lib.resolve(config)
-    labels = images.train_labels if isinstance(images, ImageSet) else images.train
-    check_fills(config, len(labels))
-    devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
-
-
-def load(config: Config) -> Images:
-    """The images that ``config`` names.
-
-    Raises:
-      DataError: they cannot be had.
-    """
-    config = config_lib.resolve(config)
-    if config.loader == "grain":
-        try:
-            from train.data import folders
-        except ImportError as error:  # Grain is an extra; the message names it.
-            raise data.DataError(str(error)) from error
-
-        return folders.scan(config.data_dir)
-    return data.load(config.dataset, config.data_dir, config.data_url)
-
-
-def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
-    """What feeds the loop ``images``."""
-    if isinstance(images, ImageSet):
-        return DeviceInputs(images, config, mesh)
-    from train.data.stream import FolderInputs
-
-    return FolderInputs(images, config, mesh)
-
-
 def train(config: Config, images: Images, folder: Path | None = None) -> Run:
-    """Trains as ``config`` says, or goes on with that run, and returns the result.
+    """Trains as ``config`` says, or resumes that run, and returns the result.
 
     Args:
       config: what to train; ``workdir`` is not looked at.
       images: what to train and evaluate on.
       folder: where metrics.jsonl, timing.jsonl, run.json and checkpoints go, and where
-        a run of the same configuration is gone on with; None to write nothing.
+        a run of the same configuration is resumed; None to write nothing.
 
     Raises:
       ValueError: the configuration cannot be trained, or the folder is another's.
       CheckpointError: all checkpoints in the folder are damaged.
-      FloatingPointError: the loss is not finite any more.
+      FloatingPointError: the loss, a parameter or a batch statistic is not finite.
       Interrupted: a signal came; what was done is saved.
     """
     check(config)
@@ -166,67 +92,14 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     config = config_lib.resolve(config)
     with contextlib.ExitStack() as stack:
         if folder is not None:  # Before anything is compiled.
-            claim = workdir.claimed(folder, config)
-            devices.on_main(lambda: stack.enter_context(claim))
+            lock = workdir.locked(folder, config)
+            devices.on_main(lambda: stack.enter_context(lock))
         inputs = make_inputs(config, images, devices.make_mesh(config.devices))
         stack.callback(inputs.close)
         training = Training(config, inputs)
         if folder is not None:
             training.open(folder, stack)
         return training.run()
-
-
-def last_saved(
-    config: Config, inputs: Inputs, folder: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of the run in ``folder`` and its variables at the last checkpoint.
-
-    Nothing is trained, and no file of the run is written.
-
-    Args:
-      config: that of the run.
-      inputs: what feeds it.
-      folder: where it lies.
-
-    Raises:
-      ValueError: there is no checkpoint, or another process trains there.
-      CheckpointError: all of them are damaged.
-    """
-    config = config_lib.resolve(config)
-    model, shapes = saved_shapes(config, inputs)
-    # Only the shapes and dtypes of a template matter.
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    with (
-        workdir.claimed(folder, config),
-        contextlib.closing(
-            Checkpoints(folder / workdir.CHECKPOINTS, config.keep, tell)
-        ) as checkpoints,
-    ):
-        found = checkpoints.restore(template)
-    if found is None:
-        raise ValueError(f"`workdir` {folder} holds no checkpoint; train there first.")
-    tree, _ = found
-    return model, {name: tree[name] for name in ("params", "batch_stats")}
-
-
-def saved_shapes(
-    config: config_lib.Resolved, inputs: Inputs
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
-    model = make_model(config, inputs.num_classes)
-    total = config.epochs * inputs.per_epoch
-    optimizer = make_optimizer(config, make_schedule(config, inputs.per_epoch, total))
-
-    def tree() -> dict[str, Any]:
-        key = jax.random.key(config.seed)
-        return _saved(make_state(model, optimizer, key, inputs.image_size), key)
-
-    return model, jax.eval_shape(tree)
-
-
-def tell(line: str) -> None:
-    """Prints a line where a bar may be."""
-    tqdm.write(line, file=sys.stderr)
 
 
 class Training:
@@ -272,10 +145,6 @@ class Training:
                 self._run_epoch()
         except _Stop:
             raise self._stopped() from None
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{error} {self._last_good()} {NAN_ADVICE}"
-            ) from None
         if self.checkpoints is not None:
             self.checkpoints.wait()
         return Run(
@@ -298,9 +167,9 @@ class Training:
             trained = time.perf_counter()
             test_loss, test_accuracy = self.evaluate(progress.state, self._check_stop)
             if not math.isfinite(test_loss):
-                raise FloatingPointError(
-                    f"The test loss is {test_loss} at epoch {epoch}, step {self.step}; "
-                    "training stopped."
+                raise self._not_finite(
+                    f"The test loss is {test_loss} at epoch {epoch}, step {self.step}",
+                    LOSS_ADVICE,
                 )
             loss = statistics.fmean(progress.losses)
             bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
@@ -346,14 +215,10 @@ class Training:
         progress, inputs = self.progress, self.inputs
         size = steps_per_call(self.config, inputs.per_epoch)
 
-        def fetch(metrics: tuple[jax.Array, jax.Array]) -> None:
-            loss, accuracy = (np.asarray(m, np.float64) for m in metrics)
-            bad = np.flatnonzero(~np.isfinite(loss))
-            if bad.size:
-                raise FloatingPointError(
-                    f"The loss is {loss[bad[0]]} at epoch {epoch}, step "
-                    f"{self.step + int(bad[0]) + 1}; training stopped."
-                )
+        def fetch(metrics: Metrics) -> None:
+            loss = np.asarray(metrics.loss, np.float64)
+            accuracy = np.asarray(metrics.accuracy, np.float64)
+            self._check_finite(epoch, loss, np.asarray(metrics.finite))
             progress.losses += loss.tolist()
             progress.accuracies += accuracy.tolist()
             bar.set_postfix(loss=f"{loss[-1]:.4f}", refresh=False)
@@ -373,6 +238,27 @@ class Training:
         if before is not None:
             fetch(before)
 
+    def _check_finite(self, epoch: int, loss: np.ndarray, finite: np.ndarray) -> None:
+        """Raises ``FloatingPointError`` for the first step that is not finite."""
+        bad = np.flatnonzero(~(np.isfinite(loss) & finite.all(axis=1)))
+        if not bad.size:
+            return
+        i = bad[0]
+        where = f"epoch {epoch}, step {self.step + int(i) + 1}"
+        if not np.isfinite(loss[i]):
+            raise self._not_finite(f"The loss is {loss[i]} at {where}", LOSS_ADVICE)
+        names = leaf_names(checked(self.progress.state))
+        name = names[int(np.argmin(finite[i]))]
+        raise self._not_finite(
+            f"{name} is not finite after {where}, whose loss is finite ({loss[i]:.4g})",
+            STATE_ADVICE,
+        )
+
+    def _not_finite(self, what: str, advice: str) -> FloatingPointError:
+        newest = self._newest()
+        last_good = f"The {newest}." if newest else "There is no checkpoint."
+        return FloatingPointError(f"{what}; training stopped. {last_good} {advice}")
+
     def _stop_requested(self) -> bool:
         return devices.highest(interrupt.requested() or 0) > 0
 
@@ -383,13 +269,13 @@ class Training:
     # The folder.
 
     def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Goes on with the run in ``folder``, and writes to it until ``stack`` ends."""
+        """Resumes the run in ``folder``, and writes to it until ``stack`` ends."""
         template = devices.to_host(self._tree())
 
         def begin() -> tuple[Any, dict[str, Any]] | None:
             self.folder = folder
             self.checkpoints = Checkpoints(
-                folder / workdir.CHECKPOINTS, self.config.keep, tell
+                folder / workdir.CHECKPOINTS, self.config.keep, devices.log
             )
             stack.callback(self.checkpoints.close)
             found = self.checkpoints.restore(template)
@@ -400,12 +286,12 @@ class Training:
 
         found = devices.from_main(devices.on_main(begin), template)
         if devices.is_main():
-            tell(f"Writing to {folder}.")
+            devices.log(f"Writing to {folder}.")
         if found is not None:
-            self._go_on(*found)
+            self._resume(*found)
         self._write_metrics()
 
-    def _go_on(self, tree: Any, record: dict[str, Any]) -> None:
+    def _resume(self, tree: Any, record: dict[str, Any]) -> None:
         state = self.progress.state.replace(
             **devices.replicate(
                 {name: tree[name] for name in tree if name != "key"}, self.inputs.mesh
@@ -416,25 +302,23 @@ class Training:
         )
         self.inputs.go_to(record["position"])
         if devices.is_main():
-            tell(f"Going on from step {self.step} of {self._total()}.")
+            devices.log(f"Going on from step {self.step} of {self._total()}.")
 
     def _total(self) -> int:
         return self.epochs * self.inputs.per_epoch
 
     def _tree(self) -> dict[str, Any]:
-        return _saved(self.progress.state, self.key)
+        return saved_tree(self.progress.state, self.key)
 
     def _save(self) -> None:
         """Begins to save all of the progress; it must be finite."""
         if self.folder is None and jax.process_count() == 1:
             return
         tree = devices.to_host(self._tree())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
             if not np.isfinite(leaf).all():
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise FloatingPointError(
-                    f"{name} is not finite after step {self.step}, whose loss is "
-                    f"{self._last_loss()}; training stopped."
+                raise self._not_finite(
+                    f"{name} is not finite after step {self.step}", STATE_ADVICE
                 )
         if self.checkpoints is not None:
             progress = self.progress
@@ -448,10 +332,6 @@ class Training:
             # A copy, since the lists go on growing while this is being written.
             self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
 
-    def _last_loss(self) -> float:
-        progress = self.progress
-        return (progress.losses or [progress.history[-1]["train_loss"]])[-1]
-
     def _write_metrics(self) -> None:
         if self.folder is None:
             return
@@ -459,7 +339,7 @@ class Training:
             workdir.write_lines(self.folder / workdir.METRICS, self.progress.history)
             workdir.write_lines(self.folder / workdir.TIMING, self.progress.timing)
         except OSError as error:
-            tell(
+            devices.log(
                 f"{workdir.METRICS} in {self.folder} could not be written "
                 f"({error.strerror}); its last lines wait for the next epoch."
             )
@@ -485,182 +365,3 @@ class Training:
         if newest is None:
             return None
         return f"checkpoint of step {newest} is in {self.checkpoints.directory}"
-
-    def _last_good(self) -> str:
-        newest = self._newest()
-        return f"The {newest}." if newest else "There is no checkpoint."
-
-
-def steps_per_call(config: Config, per_epoch: int) -> int:
-    """How many steps one call runs: what was asked for, or what suits the backend."""
-    if config.steps_per_call is not None:
-        return min(config.steps_per_call, per_epoch)
-    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
-    # are read as training goes would all have to be there before the first step.
-    if jax.default_backend() == "cpu" or config.loader == "grain":
-        return 1
-    # A divisor, so that one program serves all calls of an epoch; where there is none
-    # of some length, the last call is shorter.
-    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
-    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
-    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
-
-
-def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The network that ``config`` asks for."""
-    make = cifar_resnet if config.family == "cifar" else imagenet_resnet
-    return make(
-        config.depth,
-        num_classes=num_classes,
-        attention=ATTENTIONS[config.attention],
-        dtype=jnp.dtype(config.dtype),
-    )
-
-
-def make_schedule(config: Config, per_epoch: int, total: int) -> optax.Schedule:
-    """A linear warm-up, then half a cosine down to 0 at step ``total``."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=int(min(config.warmup_epochs * per_epoch, total / 10)),
-        decay_steps=total,
-    )
-
-
-def make_optimizer(
-    config: Config, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and an L2 penalty on kernels."""
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=kernel_mask),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True),
-    )
-
-
-def kernel_mask(params: Any) -> Any:
-    """A tree of bools like ``params``, true where a leaf is called ``kernel``."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel", params
-    )
-
-
-def count_parameters(params: Any) -> tuple[int, int]:
-    """How many parameters there are, and how many of them are attention."""
-    sizes = [
-        (leaf.size, any(part.key == "attention" for part in path))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    return sum(n for n, _ in sizes), sum(n for n, attention in sizes if attention)
-
-
-def make_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    image_size: int,
-) -> TrainState:
-    """The state before the first step."""
-    init = jax.jit(partial(model.init, train=True))
-    variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
-    return TrainState.create(
-        apply_fn=model.apply,
-        params=variables["params"],
-        tx=optimizer,
-        batch_stats=variables["batch_stats"],
-    )
-
-
-def make_train_steps(
-    config: Config, inputs: Inputs
-) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
-    """Returns ``(state, data, key, item) -> (state, (losses, accuracies))``, jitted.
-
-    ``key`` is the data of one, for the augmentation, and an argument so that one
-    program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
-    more. The old state's buffers are given up.
-    """
-
-    def step(
-        state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
-        images, labels = inputs.batch(data, item, step_key)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            logits = logits.astype(jnp.float32)
-            targets = jax.nn.one_hot(labels, logits.shape[-1])
-            targets = optax.smooth_labels(targets, config.label_smoothing)
-            loss = optax.softmax_cross_entropy(logits, targets).mean()
-            accuracy = (logits.argmax(-1) == labels).mean()
-            return loss, (updates["batch_stats"], accuracy)
-
-        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
-            loss_fn, has_aux=True
-        )(state.params)
-        state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        return state, (loss, accuracy)
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
-    def train_steps(
-        state: TrainState, data: Any, key: jax.Array, item: Any
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
-            state, metrics = step(state, data, key, jax.tree.map(lambda a: a[0], item))
-            return state, jax.tree.map(lambda m: m[None], metrics)
-        return lax.scan(lambda s, i: step(s, data, key, i), state, item)
-
-    return train_steps
-
-
-def make_evaluate(
-    inputs: Inputs,
-) -> Callable[[TrainState, Callable[[], None]], tuple[float, float]]:
-    """Returns what maps a state to its mean loss and accuracy over the test part.
-
-    Each image counts once. The second argument is called between batches; what it
-    raises ends the evaluation.
-    """
-
-    @partial(jax.jit, out_shardings=devices.replicated(inputs.mesh))
-    def add(
-        sums: jax.Array, state: TrainState, data: Any, item: Any, weights: jax.Array
-    ) -> jax.Array:
-        images, labels = inputs.test_batch(data, item)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
-        logits = state.apply_fn(_variables(state), images).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
-
-    def evaluate(
-        state: TrainState, between: Callable[[], None] = lambda: None
-    ) -> tuple[float, float]:
-        sums = devices.replicate(np.zeros(2, np.float32), inputs.mesh)
-        for item, weights in inputs.test_calls():
-            sums = add(sums, state, inputs.test_data, item, weights)
-            between()
-        loss, accuracy = np.asarray(sums, np.float64) / inputs.test_size
-        return float(loss), float(accuracy)
-
-    return evaluate
-
-
-def _saved(state: TrainState, key: jax.Array) -> dict[str, Any]:
-    """What of a run a checkpoint holds, beside its record."""
-    return {
-        "step": state.step,
-        "params": state.params,
-        "batch_stats": state.batch_stats,
-        "opt_state": state.opt_state,
-        "key": jax.random.key_data(key),
-    }
-
-
-def _variables(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "batch_stats": state.batch_stats}

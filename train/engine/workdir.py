@@ -1,7 +1,6 @@
 """A run's folder: which run it holds, and files that are never half-written."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from train.engine import config as config_lib
 from train.engine.config import Config
@@ -31,7 +32,7 @@ def choose(config: Config) -> Path:
 
 
 def check(workdir: Path, config: Config) -> None:
-    """Raises ``ValueError`` unless ``config`` may begin, or go on, in ``workdir``.
+    """Raises ``ValueError`` unless ``config`` may begin, or resume, in ``workdir``.
 
     Nothing is written.
     """
@@ -69,8 +70,8 @@ def check(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Makes the folder and holds it, so that no two runs write to it at once.
+def locked(workdir: Path, config: Config) -> Iterator[None]:
+    """Makes the folder and locks it, so that no two runs write to it at once.
 
     Raises:
       ValueError: another process holds it, it cannot be written to, or ``check``.
@@ -78,24 +79,25 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
     check(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        # Released by the system when the process ends, however it ends.
+        lock = FileLock(workdir / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"`workdir` {workdir} is in use by another process; wait for its end, or "
+            "pass another --workdir."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"`workdir` {workdir} cannot be written to ({error.strerror}); pass "
             "another --workdir."
         ) from error
-    with lock:
-        try:
-            # Let go of by the system when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"`workdir` {workdir} is in use by another process; wait for its end, "
-                "or pass another --workdir."
-            ) from error
-        # Once more: who held it until now may have begun another run.
+    try:
+        # Again: the process that held it until now may have begun another run.
         check(workdir, config)
         yield
+    finally:
+        lock.release()
 
 
 def write(path: Path, text: str) -> None:

@@ -1,0 +1,60 @@
+"""From what goes wrong in a command to a line on standard error and an exit code.
+
+0 done, 1 the training diverged, 2 the command line, the data or the workdir is bad,
+3 another process of the run is gone, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+@contextlib.contextmanager
+def exit_codes(prog: str) -> Iterator[None]:
+    """Ends the process with one line and the exit code for an error that users meet.
+
+    Other errors are bugs and keep their traceback. Nothing is imported before there is
+    an error, so that ``--help`` answers at once.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(prog, "stopped by SIGINT before the first step.", 130)
+    except FloatingPointError as error:
+        stop(prog, error, 1)
+    except (ValueError, OSError) as error:
+        stop(prog, error, 2)
+    except Exception as error:
+        _stop_for(prog, error)
+        raise
+
+
+def _stop_for(prog: str, error: Exception) -> None:
+    import jax
+
+    from train.data.cifar import DataError
+    from train.engine.checkpoint import CheckpointError
+    from train.engine.interrupt import Interrupted
+
+    if isinstance(error, DataError | CheckpointError):
+        stop(prog, error, 2)
+    if isinstance(error, Interrupted):
+        stop(prog, error, error.exit_code)
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        message = " ".join(str(error).split())[:200]
+        print(
+            f"{prog}: another process of the run is gone ({message}); start all of "
+            "them again to resume from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        # An orderly end would wait for the one that is gone, and abort.
+        os._exit(3)
+
+
+def stop(prog: str, error: object, code: int) -> NoReturn:
+    """Prints one line and ends the process."""
+    print(f"{prog}: {error}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,96 @@
+"""What a configuration asks for: network, schedule, optimizer and first state."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax.training import train_state
+
+from flax_attn.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
+from train.engine.config import Config
+
+
+class TrainState(train_state.TrainState):
+    """Step, parameters and optimizer state, and the running batch statistics."""
+
+    batch_stats: Any
+
+
+def make_model(config: Config, num_classes: int) -> nn.Module:
+    """The network that ``config`` asks for."""
+    make = cifar_resnet if config.family == "cifar" else imagenet_resnet
+    return make(
+        config.depth,
+        num_classes=num_classes,
+        attention=ATTENTIONS[config.attention],
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def make_schedule(config: Config, per_epoch: int, total: int) -> optax.Schedule:
+    """A linear warm-up, then half a cosine down to 0 at step ``total``."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=int(min(config.warmup_epochs * per_epoch, total / 10)),
+        decay_steps=total,
+    )
+
+
+def make_optimizer(
+    config: Config, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum and an L2 penalty on kernels."""
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask=kernel_mask),
+        optax.sgd(schedule, momentum=config.momentum, nesterov=True),
+    )
+
+
+def kernel_mask(params: Any) -> Any:
+    """A tree of bools like ``params``, true where a leaf is called ``kernel``."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel", params
+    )
+
+
+def count_parameters(params: Any) -> tuple[int, int]:
+    """How many parameters there are, and how many of them are attention."""
+    sizes = [
+        (leaf.size, any(part.key == "attention" for part in path))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    return sum(n for n, _ in sizes), sum(n for n, attention in sizes if attention)
+
+
+def make_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    image_size: int,
+) -> TrainState:
+    """The state before the first step."""
+    init = jax.jit(partial(model.init, train=True))
+    variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
+    return TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=optimizer,
+        batch_stats=variables["batch_stats"],
+    )
+
+
+def variables_of(state: TrainState) -> dict[str, Any]:
+    """The variables that the network is applied with."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, such as ``params/norm_stem/scale``."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]

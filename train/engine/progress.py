@@ -1,0 +1,52 @@
+"""What a run has done so far, and what came of it."""
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+
+from train.engine.config import Config
+from train.engine.model import TrainState, count_parameters, variables_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came of a run."""
+
+    config: Config
+    model: nn.Module
+    state: TrainState
+    history: list[dict[str, float]]
+    """One entry for each line of metrics.jsonl."""
+    timing: list[dict[str, Any]]
+    """One entry for each line of timing.jsonl."""
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The trained variables of ``model``."""
+        return variables_of(self.state)
+
+    def summary(self) -> str:
+        """What was trained and how well it did, in one line."""
+        config, last = self.config, self.history[-1]
+        total, attention = count_parameters(self.state.params)
+        minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
+        return (
+            f"ResNet-{config.depth}, attention {config.attention}, on "
+            f"{config.dataset}: {total:,} parameters ({attention:,} of them "
+            f"attention), test accuracy {last['test_accuracy']:.2%} after "
+            f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
+            f"{minutes} min {seconds} s."
+        )
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: with the configuration, all that its rest depends on."""
+
+    state: TrainState
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of the steps of the epoch under way."""
+    accuracies: list[float] = dataclasses.field(default_factory=list)
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)

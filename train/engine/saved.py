@@ -1,0 +1,81 @@
+"""What a checkpoint holds of a run, and how to read it without training."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from train.data.inputs import Inputs
+from train.engine import config as config_lib
+from train.engine import devices, workdir
+from train.engine.checkpoint import Checkpoints
+from train.engine.config import Config
+from train.engine.model import (
+    TrainState,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_state,
+)
+
+
+def last_saved(
+    config: Config, inputs: Inputs, folder: Path
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of the run in ``folder`` and its variables at the last checkpoint.
+
+    Nothing is trained, and no file of the run is written.
+
+    Args:
+      config: that of the run.
+      inputs: what feeds it.
+      folder: where it lies.
+
+    Raises:
+      ValueError: there is no checkpoint, or another process trains there.
+      CheckpointError: all of them are damaged.
+    """
+    config = config_lib.resolve(config)
+    model, shapes = saved_shapes(config, inputs)
+    # Only the shapes and dtypes of a template matter.
+    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    with (
+        workdir.locked(folder, config),
+        contextlib.closing(
+            Checkpoints(folder / workdir.CHECKPOINTS, config.keep, devices.log)
+        ) as checkpoints,
+    ):
+        found = checkpoints.restore(template)
+    if found is None:
+        raise ValueError(f"`workdir` {folder} holds no checkpoint; train there first.")
+    tree, _ = found
+    return model, {name: tree[name] for name in ("params", "batch_stats")}
+
+
+def saved_shapes(
+    config: config_lib.Resolved, inputs: Inputs
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
+    model = make_model(config, inputs.num_classes)
+    total = config.epochs * inputs.per_epoch
+    optimizer = make_optimizer(config, make_schedule(config, inputs.per_epoch, total))
+
+    def tree() -> dict[str, Any]:
+        key = jax.random.key(config.seed)
+        return saved_tree(make_state(model, optimizer, key, inputs.image_size), key)
+
+    return model, jax.eval_shape(tree)
+
+
+def saved_tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
+    """What of a run a checkpoint holds, beside its record."""
+    return {
+        "step": state.step,
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": state.opt_state,
+        "key": jax.random.key_data(key),
+    }

@@ -1,0 +1,62 @@
+"""Before the first step: is the configuration right, and what does it train on?"""
+
+from typing import TYPE_CHECKING, Union
+
+from jax.sharding import Mesh
+
+from flax_attn.resnet import ATTENTIONS, check_cifar_depth, check_imagenet_depth
+from train.data import cifar as data
+from train.data.cifar import ImageSet
+from train.data.inputs import DeviceInputs, Inputs, check_fills
+from train.engine import config as config_lib
+from train.engine import devices
+from train.engine.config import Config
+
+if TYPE_CHECKING:
+    from train.data.folders import FolderImages
+
+Images = Union[ImageSet, "FolderImages"]
+
+
+def check(config: Config) -> None:
+    """Raises ``ValueError`` for a configuration that cannot be trained."""
+    config_lib.check(config)
+    config_lib.check_choice("attention", config.attention, ATTENTIONS)
+    if config.family == "cifar":
+        check_cifar_depth(config.depth)
+    else:
+        check_imagenet_depth(config.depth)
+
+
+def check_batch(config: Config, images: Images) -> None:
+    """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
+    config = config_lib.resolve(config)
+    labels = images.train_labels if isinstance(images, ImageSet) else images.train
+    check_fills(config, len(labels))
+    devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
+
+
+def load(config: Config) -> Images:
+    """The images that ``config`` names.
+
+    Raises:
+      DataError: they cannot be loaded.
+    """
+    config = config_lib.resolve(config)
+    if config.loader == "grain":
+        try:
+            from train.data import folders
+        except ImportError as error:  # Grain is an extra; the message names it.
+            raise data.DataError(str(error)) from error
+
+        return folders.scan(config.data_dir)
+    return data.load(config.dataset, config.data_dir, config.data_url)
+
+
+def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
+    """What feeds the loop ``images``."""
+    if isinstance(images, ImageSet):
+        return DeviceInputs(images, config, mesh)
+    from train.data.stream import FolderInputs
+
+    return FolderInputs(images, config, mesh)

@@ -1,0 +1,134 @@
+"""The jitted programs: training steps and evaluation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from train.data.inputs import Inputs
+from train.engine import devices
+from train.engine.config import Config
+from train.engine.model import TrainState, variables_of
+
+# Long enough to hide the dispatch of a call, short enough for a bar that moves.
+MAX_STEPS_PER_CALL = 100
+
+
+class Metrics(NamedTuple):
+    """What a call of several steps reports; the first axis is that of the steps."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    finite: jax.Array
+    """Whether each leaf of ``checked(state)`` is finite after the step."""
+
+
+def make_train_steps(
+    config: Config, inputs: Inputs
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns ``(state, data, key, item) -> (state, metrics)``, jitted.
+
+    ``key`` is the data of one, for the augmentation, and an argument so that one
+    program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
+    more. The old state's buffers are given up.
+    """
+
+    def step(
+        state: TrainState, data: Any, key: jax.Array, item: Any
+    ) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
+        images, labels = inputs.batch(data, item, step_key)
+        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            logits, updates = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            logits = logits.astype(jnp.float32)
+            targets = jax.nn.one_hot(labels, logits.shape[-1])
+            targets = optax.smooth_labels(targets, config.label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            accuracy = (logits.argmax(-1) == labels).mean()
+            return loss, (updates["batch_stats"], accuracy)
+
+        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(
+            loss_fn, has_aux=True
+        )(state.params)
+        state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked(state))]
+        return state, Metrics(loss, accuracy, jnp.stack(finite))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
+    def train_steps(
+        state: TrainState, data: Any, key: jax.Array, item: Any
+    ) -> tuple[TrainState, Metrics]:
+        if len(jax.tree.leaves(item)[0]) == 1:  # No loop at all: see `steps_per_call`.
+            state, metrics = step(state, data, key, jax.tree.map(lambda a: a[0], item))
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return lax.scan(lambda s, i: step(s, data, key, i), state, item)
+
+    return train_steps
+
+
+def make_evaluate(
+    inputs: Inputs,
+) -> Callable[[TrainState, Callable[[], None]], tuple[float, float]]:
+    """Returns what maps a state to its mean loss and accuracy over the test part.
+
+    Each image counts once. The second argument is called between batches; what it
+    raises ends the evaluation.
+    """
+
+    @partial(jax.jit, out_shardings=devices.replicated(inputs.mesh))
+    def add(
+        sums: jax.Array, state: TrainState, data: Any, item: Any, weights: jax.Array
+    ) -> jax.Array:
+        images, labels = inputs.test_batch(data, item)
+        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
+        logits = state.apply_fn(variables_of(state), images).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
+
+    def evaluate(
+        state: TrainState, between: Callable[[], None] = lambda: None
+    ) -> tuple[float, float]:
+        sums = devices.replicate(np.zeros(2, np.float32), inputs.mesh)
+        for item, weights in inputs.test_calls():
+            sums = add(sums, state, inputs.test_data, item, weights)
+            between()
+        loss, accuracy = np.asarray(sums, np.float64) / inputs.test_size
+        return float(loss), float(accuracy)
+
+    return evaluate
+
+
+def checked(state: TrainState) -> dict[str, Any]:
+    """What must be finite after every step; ``Metrics.finite`` has its leaves' order.
+
+    The optimizer's state is left out: what is not finite in it reaches the parameters
+    in the same step.
+    """
+    return variables_of(state)
+
+
+def steps_per_call(config: Config, per_epoch: int) -> int:
+    """How many steps one call runs: what was asked for, or what suits the backend."""
+    if config.steps_per_call is not None:
+        return min(config.steps_per_call, per_epoch)
+    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
+    # are read as training goes would all have to be there before the first step.
+    if jax.default_backend() == "cpu" or config.loader == "grain":
+        return 1
+    # A divisor, so that one program serves all calls of an epoch; where there is none
+    # of some length, the last call is shorter.
+    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
+    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
+    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
