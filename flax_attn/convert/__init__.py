@@ -39,6 +39,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_attn.functional import checks
@@ -735,7 +736,8 @@ def _leaves(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
             f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
             "dict or the variables alone."
         )
-    return {"/".join(path): value for path, value in leaves.items()}
+    # Out of the boxes of partitioned parameters, as `merge` takes them.
+    return {"/".join(path): meta.unbox(value) for path, value in leaves.items()}
 
 
 def _array(key: str, value: Any) -> np.ndarray:
@@ -869,7 +871,3 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{path} exists; `overwrite=True` (--overwrite) replaces it."
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -254,11 +254,20 @@ def larger(a: Array, b: Array) -> Array:
       b: array of the same shape and dtype.
     """
 
-    def run(a: Array, b: Array) -> Array:
-        chosen = _reductions.decide(lambda a, b: a >= b, lambda a, b: ~(a < b), a, b)
-        return jnp.where(chosen, a, b)
+    return on_auto_axes(_larger, lambda a, b: list(a), *varying_alike(a, b))
 
-    return on_auto_axes(run, lambda a, b: list(a), *varying_alike(a, b))
+
+@jax.custom_jvp
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.maximum(a, b)
+
+
+@_larger.defjvp
+def _larger_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    a_is = _reductions.decide(lambda a, b: a >= b, lambda a, b: ~(a < b), *primals)
+    return _larger(*primals), jnp.where(a_is, *tangents)
 
 
 def conv_spatial(
@@ -345,13 +354,23 @@ def _plain_mean(x: Array, axes: Axes) -> Array:
     return jnp.mean(x, axes, dtype=_reductions.accumulator(x), keepdims=True)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _plain_maximum(x: Array, axes: Axes) -> Array:
-    shape = tuple(1 if i - x.ndim in axes else n for i, n in enumerate(x.shape))
+    return x.max(axes, keepdims=True)
+
+
+@_plain_maximum.defjvp
+def _plain_maximum_jvp(
+    axes: Axes, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    # The derivative of `jnp.max` compares values; this one hands on an index.
+    (x,), (t,) = primals, tangents
+    m = _plain_maximum(x, axes)
     if axes == SPATIAL:
-        x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+        x, t = (a.reshape(*a.shape[:-3], -1, a.shape[-1]) for a in (x, t))
     axis = -1 if axes == CHANNEL else -2
     index = jnp.argmax(x, axis, keepdims=True)
-    return jnp.take_along_axis(x, index, axis).reshape(shape)
+    return m, jnp.take_along_axis(t, index, axis).reshape(m.shape)
 
 
 def _plain_conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from flax_attn.resnet import (
     imagenet_resnet,
 )
 from tests import processes
-from tests.cases import BLOCKS, normal
+from tests.cases import ARTICLE, normal
 
 NORM = partial(nn.BatchNorm, use_running_average=True)
 NORM_LEAVES = {
@@ -234,7 +235,7 @@ def networks():
     """Modules, their input, and who has a name for everything in them."""
     x = np.zeros((1, 4, 4, 32), np.float32)
     official = partial(flax_attn.CBAM, use_bias=True, spatial_norm=NORM)
-    for name, make in BLOCKS.items():
+    for name, make in ARTICLE.items():
         yield f"article-{name}", make(), x, "article"
         yield f"article-{name}-biased", make(use_bias=True), x, "article"
         net = cifar_resnet(8, num_classes=10, attention=make)
@@ -847,3 +848,13 @@ def test_the_command_as_a_process(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = processes.complete("flax_attn.convert", *arguments, "--to", "flax")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+def test_partitioned_parameters_are_taken_out_of_their_boxes():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    module = flax_attn.SE(kernel_init=init)
+    boxed = module.init(jax.random.key(0), np.ones((1, 4, 4, 16), np.float32))
+    plain = nn.unbox(boxed)
+    state = convert.to_torch(boxed)
+    assert all((state[k] == v).all() for k, v in convert.to_torch(plain).items())
+    chex.assert_trees_all_equal(convert.to_flax(state, like=boxed), plain)

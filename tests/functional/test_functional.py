@@ -150,9 +150,7 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
     cotangent = normal((2, h, w, o), 2)
     plain = partial(functional.conv_spatial, implementation="plain")
     expected = jax.vjp(plain, maps, kernel)[1](cotangent)
-    gradients = getattr(_convolution, f"_conv_bwd_{form}")(
-        None, maps, kernel, cotangent
-    )
+    gradients = getattr(_convolution, f"_bwd_{form}")(None, maps, kernel, cotangent)
     for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

@@ -12,9 +12,9 @@ import flax_attn
 from flax_attn import inspect as attention_inspect
 from flax_attn.inspect import attention_maps, colour_map, overlay, statistics
 from flax_attn.resnet import BasicBlock, BottleneckBlock, ResNet
-from tests.cases import BLOCKS, IMPLEMENTATIONS, normal, variables_for
+from tests.cases import ARTICLE, IMPLEMENTATIONS, normal, variables_for
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
+blocks = pytest.mark.parametrize("block", ARTICLE)
 ATTEND = ("channel/channel_gate", "spatial/spatial_gate")
 
 
@@ -30,7 +30,7 @@ def paths_of(block, name="attention"):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @blocks
 def test_the_input_times_the_gates_is_the_output(block, implementation):
-    module = BLOCKS[block](implementation=implementation)
+    module = ARTICLE[block](implementation=implementation)
     x = normal((2, 5, 4, 16), 0)
     variables = variables_for(module, x)
     gates = attention_maps(module, variables, x)
@@ -54,7 +54,7 @@ def families():
     }.items():
         for block in ("se", "cbam"):
             x = normal((2, 16, 16, 3), 1)
-            network = model.clone(attention=BLOCKS[block])
+            network = model.clone(attention=ARTICLE[block])
             variables = variables_for(network, x)
             # As variances, of which a random one would be negative.
             variables["batch_stats"] = jax.tree.map(

@@ -15,7 +15,7 @@ from flax import linen as nn
 import flax_attn
 from flax_attn import presets
 from flax_attn.resnet import cifar_resnet, imagenet_resnet
-from tests.cases import BLOCKS, normal, variables_for
+from tests.cases import ARTICLE, normal, variables_for
 
 # Those that are functions of `train`, and those of anything else.
 TRAINED = ("official_cbam", "timm_cbam")
@@ -77,11 +77,11 @@ def test_train_is_keyword_only_and_has_no_default(name):
         getattr(presets, name)(True)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ARTICLE)
 def test_the_article_is_what_the_parity_tests_compare(block):
     """tests/test_parity.py has the blocks of flax_attn.resnet, against PyTorch."""
     preset = make("article_" + block.replace("-", "_"))
-    assert fields(preset()) == fields(BLOCKS[block]())
+    assert fields(preset()) == fields(ARTICLE[block]())
 
 
 # By hand from timm's make_divisible(C / 16, divisor, round_limit=0.0).

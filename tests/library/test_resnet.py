@@ -134,7 +134,8 @@ def test_every_attention_takes_part(attention):
     apply = partial(model.apply, mutable=["intermediates"])
     _, state = jax.eval_shape(apply, variables, x)
     gates = jax.tree.leaves(state)
-    per_block = {"none": 0, "cbam": 2, "cbam-conv": 2}.get(attention, 1)
+    two = attention.startswith(("cbam", "scse"))
+    per_block = 0 if attention == "none" else 1 + two
     assert len(gates) == 3 * per_block
 
 

@@ -324,7 +324,7 @@ def _columns(found):
 
 def article_rows():
     """Every block of the article, with its errors by the name of the array."""
-    for block in cases.BLOCKS:
+    for block in cases.ARTICLE:
         found = []
         for case in (case for case in cases.LIVE if case.block == block):
             expected = make_golden.run(case)

@@ -179,7 +179,7 @@ def test_live_blocks_of_timm(timm):
 
 
 @needs_torch
-@pytest.mark.parametrize("block", cases.BLOCKS)
+@pytest.mark.parametrize("block", cases.ARTICLE)
 def test_live_blocks_of_the_article(block):
     from tests.parity import torch_named
 
