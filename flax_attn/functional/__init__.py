@@ -126,7 +126,7 @@ def squeeze_spatial(
     def spec(x: tuple[Any, ...], *_: Any) -> list[Any]:
         return [*x[: -1 - spatial_dims], *(None,) * spatial_dims, x[-1]]
 
-    return on_auto_axes(run, spec, x, *(() if mask is None else (mask,)))
+    return _run(run, spec, x, *(() if mask is None else (mask,)))
 
 
 def _squeeze_spatial(
@@ -178,7 +178,7 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
         maps = jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
         return maps.reshape(*x.shape[:-1], 2)
 
-    return on_auto_axes(run, lambda x: [*x[:-1], None], x)
+    return _run(run, lambda x: [*x[:-1], None], x)
 
 
 def scale(
@@ -208,7 +208,7 @@ def scale(
         y = _reductions.scale(*folded, SPATIAL if of_channels else CHANNEL)
         return y.reshape(x.shape)
 
-    return on_auto_axes(run, lambda x, gate: list(x), *varying_alike(x, gate))
+    return _run(run, lambda x, gate: list(x), *varying_alike(x, gate))
 
 
 def scale_and_squeeze(
@@ -238,7 +238,7 @@ def scale_and_squeeze(
         maps = jnp.concatenate([maximum, mean], axis=-1)
         return y.reshape(x.shape), maps.reshape(*x.shape[:-1], 2)
 
-    return on_auto_axes(
+    return _run(
         run, lambda x, gate: (list(x), [*x[:-1], None]), *varying_alike(x, gate)
     )
 
@@ -254,7 +254,7 @@ def larger(a: Array, b: Array) -> Array:
       b: array of the same shape and dtype.
     """
 
-    return on_auto_axes(_larger, lambda a, b: list(a), *varying_alike(a, b))
+    return _run(_larger, lambda a, b: list(a), *varying_alike(a, b))
 
 
 @jax.custom_jvp
@@ -296,7 +296,7 @@ def conv_spatial(
     def run(maps: Array, kernel: Array) -> Array:
         return conv(maps, kernel, precision)
 
-    return on_auto_axes(
+    return _run(
         run, lambda maps, kernel: [*maps[:-1], None], *varying_alike(maps, kernel)
     )
 
@@ -330,7 +330,22 @@ def conv_channels(
         return y[..., p : p + s.shape[-1], 0]
 
     s = replicated_along(s, -1)
-    return on_auto_axes(run, lambda s, kernel: list(s), *varying_alike(s, kernel))
+    return _run(run, lambda s, kernel: list(s), *varying_alike(s, kernel))
+
+
+def _run(
+    function: Callable[..., Any], specs: Callable[..., Any], *arrays: Array
+) -> Any:
+    try:
+        return on_auto_axes(function, specs, *arrays)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "The fast implementation has gradients in reverse mode only (it is a "
+            "custom_vjp); for jax.jvp, jax.jacfwd and jax.hessian pass "
+            '`implementation="plain"` to the block.'
+        ) from error
 
 
 def _fold(x: Array, spatial_dims: int) -> Array:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import freeze, meta
 from flax.core.scope import Scope
+from flax.linen import module as linen_module
 
 from flax_attn.blocks.bam import BAM
 from flax_attn.blocks.cbam import CBAM
@@ -226,6 +227,21 @@ class _Hook:
         raise NotImplementedError
 
 
+@contextmanager
+def _recorded_once(model: nn.Module) -> Iterator[None]:
+    """Keeps ``capture_intermediates`` from recording what the wrapper records too."""
+    stack = linen_module._context.capture_stack
+    outer = stack[-1] if stack else None
+    if not outer:
+        yield
+        return
+    stack.append(lambda module, method: module is not model and outer(module, method))
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
 class _Insertion(_Hook):
     """Runs an attention after the submodules that a function selects."""
 
@@ -281,7 +297,7 @@ class _Insertion(_Hook):
                 within.discard(path)
             return self.attend(module, "/".join(inner), y)
 
-        with nn.intercept_methods(_on_bound(interceptor)):
+        with nn.intercept_methods(_on_bound(interceptor)), _recorded_once(model):
             result = call()
         if not sites and not self.known(model):
             raise ValueError(

@@ -950,3 +950,19 @@ def test_the_gates_of_the_relatives():
     labels = flax_attn.parameter_labels(model, X)
     assert labels["layers_1"]["spatial"] == {"kernel": "attention"}
     assert labels["layers_0"]["spatial_conv1"]["bias"] == "attention_no_decay"
+
+
+def test_captured_intermediates_hold_each_output_once():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="dense")(x)
+
+    x = normal((2, 4, 4, 3), 0)
+    model = flax_attn.insert(Model(), flax_attn.SE(), "dense")
+    model = flax_attn.insert(model, flax_attn.ECA(), "dense", name="second")
+    variables = model.init(jax.random.key(0), x)
+    y, state = model.apply(variables, x, capture_intermediates=True)
+    (recorded,) = state["intermediates"]["__call__"]
+    np.testing.assert_array_equal(recorded, y)
+    assert len(state["intermediates"]["dense"]["__call__"]) == 1
