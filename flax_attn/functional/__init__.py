@@ -244,10 +244,10 @@ def scale_and_squeeze(
 
 
 def larger(a: Array, b: Array) -> Array:
-    """The larger of two maps, element by element; of equals, ``a``.
+    """The larger of two maps, element by element.
 
-    The gradient goes to the one that was chosen: the choice is made once, and is not
-    found again by comparing what the compiler may compute twice.
+    The gradient goes to the larger one, half to each of equals. The choice is made
+    once, and not found again by comparing what the compiler may compute twice.
 
     Args:
       a: array of any shape.
@@ -266,8 +266,16 @@ def _larger(a: Array, b: Array) -> Array:
 def _larger_jvp(
     primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    a_is = _reductions.decide(lambda a, b: a >= b, lambda a, b: ~(a < b), *primals)
-    return _larger(*primals), jnp.where(a_is, *tangents)
+    a, b = primals
+
+    def share(a: Array, b: Array) -> Array:
+        return jnp.where(a > b, 1, jnp.where(a == b, 0.5, 0)).astype(a.dtype)
+
+    def share_of_nan(a: Array, b: Array) -> Array:
+        return jnp.where(a < b, 0, jnp.where(a == b, 0.5, 1)).astype(a.dtype)
+
+    of_a = _reductions.decide(share, share_of_nan, a, b)
+    return _larger(a, b), of_a * tangents[0] + (1 - of_a) * tangents[1]
 
 
 def conv_spatial(

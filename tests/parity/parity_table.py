@@ -52,8 +52,8 @@ class Preset:
     channels: tuple[int, ...]
     mean_first: bool = False
     """Whether the spatial kernel's inputs are [mean, max]."""
-    one_tie_wins: bool = False
-    """Whether one of the elements that tie for a maximum gets its whole gradient."""
+    shares_ties: bool = False
+    """Whether elements that tie for a maximum share its gradient, as with amax."""
 
     @property
     def has_norm(self):
@@ -126,7 +126,6 @@ PRESETS = [
             "spatial/norm": "SpatialGate.spatial.bn",
         },
         (64, 20),
-        one_tie_wins=True,
     ),
     Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
     Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
@@ -143,6 +142,7 @@ PRESETS = [
         },
         (64, 24),
         mean_first=True,
+        shares_ties=True,
     ),
 ]
 
@@ -166,7 +166,7 @@ class Case:
 
     @property
     def has_gradients(self):
-        return not (self.relu and self.preset.one_tie_wins)
+        return not (self.relu and self.preset.shares_ties)
 
     def module(self, **fields):
         return self.preset.make(train=self.train)(**fields)
