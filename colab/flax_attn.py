@@ -122,13 +122,13 @@ plt.close("all")
 
 # %%
 from flax_attn import inspect
-from train import compare, gates
 from train.engine import devices
+from train.study import gates
 
 inputs = loop.make_inputs(config, images, devices.make_mesh(1))
-shown, maps = compare.spatial_gates(run.model, run.variables, inputs, count=4)
+shown, maps = gates.spatial_gates(run.model, run.variables, inputs, count=4)
 if maps:
-    display(gates.picture(shown, maps))
+    display(gates.plot(shown, maps))
     print(inspect.statistics(maps))
 else:
     print(f"`{attention}` has no spatial gate.")
