@@ -196,8 +196,8 @@ def decide(
 ) -> Array:
     """``function(*arrays)``, computed once, from one copy of the arrays.
 
-    ``otherwise`` is the same function in other operations, for arrays that begin with
-    NaN: to the compiler, which of the two runs is open until the program does.
+    ``otherwise`` is the same function in other operations, for arrays whose sum is NaN:
+    to the compiler, which of the two runs is open until the program does.
     """
 
     @jax.custom_batching.custom_vmap
@@ -216,8 +216,10 @@ def decide(
 def _branch(
     function: Callable[..., Any], otherwise: Callable[..., Any], *arrays: Array
 ) -> Any:
-    first = [a[(0,) * a.ndim] for a in arrays]
-    ordered = reduce(jnp.logical_and, [f == f for f in first])
+    # Sums of all elements, since single ones can be constants, such as padding: then
+    # the compiler would know the branch and fuse across it.
+    sums = [a.sum(dtype=accumulator(a)) for a in arrays]
+    ordered = reduce(jnp.logical_and, [total == total for total in sums])
     return lax.cond(ordered, function, otherwise, *arrays)
 
 
