@@ -133,8 +133,12 @@ conv.defvjp(_conv_fwd, _conv_bwd)
 
 @jax.custom_batching.custom_vmap
 def _is_finite(*arrays: Array) -> Array:
-    """Whether all of ``arrays`` are; under ``vmap``, of all samples at once."""
-    return reduce(jnp.logical_and, [jnp.isfinite(a).all() for a in arrays])
+    """Whether all sums of ``arrays`` are; under ``vmap``, of all samples at once.
+
+    A sum is finite only if each of its terms is.
+    """
+    sums = [a.sum(dtype=accumulator(a)) for a in arrays]
+    return reduce(jnp.logical_and, map(jnp.isfinite, sums))
 
 
 @_is_finite.def_vmap

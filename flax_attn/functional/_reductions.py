@@ -202,7 +202,11 @@ def decide(
 
     @jax.custom_batching.custom_vmap
     def decision(*arrays: Array) -> Array:
-        return _branch(function, otherwise, *arrays)
+        # Sums of all elements, since single ones can be constants, such as padding: then
+        # the compiler would know the branch and fuse across it.
+        sums = [a.sum(dtype=accumulator(a)) for a in arrays]
+        ordered = reduce(jnp.logical_and, [total == total for total in sums])
+        return lax.cond(ordered, function, otherwise, *arrays)
 
     @decision.def_vmap
     def batched(
@@ -211,16 +215,6 @@ def decide(
         return decision(*_all_batched(size, is_batched, arrays)), True
 
     return decision(*map(lax.stop_gradient, arrays))
-
-
-def _branch(
-    function: Callable[..., Any], otherwise: Callable[..., Any], *arrays: Array
-) -> Any:
-    # Sums of all elements, since single ones can be constants, such as padding: then
-    # the compiler would know the branch and fuse across it.
-    sums = [a.sum(dtype=accumulator(a)) for a in arrays]
-    ordered = reduce(jnp.logical_and, [total == total for total in sums])
-    return lax.cond(ordered, function, otherwise, *arrays)
 
 
 def _all_batched(
@@ -298,25 +292,27 @@ def _peak_by_branch(
         keys = []
         for start in _starts(size, slices, step):
             part = function(*_slice(rows, axis, start, start + step))
-            i = start + lax.broadcasted_iota(
-                jnp.int32, (1, step, 1) if axis == 1 else (1, 1, step), axis
-            )
-            # XLA's CPU backend may lose NaN in a maximum, so it is looked for here.
-            keys.append(
-                jnp.where(part == m, i, jnp.where(part != part, i - size, size))
-            )
-        key = reduce(jnp.minimum, keys).min(axis, keepdims=True)
-        is_nan = key < 0
-        return jnp.where(is_nan, jnp.nan, m), jnp.where(is_nan, key + size, key)
+            along = (1, step, 1) if axis == 1 else (1, 1, step)
+            i = start + lax.broadcasted_iota(jnp.int32, along, axis)
+            keys.append(jnp.where(part == m, i, size))
+        return m, _min_of_rows(reduce(jnp.minimum, keys), axis)
 
     def by_pairs(*rows: Array) -> tuple[Array, Array]:
         rows = tuple(a[..., None, :] for a in rows)  # (N, H * W, 1, C)
         m, index = _peak_of_pairs(function, axes, *rows)
         return m[..., 0, :], index[..., 0, :]
 
-    m, index = _branch(by_comparison, by_pairs, *(_rows(a) for a in maps))
+    rows = [_rows(a) for a in maps]
+    total = _total(function, axes, *maps)
+    m, index = lax.cond(total == total, by_comparison, by_pairs, *rows)
     reduced = _reduced(shape, axes)
     return m.reshape(reduced), index.reshape(reduced)
+
+
+def _total(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+    """The sum of all elements; from the mean, which most blocks compute as well."""
+    of_mean = _sum(*maps, axes) if function is _itself else _mean_of_gated(*maps)
+    return of_mean.sum()
 
 
 def _max(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
@@ -350,6 +346,18 @@ def _max_of_rows(
     return reduce(jnp.maximum, parts).max(axis, keepdims=True)
 
 
+def _min_of_rows(rows: Array, axis: int) -> Array:
+    # XLA's CPU backend may compute the operand of a reduction over rows in a slow loop,
+    # at a few of many shapes. Slices are always one fast loop.
+    while axis == 1 and isinstance(rows.shape[1], int) and rows.shape[1] > 1:
+        size = rows.shape[1]
+        slices = min(size, 4)
+        step = -(-size // slices)
+        parts = [rows[:, i : i + step] for i in _starts(size, slices, step)]
+        rows = reduce(jnp.minimum, parts)
+    return rows.min(axis, keepdims=True)
+
+
 def _starts(size: int, slices: int, step: int) -> list[int]:
     return [min(i * step, size - step) for i in range(slices)] if slices > 1 else [0]
 
@@ -362,14 +370,18 @@ def _starts(size: int, slices: int, step: int) -> list[int]:
 def _sum(x: Array, axes: Axes) -> Array:
     """The sum of ``x`` in ``accumulator(x)`` over ``axes``, which stay with size 1."""
     size = math.prod(x.shape[-3:])
-    # A product begins anew with each sample, which small ones do not make up for.
-    if x.dtype == accumulator(x) and isinstance(size, int) and axes == SPATIAL:
-        if FAST_REDUCTIONS and size < SMALL:
+    if x.dtype == accumulator(x) and isinstance(size, int):
+        # A product begins anew with each sample, which small ones do not make up for.
+        if axes == SPATIAL and FAST_REDUCTIONS and size < SMALL:
             return x.sum(axes, keepdims=True)
+        if axes == CHANNEL and x.shape[-1] <= CHAIN:
+            return _sum_of(_widen, axes, x, slices=1)
     return _sum_of(_widen, axes, x)
 
 
-def _sum_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+def _sum_of(
+    function: Callable[..., Array], axes: Axes, *maps: Array, slices: int = 0
+) -> Array:
     """The sum of ``function(*maps)`` over ``axes``, which stay with size 1.
 
     ``function`` is elementwise, and ``maps`` broadcast to ``(..., H, W, C)``.
@@ -382,7 +394,8 @@ def _sum_of(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
 
     if not isinstance(size, int):  # Left open by export.
         return whole(*maps)
-    axis, slices = _slicing(axes, size)
+    axis, default = _slicing(axes, size)
+    slices = slices or default
 
     def by_slices(*maps: Array) -> Array:
         y = _sum_of_rows(function, axis, slices, size, *(_rows(a) for a in maps))

@@ -23,6 +23,8 @@ SHAPES = (
     (1, 28, 28, 20),
     (3, 4, 4, 33),
     (8, 14, 14, 96),
+    (2, 11, 9, 24),
+    (3, 13, 7, 40),
 )
 
 BEFORE: dict[str, Callable[..., jax.Array]] = {
@@ -31,6 +33,9 @@ BEFORE: dict[str, Callable[..., jax.Array]] = {
     "silu": lambda y, x: nn.silu(y),
     "residual": lambda y, x: nn.relu(y + 0.3 * x),
     "affine": lambda y, x: y * 1.1 + 0.37,
+    # Constants that the compiler knows, among them the first element.
+    "padding": lambda y, x: jnp.pad(nn.relu(y), ((0, 0), (1, 0), (2, 0), (0, 0))),
+    "zeros": lambda y, x: y.at[:, :, :2].set(0),
 }
 
 
@@ -60,11 +65,7 @@ class Program(nn.Module):
 def errors(module, plain, x):
     """The compiled gradient of ``module`` against that of ``plain``, op by op."""
     variables = jax.jit(module.init)(jax.random.key(1), x)
-    # No bias and no scale at a value that the compiler could simplify away.
-    params = jax.tree.map(
-        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape),
-        variables["params"],
-    )
+    params = perturbed(variables["params"])
 
     def loss(module, params):
         y, _ = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
@@ -73,10 +74,18 @@ def errors(module, plain, x):
     compiled = jax.jit(jax.grad(partial(loss, module)))(params)
     eager = jax.grad(partial(loss, plain))(params)
     # Of the whole gradient, since single leaves may cancel to their rounding.
-    return _distances(compiled, eager)
+    return distances(compiled, eager)
 
 
-def _distances(compiled, eager):
+def perturbed(params):
+    """No bias and no scale at a value that the compiler could simplify away."""
+    return jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params
+    )
+
+
+def distances(compiled, eager):
+    """Of each leaf, the largest error in units of its largest value."""
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(eager)]
     size = max(np.abs(leaf).max() for leaf in leaves)
 

@@ -1,0 +1,175 @@
+"""Every block in the programs of a training: remat, layers in a scan, whole networks.
+
+As in ``test_programs``, the compiled gradient is compared with the one that is computed
+operation by operation, with the plain implementation.
+"""
+
+from functools import partial
+from operator import itemgetter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from flax_attn.blocks import BLOCKS
+from flax_attn.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    ResNet,
+    cifar_resnet,
+    imagenet_resnet,
+)
+from tests.cases import normal
+from tests.laws.test_programs import Program, distances, perturbed
+
+blocks = pytest.mark.parametrize("block", BLOCKS)
+TOLERANCE = 1e-3
+
+
+class Layer(nn.Module):
+    """One of several equal layers, in the form of ``nn.scan``."""
+
+    block: str
+    implementation: str = "fast"
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.Conv(x.shape[-1], (3, 3), use_bias=False)(x)
+        y = nn.BatchNorm(use_running_average=False)(y)
+        y = BLOCKS[self.block](implementation=self.implementation)(y)
+        return nn.relu(x + y), None
+
+
+class Stack(nn.Module):
+    """Three layers, as one scan over stacked parameters."""
+
+    block: str
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        x, _ = layers(self.block, name="layers")(x, None)
+        return jnp.sin(nn.Dense(5)(x.mean((1, 2)))).sum()
+
+
+@blocks
+def test_layers_in_a_scan(block):
+    x = normal((3, 9, 11, 20), 1)
+    module = Stack(block)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    params = perturbed(variables["params"])
+    layer, head = Layer(block, "plain"), nn.Dense(5)
+
+    def scanned(params):
+        y, _ = module.apply({**variables, "params": params}, x, mutable="batch_stats")
+        return y
+
+    def unrolled(params):
+        y = x
+        for i in range(3):
+            layer_params = jax.tree.map(itemgetter(i), params["layers"])
+            (y, _), _ = layer.apply({"params": layer_params}, y, mutable="batch_stats")
+        y = head.apply({"params": params["Dense_0"]}, y.mean((1, 2)))
+        return jnp.sin(y).sum()
+
+    got, expected = jax.jit(jax.grad(scanned))(params), jax.grad(unrolled)(params)
+    assert_close(got, expected)
+
+
+@blocks
+def test_remat_and_accumulated_gradients(block):
+    x = normal((3, 2, 14, 14, 8), 2)  # Three small batches.
+    module = Program(block, "norm", 24, jnp.dtype("float32"))
+    plain = Program(block, "norm", 24, jnp.dtype("float32"), "plain")
+    variables = jax.jit(module.init)(jax.random.key(1), x[0])
+    params = perturbed(variables["params"])
+
+    def loss(module, params, x):
+        y, _ = module.apply({**variables, "params": params}, x, mutable="batch_stats")
+        return jnp.sin(y).sum()
+
+    @jax.jit
+    def accumulated(params):
+        def add(total, x):
+            grads = jax.grad(jax.checkpoint(partial(loss, module)))(params, x)
+            return jax.tree.map(jnp.add, total, grads), None
+
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), x)[0]
+
+    each = [jax.grad(partial(loss, plain))(params, part) for part in x]
+    assert_close(accumulated(params), jax.tree.map(lambda *g: sum(g), *each))
+
+
+SMALL = {
+    "basic": partial(ResNet, (1, 1), BasicBlock, width=16, imagenet_stem=False),
+    "bottleneck": partial(ResNet, (1, 1), BottleneckBlock, width=16),
+}
+PUBLISHED = {
+    "ResNet-8": partial(cifar_resnet, 8),
+    "ResNet-18": partial(imagenet_resnet, 18),
+}
+NETWORKS = SMALL | PUBLISHED
+SHAPES = {"basic": (4, 14, 11, 3), "bottleneck": (2, 37, 45, 3)}
+SHAPES |= {"ResNet-8": (4, 28, 22, 3), "ResNet-18": (2, 75, 91, 3)}
+
+
+@pytest.mark.parametrize(
+    "network, block",
+    [
+        pytest.param(
+            network,
+            block,
+            marks=()
+            if network in SMALL and block in ("cbam", "se-max")
+            else pytest.mark.long,
+        )
+        for network in NETWORKS
+        for block in BLOCKS
+    ],
+)
+def test_gradients_of_a_short_training(network, block):
+    make, shape = partial(NETWORKS[network], num_classes=10), SHAPES[network]
+    module = make(attention=BLOCKS[block])
+    plain = make(attention=partial(BLOCKS[block], implementation="plain"))
+    labels = jnp.arange(shape[0]) % 10
+    x = normal(shape, 3)
+    variables = jax.jit(module.init)(jax.random.key(4), x)
+
+    def loss(module, params, stats, x):
+        logits, updates = module.apply(
+            {"params": params, "batch_stats": stats},
+            x,
+            train=True,
+            mutable="batch_stats",
+        )
+        picked = jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], 1)
+        return -picked.mean(), updates["batch_stats"]
+
+    compiled = jax.jit(jax.grad(partial(loss, module), has_aux=True))
+    params, stats = variables["params"], variables["batch_stats"]
+    for step in range(3):
+        x = normal(shape, 10 + step)
+        grads, new_stats = compiled(params, stats, x)
+        expected, _ = jax.grad(partial(loss, plain), has_aux=True)(params, stats, x)
+        assert_close(grads, expected, tolerance=NETWORK_TOLERANCE)
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
+        stats = new_stats
+
+
+# An activation near zero may be on either side of it, in float32.
+NETWORK_TOLERANCE = 0.02
+
+
+def assert_close(got, expected, tolerance=TOLERANCE):
+    found = distances(got, expected)
+    assert not {k: e for k, e in found.items() if not e <= tolerance}, np.max(
+        list(found.values())
+    )
