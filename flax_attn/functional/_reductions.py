@@ -15,7 +15,6 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,8 +201,8 @@ def decide(
 
     @jax.custom_batching.custom_vmap
     def decision(*arrays: Array) -> Array:
-        # Sums of all elements, since single ones can be constants, such as padding: then
-        # the compiler would know the branch and fuse across it.
+        # Sums of all elements, since single ones can be constants, such as padding:
+        # then the compiler would know the branch and fuse across it.
         sums = [a.sum(dtype=accumulator(a)) for a in arrays]
         ordered = reduce(jnp.logical_and, [total == total for total in sums])
         return lax.cond(ordered, function, otherwise, *arrays)
@@ -311,8 +310,11 @@ def _peak_by_branch(
 
 def _total(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
     """The sum of all elements; from the mean, which most blocks compute as well."""
-    of_mean = _sum(*maps, axes) if function is _itself else _mean_of_gated(*maps)
-    return of_mean.sum()
+    if function is _itself:
+        (x,) = maps
+        return _sum(x, axes).sum()
+    x, gate = maps
+    return _mean_of_gated(x, gate).sum()
 
 
 def _max(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
