@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.extend import core
 
-from flax_attn.insertion import _BLOCKS
+from flax_attn.blocks import Attention
 
 # Of one element each. A logistic is 1 / (1 + exp(-z)).
 _SINGLE = frozenset(
@@ -174,7 +174,7 @@ def _plain(value: Any, done: dict[int, nn.Module]) -> Any:
                 new = _plain(old, done)
                 if new is not old:
                     changes[field.name] = new
-        if isinstance(value, _BLOCKS) and value.implementation == "fast":
+        if isinstance(value, Attention) and value.implementation == "fast":
             changes["implementation"] = "plain"
         done[id(value)] = value.clone(**changes) if changes else value
     return done[id(value)]

@@ -7,7 +7,6 @@ reads all gates of a model for one input, ``statistics`` says how far they are o
 
 import dataclasses
 import math
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,16 +14,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_attn.insertion import _GATES, _HOOKS, _flagged
+from flax_attn.insertion import Call, watch
 
 Array = jax.Array
 
 COLLECTION = "intermediates"
-# What the blocks call their gates, whatever else a model sows.
-GATES = ("channel_gate", "spatial_gate", "element_gate")
 
-# Dark to light, so that it reads in grey as well: the value, and its red, green, blue.
-_COLOURS = np.array(
+# Dark to light, so that it reads in gray as well: the value, and its red, green, blue.
+_COLORS = np.array(
     [
         (0.00, 8, 8, 38),
         (0.25, 86, 24, 118),
@@ -82,10 +79,19 @@ def attention_maps(
         )
     # What variables hold of an earlier call would stand before the gates of this one.
     known = {name: value for name, value in variables.items() if name != COLLECTION}
+    made: set[str] = set()
     lost: set[str] = set()
-    with nn.intercept_methods(_recorder(lost)):
-        _, state = model.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
-    gates = dict(_gates(state.get(COLLECTION, {})))
+
+    def watcher(call: Call, run: Callable[[], Any]) -> Any:
+        if call.gate is not None:
+            path = "/".join((*call.path, call.gate))
+            stored = call.module.is_mutable_collection(COLLECTION)
+            (made if stored else lost).add(path)
+        return run()
+
+    watched = watch(model, watcher)
+    _, state = watched.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
+    gates = dict(_gates(state.get(COLLECTION, {}), made))
     if not gates or lost:
         got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(
@@ -96,32 +102,15 @@ def attention_maps(
     return gates
 
 
-def _recorder(lost: set[str]) -> Callable[..., Any]:
-    """Adds to ``lost`` the paths of gates that are made and cannot be stored."""
-    token = str(uuid.uuid4())
-
-    def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        scope = context.module.scope
-        for kinds, method in _GATES:
-            makes = context.method_name == method and isinstance(context.module, kinds)
-            if makes and not scope.is_mutable_collection(COLLECTION):
-                name = "spatial_gate" if method == "gate_of" else method
-                lost.add("/".join((*scope.path, name)))
-        if scope is None or token in scope.get_flag(_HOOKS, ()):
-            return next_fun(*args, **kwargs)
-        # What nn.jit has compiled runs without a call, and would not be noted.
-        with _flagged(context.module, token):
-            return next_fun(*args, **kwargs)
-
-    return interceptor
-
-
-def _gates(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Array]]:
+def _gates(
+    tree: Mapping[str, Any], made: set[str], prefix: str = ""
+) -> Iterator[tuple[str, Array]]:
+    """The gates among what was sown: the values at the paths in ``made``."""
     for name, value in tree.items():
         path = prefix + name
         if isinstance(value, Mapping):
-            yield from _gates(value, f"{path}/")
-        elif name in GATES:
+            yield from _gates(value, made, f"{path}/")
+        elif path in made:
             for i, gate in enumerate(value):
                 yield (path if len(value) == 1 else f"{path}/{i}"), gate
 
@@ -243,7 +232,7 @@ def overlay(
     alpha: float = 0.6,
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
-    """Lays a spatial gate over its image, in colours from dark (shut) to light (open).
+    """Lays a spatial gate over its image, in colors from dark (shut) to light (open).
 
     The gate is resized to the image bilinearly::
 
@@ -257,8 +246,8 @@ def overlay(
       gate: spatial gate of one image, ``(h, w)``, ``(h, w, 1)`` or ``(1, h, w, 1)``;
         of a batch, ``(N, h, w)`` or ``(N, h, w, 1)``. Where h or w alone is 1 and the
         images have more there, it has to be the latter.
-      alpha: share of the gate's colour; the rest is the image (default: 0.6).
-      limits: values with the darkest and the lightest colour; what lies beyond has
+      alpha: share of the gate's color; the rest is the image (default: 0.6).
+      limits: values with the darkest and the lightest color; what lies beyond has
         those too (default: (0.0, 1.0)).
 
     Returns:
@@ -282,24 +271,28 @@ def overlay(
     values = _maps(gate, pixels.shape[:-1])
     shape = (*values.shape[:-2], *pixels.shape[-3:-1])
     resized = np.asarray(jax.image.resize(values, shape, "bilinear"), np.float64)
-    colours = colour_map((resized - low) / (high - low))
-    return np.rint(alpha * colours + (1 - alpha) * pixels).astype(np.uint8)
+    colors = color_map((resized - low) / (high - low))
+    return np.rint(alpha * colors + (1 - alpha) * pixels).astype(np.uint8)
 
 
-def colour_map(values: Any) -> np.ndarray:
-    """The colours of ``overlay``: values within [0, 1] to red, green and blue.
+def color_map(values: Any) -> np.ndarray:
+    """The colors of ``overlay``: values within [0, 1] to red, green and blue.
 
-      >>> colour_map([0.0, 0.5, 1.0]).tolist()
+      >>> color_map([0.0, 0.5, 1.0]).tolist()
       [[8.0, 8.0, 38.0], [196.0, 48.0, 92.0], [252.0, 244.0, 176.0]]
 
     Args:
-      values: array ``(...)``; what lies beyond [0, 1] has the colour of its end.
+      values: array ``(...)``; what lies beyond [0, 1] has the color of its end.
 
     Returns:
       float64 array ``(..., 3)`` within [0, 255].
     """
-    anchors, *channels = _COLOURS.T
+    anchors, *channels = _COLORS.T
     return np.stack([np.interp(values, anchors, c) for c in channels], axis=-1)
+
+
+colour_map = color_map
+"""The older name of ``color_map``."""
 
 
 def _pixels(image: Any) -> np.ndarray:
@@ -332,13 +325,13 @@ def _three_channels(shape: tuple[int, ...]) -> str:
     """How an image of another shape comes to three channels."""
     axes = len(shape)
     if axes in (3, 4) and shape[-1] == 1:
-        return "repeat a grey one, e.g. np.repeat(image, 3, axis=-1)"
+        return "repeat a gray one, e.g. np.repeat(image, 3, axis=-1)"
     if axes in (3, 4) and shape[-1] == 4:
         return "leave the fourth channel out, e.g. image[..., :3]"
     if axes in (3, 4) and shape[-3] == 3:
         return "put the channels last, e.g. np.moveaxis(image, -3, -1)"
     if axes in (2, 3) and 0 not in shape:
-        return "repeat a grey one, e.g. np.repeat(image[..., None], 3, axis=-1)"
+        return "repeat a gray one, e.g. np.repeat(image[..., None], 3, axis=-1)"
     return "pass one image or a batch of at least one"
 
 
