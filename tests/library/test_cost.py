@@ -49,9 +49,11 @@ def check_against_xla(module, shape, counted, **kwargs):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", OPTIONS)
-def test_the_counts_are_those_of_the_tree_and_of_xla(block, shape):
+def test_counts_equal_the_tree_and_xla(block, shape):
     make = OPTIONS[block]
-    counted = flax_attn.cost(make(), shape)  # Of the plain form, whichever it has.
+    counted = flax_attn.cost(
+        make(), shape
+    )  # Of the plain implementation, whichever it has.
     assert counted == flax_attn.cost(make(implementation="plain"), shape)
     check_against_xla(make(implementation="plain"), shape, counted)
 
@@ -59,7 +61,7 @@ def test_the_counts_are_those_of_the_tree_and_of_xla(block, shape):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["half", "single"])
 @pytest.mark.parametrize("block", ["se", "cbam"])
-def test_conversions_and_masks_are_counted_as_xla_does(block, dtype, masked):
+def test_conversions_and_masks_equal_xla(block, dtype, masked):
     shape = (2, 8, 8, 32)
     kwargs = {"mask": np.ones(shape[:3], bool)} if masked else {}
     module = BLOCKS[block](dtype=jnp.bfloat16, implementation="plain")
@@ -70,7 +72,7 @@ def test_conversions_and_masks_are_counted_as_xla_does(block, dtype, masked):
 
 
 @pytest.mark.parametrize("block", ["se", "eca", "channel", "spatial", "cbam"])
-def test_channels_first_and_half_precision_change_what_they_move(block):
+def test_channels_first_and_half_precision(block):
     # The layout costs a copy at either end, which a reduction reads through.
     make, shape = BLOCKS[block], (4, 8, 8, 32)
     counted = flax_attn.cost(make(), shape)
@@ -85,7 +87,7 @@ def test_channels_first_and_half_precision_change_what_they_move(block):
     assert counted == flax_attn.cost(nn.Sequential([make(name="inner")]), shape)
 
 
-def test_by_hand():
+def test_counts_by_hand():
     n, h, w, c, hidden = 2, 3, 4, 16, 1
     x, gate = n * h * w * c, n * c
     assert flax_attn.cost(flax_attn.SE(), (n, h, w, c)) == Cost(
@@ -122,7 +124,7 @@ class Own(nn.Module):
         return x + x if self.implementation == "fast" else x * x * x
 
 
-def test_a_field_of_the_same_name_elsewhere_is_left_alone():
+def test_a_field_of_the_same_name_elsewhere_is_ignored():
     assert flax_attn.cost(Own("fast"), (1, 4)).operations == 4
 
 
@@ -158,7 +160,7 @@ def test_flops_are_two_for_a_multiply_add():
     # Read for each squeeze and for the product, and written.
     [("se", 3), ("eca", 3), ("channel", 3), ("spatial", 3), ("cbam", 4)],
 )
-def test_the_bytes_are_passes_over_the_map(block, maps):
+def test_bytes_are_passes_over_the_map(block, maps):
     shape = (4, 64, 64, 256)
     x = 4 * np.prod(shape)
     assert maps <= flax_attn.cost(BLOCKS[block](), shape).bytes / x < maps + 0.05
@@ -166,7 +168,7 @@ def test_the_bytes_are_passes_over_the_map(block, maps):
 
 @pytest.mark.parametrize("block", ["se", "se-max", "eca"])
 @pytest.mark.parametrize("shape", [(8, 16, 16, 32), (2, 32, 32, 64)], ids=str)
-def test_the_bytes_are_those_of_the_compiled_program_with_one_squeeze(block, shape):
+def test_bytes_equal_the_compiled_program_with_one_squeeze(block, shape):
     """With two, XLA on CPU reads the map for each: see ``cost``."""
     program, _ = lowered(BLOCKS[block](implementation="plain"), shape)
     expected = program.compile().cost_analysis()["bytes accessed"]
@@ -252,6 +254,6 @@ class Draw(nn.Module):
         (Draw(), (4, 4), "`module` must .* got `random_"),
     ],
 )
-def test_what_cost_refuses(module, shape, says):
+def test_cost_raises(module, shape, says):
     with pytest.raises(ValueError, match=says):
         flax_attn.cost(module, shape)
