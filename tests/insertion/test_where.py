@@ -23,6 +23,8 @@ from tests.insertion.user_models import (
 
 DOWN = ["down_4/Conv_0", "down_4/Conv_1", "down_8/Conv_0", "down_8/Conv_1"]
 UP = ["up_8", "up_4"]
+TOP = ["down_4", "down_8", "bottom", "up_8", "merge_8", "up_4", "merge_4"]
+LAYERS = ["Conv", "LayerNorm"]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +35,8 @@ UP = ["up_8", "up_4"]
         ("down_*/Conv_?", DOWN),
         ("down_4/Conv_0", DOWN[:1]),
         ("down_*", ["down_4", "down_8"]),
-        ("*", ["down_4", "down_8", "bottom", "up_8", "merge_8", "up_4", "merge_4"]),
-        ("*4/*_0", ["down_4/Conv_0", "down_4/LayerNorm_0", "merge_4/Conv_0"]),
+        ("*", [*TOP, "logits"]),
+        ("*4/*_0", [f"{a}_4/{b}_0" for a in ("down", "merge") for b in LAYERS]),
         (re.compile("(up|down)_[0-9]"), ["down_4", "down_8", "up_8", "up_4"]),
         (lambda module, path: getattr(module, "features", 0) == 16, None),
         (lambda module, path: path in UP, UP),
@@ -239,9 +241,7 @@ class ViT(nn.Module):
 )
 def test_tokens_need_a_block_of_one_spatial_axis(block, x):
     model = flax_attn.insert(ViT(), block, "mlp")
-    message = (
-        "would read the batch axis .* mlp \\(Dense\\), .*; pass spatial_dims=1, or"
-    )
+    message = r"would read the batch axis .* mlp \(Dense\), .*; pass spatial_dims=1,"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, KEY, x)
     model = flax_attn.insert(ViT(), block.clone(spatial_dims=1), "mlp")

@@ -51,9 +51,7 @@ def check_against_xla(module, shape, counted, **kwargs):
 @pytest.mark.parametrize("block", OPTIONS)
 def test_counts_equal_the_tree_and_xla(block, shape):
     make = OPTIONS[block]
-    counted = flax_attn.cost(
-        make(), shape
-    )  # Of the plain implementation, whichever it has.
+    counted = flax_attn.cost(make(), shape)  # Of the plain implementation.
     assert counted == flax_attn.cost(make(implementation="plain"), shape)
     check_against_xla(make(implementation="plain"), shape, counted)
 
