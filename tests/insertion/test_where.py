@@ -118,10 +118,10 @@ def test_another_name():
         ((UNet(), SE(), int), "`where` must be"),
         ((UNet(), SE(), ()), "`where` must be"),
         ((UNet(), SE(), (nn.Conv, "x")), "`where` must be"),
-        ((UNet(), SE(), [nn.Conv]), "`where` must be .*classes go into a tuple"),
+        ((UNet(), SE(), [nn.Conv]), "`where` must be .*several classes as a tuple"),
         (
             (UNet(), flax_attn.presets.official_cbam, nn.Conv),
-            "`attention` must need no arguments, .*'train'; give it them",
+            "`attention` must need no arguments, .*'train'; pass them",
         ),
         ((UNet(), SE(), nn.Conv(3, (1, 1))), "`where` must be"),
     ],
@@ -133,7 +133,7 @@ def test_invalid_arguments_raise(arguments, message):
 
 @pytest.mark.parametrize("name", [None, "", "a/b", 3])
 def test_invalid_names_raise(name):
-    message = f"`name` must be a string .* got {name!r}; leave it out"
+    message = f"`name` must be a non-empty string .* got {name!r}; leave it out"
     with pytest.raises(ValueError, match=message):
         flax_attn.insert(UNet(), SE(), nn.Conv, name=name)
 

@@ -247,7 +247,7 @@ class Draw(nn.Module):
         (flax_attn.SE, (1, 4, 4, 4), r"`module` must .* got <class.*; call .*SE\(\)"),
         (flax_attn.presets.timm_se, (1, 4, 4, 4), "`module` must .* got functools"),
         (flax_attn.SE(), (4, 4), r"`x` must have at least 3 axes"),
-        (Nested(), (1, 64, 64, 8), 'blocks that it makes need implementation="plain"'),
+        (Nested(), (1, 64, 64, 8), 'pass implementation="plain" to blocks'),
         (Loop(), (1, 4, 4, 8), "`module` must .* got `scan`"),
         (Draw(), (4, 4), "`module` must .* got `random_"),
     ],

@@ -264,7 +264,9 @@ def test_channels_first_keeps_the_paths():
 
 def test_attention_maps_raises(several):
     _, variables, x = several
-    with pytest.raises(ValueError, match="`model` must have .* no gate from Several"):
+    with pytest.raises(
+        ValueError, match="`model` must call an attention block .* no gate from Several"
+    ):
         attention_maps(Several(attend=False), variables, x, train=False)
     with pytest.raises(ValueError, match="`mutable` must be left out, got True"):
         attention_maps(Several(), variables, x, mutable=True)
@@ -324,7 +326,7 @@ def test_statistics_print_as_a_table():
 @pytest.mark.parametrize(
     "gates, options, says",
     [
-        ({}, {}, "`gates` must be at least one"),
+        ({}, {}, "`gates` must contain at least one"),
         ({"a": np.array([0.5, 1.5])}, {}, r"`gates`\['a'\] must .* from 0.5 to 1.5"),
         (np.array([-0.5, 0.5]), {}, "`gates` must .* from -0.5 to 0.5"),
         (np.array([np.nan, 0.5]), {}, "`gates` must .* from nan to nan"),
