@@ -165,6 +165,24 @@ def test_arguments_are_passed_on_and_variables_kept(several):
     jax.tree.map(np.testing.assert_array_equal, before, variables)
 
 
+class Parts(nn.Module):
+    def setup(self):
+        self.first = flax_attn.SE(reduction=2)
+        self.second = flax_attn.ECA()
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_function_of_the_user_as_the_method():
+    x = normal((2, 4, 4, 8), 2)
+    variables = variables_for(Parts(), x)
+    whole = attention_maps(Parts(), variables, x)
+    part = attention_maps(Parts(), variables, x, method=lambda m, x: m.first(x))
+    assert list(part) == ["first/channel_gate"]
+    np.testing.assert_array_equal(*part.values(), whole["first/channel_gate"])
+
+
 def test_state_is_not_changed():
     x = normal((2, 4, 4, 8), 6)
     norm = partial(nn.BatchNorm, use_running_average=False)
