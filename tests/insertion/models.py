@@ -9,7 +9,7 @@ import flax_attn
 from tests.cases import normal
 
 X = normal((2, 8, 8, 3), 0)
-# Its generator compiles faster than the default.
+# Compiles faster than the default generator.
 KEY = jax.random.key(0, impl="rbg")
 # Programs this small take longer to compile than to run. Nothing is fused, either, so
 # that equal arithmetic gives equal bits.
@@ -30,7 +30,7 @@ def shapes(model, *args, **kwargs):
 
 
 class Chain(nn.Module):
-    """Two layers, whose class is to be lifted."""
+    """Two layers of a class that tests transform."""
 
     layer: type = nn.Conv
 
@@ -41,7 +41,7 @@ class Chain(nn.Module):
 
 
 def by_hand(params, x, attend=("first", "second")):
-    """Chain with SE after the layers named, from the modules one by one."""
+    """Chain with SE after the layers in ``attend``, module by module."""
     for name, layer in (
         ("first", nn.Conv(4, (3, 3))),
         ("second", nn.Conv(3, (1, 1))),
@@ -85,7 +85,7 @@ class Halves(nn.Module):
 
 
 class Gated(nn.Module):
-    """Blocks written in by hand; ``broken`` makes the second one idle."""
+    """A model that uses blocks; ``broken`` makes the second one inactive."""
 
     broken: str = ""
 
@@ -97,5 +97,5 @@ class Gated(nn.Module):
             z = y
         if self.broken == "zero":
             z = z * 0
-        # A common factor, or one for each channel, is lost on it.
+        # Removes a factor of the whole map.
         return nn.GroupNorm(num_groups=1)(z)

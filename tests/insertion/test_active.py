@@ -21,7 +21,7 @@ def test_inactive_gates_are_found(broken):
     else:
         dead = "second" if broken == "result" else "used/channel, used/spatial, second"
         with pytest.raises(AssertionError, match=f"on the gates of {dead}\\. "):
-            # What is sown moves with the gate, and is no output.
+            # Sown values depend on the gate but are not part of the output.
             run(mutable=["intermediates"])
 
 
@@ -43,7 +43,7 @@ def test_a_scale_that_starts_at_zero_is_reported():
 
 
 class Foreign(nn.Module):
-    """An attention of somebody else."""
+    """An attention block that is no ``Attention``."""
 
     @nn.compact
     def __call__(self, x):

@@ -76,7 +76,7 @@ def test_a_submodule_that_calls_its_super_class_has_one_attention():
 
 def test_parameters_keep_their_paths():
     class Own(nn.Module):
-        """Names that the wrapper might have taken."""
+        """Names that the wrapper could use itself."""
 
         def setup(self):
             self.model = nn.Conv(3, (1, 1))
@@ -163,7 +163,7 @@ def test_fields_of_the_model(twice):
 
 def test_a_bound_model_uses_the_variables_of_the_call():
     plain = Encoder()
-    # Its field is bound as well.
+    # Binds its field too.
     bound = plain.bind(variables_for(plain, X))
     model = flax_attn.insert(plain, SE(), "layer")
     again = flax_attn.insert(bound, SE(), "layer")

@@ -42,7 +42,7 @@ MODELS = {
 
 
 TABLES = {
-    # CBAM: 2 * C * C / 4, and 3 * 3 * 2.
+    # CBAM: 2 * C * C / 4 + 3 * 3 * 2.
     "resnet": """
 path                       type       output        parameters
 ResNetBlock_0/BatchNorm_1  BatchNorm  (2, 8, 8, 8)          50
@@ -55,7 +55,7 @@ blocks_0/project  Conv  (2, 4, 4, 4)          16
 blocks_1/project  Conv  (2, 2, 2, 8)          64
 total                                         80
 """,
-    # ECA: the kernel of the article's rule.
+    # ECA: the kernel size of the article.
     "unet": """
 path     type        output        parameters
 down_4   DoubleConv  (2, 8, 8, 4)           1
@@ -86,7 +86,7 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
     inserted = flax_attn.insert(model, attention, where, init="identity")
     init = partial(inserted.init, **kwargs)
     fresh = quick(init)(KEY, X)
-    # Variables that no initializer of the new model has made.
+    # Unlike what the new model's initializers give.
     pretrained = jax.tree.map(lambda v: v + np.float32(0.01), without_attention(fresh))
     variables, new = flax_attn.merge(pretrained, fresh)
     assert new and all("/attention/" in path for path in new)
@@ -99,7 +99,7 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
     np.testing.assert_array_equal(now, y)
     cotangent = normal(y.shape, 3)
 
-    # Which quick would get wrong for maxima.
+    # `quick` gives maxima wrong gradients.
     @(jax.jit if name == "resnet" else quick)
     def gradients_of(params):
         def loss(params):
@@ -115,7 +115,7 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
         if "attention" in str(path) and re.search("expand|conv", str(path[-2:]))
     ]
     assert last and all(np.abs(g).max() > 0 for g in last)
-    # And the gates move the output as soon as they move.
+    # The output depends on the gates.
     gates = flax_attn.assert_active(inserted, variables, X, **kwargs)
     assert len(gates) == len(last)
 
@@ -161,7 +161,7 @@ def test_batch_statistics_methods_and_rngs():
     def run(variables, x):
         y = inserted.apply(variables, x)
         encoded = inserted.apply(variables, x, method="encode")
-        # A part without sites of a model that has some.
+        # A method that calls no site, of a model that has some.
         parts = inserted.apply(variables, encoded, method="classify")
         bound = inserted.bind(variables)
         also = inserted.apply(

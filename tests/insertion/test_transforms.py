@@ -77,7 +77,7 @@ def test_scan():
         return model.apply({"params": {"body": {"chain": params}}}, x)
 
     assert_same_function(scanned, loop, stacked, X)
-    # Each step starts with weights of its own.
+    # Each step has its own initial weights.
     fresh = quick(model.init)(KEY, X)["params"]["body"]["chain"]
     first, *others = fresh["second"]["attention"]["reduce"]["kernel"]
     assert all(np.abs(first - other).max() > 1e-3 for other in others)
@@ -105,7 +105,7 @@ def test_vmap():
         member = jax.tree.map(lambda p: p[i], variables["params"]["members"])  # noqa: B023
         np.testing.assert_allclose(y[i], by_hand(member, X), atol=1e-5)
 
-    # jax.vmap of apply, by example and by weights.
+    # jax.vmap of apply over weights and over examples.
     model = flax_attn.insert(Chain(), SE(), nn.Conv)
     member = variables["params"]["members"]
     z = quick(jax.vmap(lambda p: model.apply({"params": p}, X)))(member)
@@ -172,11 +172,11 @@ def test_nn_jit_caches_each_insertion_apart():
         ("second",): flax_attn.insert(plain, SE(), "*/second"),
         ("first", "second"): flax_attn.insert(plain, SE(), nn.Conv),
     }
-    # For all models the same, so that nothing else tells them apart.
+    # The same for all models, so that only the hooks differ.
     variables = variables_for(models["first", "second"], X)
     for _ in range(2):
         for attend, model in models.items():
-            # The second time it is there already, and runs without a trace.
+            # The second time it is compiled already and not traced.
             expected = by_hand(variables["params"]["chain"], X, attend=attend)
             y = model.apply(variables, X)
             np.testing.assert_allclose(y, expected, atol=1e-5)

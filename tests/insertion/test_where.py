@@ -1,4 +1,4 @@
-"""Where attention is inserted, and what cannot be."""
+"""Where attention is inserted, and which arguments raise."""
 
 import re
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def test_no_match_in_a_method_raises_without_attention_elsewhere():
         jax.eval_shape(
             partial(model.apply, method="classify"), variables, normal((2, 2, 2, 8), 0)
         )
-    # Pretrained variables alone do not make a model with attention.
+    # Pretrained variables alone are not enough.
     with pytest.raises(flax.errors.ScopeParamNotFoundError, match="attention/reduce"):
         jax.eval_shape(model.apply, variables, X)
 
@@ -149,7 +149,7 @@ def test_invalid_starts_raise():
 
 def test_insertions_into_insertions():
     first = flax_attn.insert(UNet(), flax_attn.ECA(), nn.Conv)
-    # Dense layers are in SE alone, which is left alone.
+    # Only SE has Dense layers, and nothing is inserted into it.
     both = flax_attn.insert(first, SE(), DoubleConv)
     with pytest.raises(ValueError, match="selects none of"):
         flax_attn.sites(flax_attn.insert(both, SE(), nn.Dense), X)
@@ -246,7 +246,7 @@ def test_tokens_need_a_block_of_one_spatial_axis(block, x):
         jax.eval_shape(model.init, KEY, x)
     model = flax_attn.insert(ViT(), block.clone(spatial_dims=1), "mlp")
     variables = variables_for(model, x)
-    # No sample changes another.
+    # No sample depends on another.
     together = model.apply(variables, x)
     alone = np.concatenate([model.apply(variables, x[i : i + 1]) for i in range(2)])
     np.testing.assert_allclose(together, alone, atol=1e-5)

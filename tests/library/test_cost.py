@@ -27,11 +27,11 @@ SHAPES = [(8, 16, 16, 32), (1, 7, 7, 256), (3, 2, 24, 20, 16)]
 
 
 def lowered(module, shape, dtype=jnp.float32, **kwargs):
-    """What XLA is given, and the variables' shapes."""
+    """The lowered program, and the variables' shapes."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     init = partial(module.init, **kwargs)
     variables = jax.eval_shape(init, jax.random.key(0), x)
-    # As arguments: of what is constant XLA computes a part beforehand.
+    # As arguments, since XLA folds constants.
     return jax.jit(module.apply).lower(variables, x, **kwargs), variables
 
 
@@ -71,14 +71,14 @@ def test_conversions_and_masks_equal_xla(block, dtype, masked):
 
 @pytest.mark.parametrize("block", ["se", "eca", "channel", "spatial", "cbam"])
 def test_channels_first_and_half_precision(block):
-    # The layout costs a copy at either end, which a reduction reads through.
+    # The layout costs a transposition at each end, which is fused.
     make, shape = BLOCKS[block], (4, 8, 8, 32)
     counted = flax_attn.cost(make(), shape)
     half = flax_attn.cost(make(dtype=jnp.bfloat16), shape, dtype=jnp.bfloat16)
     first = flax_attn.cost(flax_attn.ChannelsFirst(make()), (4, 32, 8, 8))
     for field in ("parameters", "multiply_adds", "transcendentals"):
         assert getattr(half, field) == getattr(counted, field), (field, half)
-    # At least the map is widened to be summed.
+    # The map is converted to float32 for the sum.
     assert half.operations >= counted.operations + np.prod(shape)
     assert first == counted
     assert 0.5 <= half.bytes / counted.bytes < 0.6

@@ -56,7 +56,7 @@ def families():
             x = normal((2, 16, 16, 3), 1)
             network = model.clone(attention=ARTICLE[block])
             variables = variables_for(network, x)
-            # As variances, of which a random one would be negative.
+            # Random variances could be negative.
             variables["batch_stats"] = jax.tree.map(
                 np.ones_like, variables["batch_stats"]
             )
@@ -128,7 +128,7 @@ class Several(nn.Module):
 @pytest.fixture(scope="module")
 def several():
     model, x = Several(), normal((2, 4, 4, 8), 2)
-    # As init leaves them where a user asks for everything: with intermediates.
+    # With intermediates, as init with mutable=True leaves them.
     variables = jax.jit(partial(model.init, mutable=True, train=False))(
         jax.random.key(0), x
     )
@@ -386,7 +386,7 @@ def test_an_overlay_is_the_mean_of_image_and_colors():
     assert picture.dtype == np.uint8 and picture.shape == image.shape
     assert np.abs(picture - expected).max() <= 0.501
     np.testing.assert_array_equal(overlay(image, gate, alpha=0), image)
-    # All that an image and a gate may be.
+    # All valid shapes and dtypes.
     for same in (gate[..., None], gate[None, ..., None], jnp.asarray(gate)):
         np.testing.assert_array_equal(overlay(image, same, alpha=0.3), picture)
     for same in (image / 255, (image / 255).astype(np.float32)):
@@ -409,7 +409,7 @@ def test_batches_of_lines_need_their_last_axis():
         with pytest.raises(ValueError, match=r"`gate` must .*\(8, h, w, 1\) where"):
             overlay(images, gate)
         assert overlay(images, gate[..., None]).shape == images.shape
-    assert overlay(images, lines[..., :1]).shape == images.shape  # One number each.
+    assert overlay(images, lines[..., :1]).shape == images.shape  # One value each.
     assert overlay(images[:, :1], lines).shape == (8, 1, 16, 3)  # Images of one line.
 
 
