@@ -17,9 +17,9 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jax.extend import core
 
-from flax_attn.insertion import _BLOCKS
+from flax_attn.blocks import Attention
 
-# Of one element each. A logistic is 1 / (1 + exp(-z)).
+# One operation for each element. A logistic is 1 / (1 + exp(-z)).
 _SINGLE = frozenset(
     "abs add add_any and ceil clamp div eq floor ge gt integer_pow is_finite le lt max "
     "min mul ne neg not or rem round select_n sign square sub xor".split()
@@ -40,7 +40,7 @@ _FREE = frozenset(
     "unstack".split()
 )
 _CONVERSION = "convert_element_type"
-# The same bytes in the same order.
+# These leave the bytes and their order unchanged.
 _VIEWS = frozenset(
     "copy copy_p device_put expand_dims reshape squeeze stop_gradient".split()
 )
@@ -52,14 +52,14 @@ class Cost:
 
     Attributes:
       parameters: elements of the collection ``params``.
-      multiply_adds: pairs of a multiplication and an addition, in products and
-        convolutions. A tap on the zeros around a map counts nothing.
+      multiply_adds: pairs of a multiplication and an addition in products and
+        convolutions. Taps on the padding of a map are not counted.
       operations: all other additions, multiplications, comparisons and so on, one for
         each element: the sums and maxima of the squeezes, the product with the gate,
         conversions to another dtype.
       transcendentals: exponentials, logarithms, roots and the like, one for each
         element. A sigmoid, ``1 / (1 + exp(-z))``, is one and three operations.
-      bytes: memory traffic where all that can be fused is. See ``cost``.
+      bytes: memory traffic if everything that can be fused is fused. See ``cost``.
     """
 
     parameters: int
@@ -74,7 +74,7 @@ class Cost:
         return 2 * self.multiply_adds + self.operations
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """All counts in one line."""
         fields = dataclasses.asdict(self).items()
         return ", ".join(f"{n:,} {name.replace('_', '-')}" for name, n in fields)
 
@@ -86,34 +86,34 @@ def cost(
     dtype: Dtype = jnp.float32,
     **kwargs: Any,
 ) -> Cost:
-    """Counts what ``module`` costs, forward, for an input of ``shape``.
+    """Counts what a forward pass of ``module`` costs for an input of ``shape``.
 
-    Counted is the definition, ``implementation="plain"``, whichever one the block has::
+    All blocks are counted in their plain implementation, whatever they are set to::
 
       >>> import flax_attn
       >>> print(flax_attn.cost(flax_attn.ECA(), (1, 32, 32, 64)))
       3 parameters, 190 multiply-adds, 131,264 operations, 64 transcendentals,
       787,468 bytes
 
-    The mean there is 64 × 1023 additions and 64 divisions, the convolution 3 × 64 taps
-    less the two beyond the ends, the sigmoid 64 × 3 operations and the product with the
-    gate 65,536 multiplications.
+    Here the mean is 64 × 1023 additions and 64 divisions, the convolution 3 × 64 taps
+    without the two beyond the ends, the sigmoid 64 × 3 operations and the product with
+    the gate 65,536 multiplications.
 
     The bytes follow from one rule. Reductions, products and convolutions write their
-    results; all else is computed where it is used. Each of those, and the output, is a
-    pass that reads what it is computed from, and passes that wait for the same results
-    share a read. So mean and maximum over H and W read a map once, SE moves three maps
-    (read for the mean, read for the product, written) and CBAM four. A sum of two maps
-    that is used twice, as behind a residual addition, is written too.
+    results; everything else is computed where it is used. Each of those, and the
+    output, is a pass that reads its operands, and passes that depend on the same
+    results share a read. So mean and maximum over H and W read a map once, SE moves
+    three maps (read for the mean, read for the product, written) and CBAM four. A sum
+    of two maps that is used twice, as after a residual addition, is written too.
 
-    ``flops`` is what XLA counts in the lowered program (``jax.jit(f).lower(...)``'s
-    ``cost_analysis()``). A compiled program can take more: it may compute the product
-    of a map and a gate again rather than keep it, and read a map once for each squeeze.
+    ``flops`` is XLA's count for the lowered program (``jax.jit(f).lower(...)``'s
+    ``cost_analysis()``). A compiled program can cost more: it may recompute the product
+    of a map and a gate instead of storing it, and read a map once for each squeeze.
 
     Args:
       module: an attention block, or any module of convolutions, products, reductions
-        and what is computed element by element. A block that another module makes
-        inside its own call is that module's to make with ``implementation="plain"``.
+        and elementwise operations. A block that another module makes inside its own
+        call must be made with ``implementation="plain"`` there.
       shape: of the input, such as (N, H, W, C).
       dtype: of the input (default: float32).
       **kwargs: keyword arguments of the call, such as ``train=False``.
@@ -122,9 +122,9 @@ def cost(
       A ``Cost``.
 
     Raises:
-      ValueError: ``module`` is none, ``shape`` is not of integers of at least 1, the
-        module does not take it, or an operation cannot be counted: a loop, a branch, a
-        random draw.
+      ValueError: if ``module`` is not a module, ``shape`` is not integers of at least
+        1 or not valid for the module, or an operation cannot be counted: a loop, a
+        branch, a random draw.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(
@@ -136,10 +136,10 @@ def cost(
         isinstance(n, int | np.integer) and n >= 1 for n in shape
     ):
         raise ValueError(
-            f"`shape` must be integers of at least 1, got {shape!r}; pass that of the "
-            "input, such as (1, 32, 32, 64)."
+            f"`shape` must be integers of at least 1, got {shape!r}; pass the shape "
+            "of the input, such as (1, 32, 32, 64)."
         )
-    module = _plain(module, {})
+    module = _with_plain_blocks(module, {})
     x = jax.ShapeDtypeStruct(shape, dtype)
     variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), x)
     state = [name for name in variables if name != "params"]
@@ -157,13 +157,13 @@ def cost(
     )
 
 
-def _plain(value: Any, done: dict[int, nn.Module]) -> Any:
-    """The module with every block among its fields in the plain implementation.
+def _with_plain_blocks(value: Any, done: dict[int, nn.Module]) -> Any:
+    """``value`` with all blocks in it, and in its fields, in the plain implementation.
 
-    ``done`` holds the results by ``id``, so that a module that is shared stays one.
+    ``done`` holds the results by ``id``, so that a shared module stays shared.
     """
     if isinstance(value, list | tuple) and any(isinstance(v, nn.Module) for v in value):
-        return type(value)(_plain(v, done) for v in value)
+        return type(value)(_with_plain_blocks(v, done) for v in value)
     if not isinstance(value, nn.Module):
         return value
     if id(value) not in done:
@@ -171,10 +171,10 @@ def _plain(value: Any, done: dict[int, nn.Module]) -> Any:
         for field in dataclasses.fields(value):
             if field.name not in ("parent", "name"):
                 old = getattr(value, field.name)
-                new = _plain(old, done)
+                new = _with_plain_blocks(old, done)
                 if new is not old:
                     changes[field.name] = new
-        if isinstance(value, _BLOCKS) and value.implementation == "fast":
+        if isinstance(value, Attention) and value.implementation == "fast":
             changes["implementation"] = "plain"
         done[id(value)] = value.clone(**changes) if changes else value
     return done[id(value)]
@@ -182,7 +182,7 @@ def _plain(value: Any, done: dict[int, nn.Module]) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stored:
-    """An array in memory, and after how many passes it is there."""
+    """An array in memory, and the number of passes before it is complete."""
 
     bytes: int
     level: int = 0
@@ -190,7 +190,10 @@ class _Stored:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """What a value is computed from, element by element; alone: it is that array."""
+    """The stored arrays that a value is computed from, element by element.
+
+    ``stored``: it is itself that array.
+    """
 
     roots: frozenset[_Stored] = frozenset()
     stored: bool = False
@@ -264,7 +267,7 @@ class _Count:
         return [_Value(roots)] * len(eqn.outvars)
 
     def store(self, size: int, operands: Iterable[_Value]) -> _Value:
-        """A pass that reads what ``operands`` are computed from and writes a result."""
+        """A pass that reads the arrays of ``operands`` and writes a result."""
         roots = frozenset[_Stored]().union(*(value.roots for value in operands))
         level = 1 + max((root.level for root in roots), default=0)
         self.reads |= {(root, level) for root in roots}
@@ -277,21 +280,21 @@ def _in_memory(array: _Stored) -> _Value:
 
 
 def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
-    """The program that an equation such as that of a jitted function calls."""
+    """The program that an equation calls, such as a jitted function's."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if isinstance(inner, core.Jaxpr) and not inner.constvars:
         inner = core.ClosedJaxpr(inner, ())
     if not isinstance(inner, core.ClosedJaxpr) or eqn.primitive.name == "scan":
         raise ValueError(
-            "`module` must be of operations that can be counted, got "
-            f"`{eqn.primitive.name}`: loops, branches and random draws have no count, "
-            'and blocks that it makes need implementation="plain".'
+            "`module` must use operations that can be counted, got "
+            f"`{eqn.primitive.name}`; remove loops, branches and random draws, and "
+            'pass implementation="plain" to blocks that it makes inside its call.'
         )
     return inner
 
 
 def _converts(old: Any, new: Any) -> bool:
-    """Whether a conversion counts: one of a type that is weak alone is nothing."""
+    """Whether a conversion counts: one that changes only the weak type does not."""
     return old.aval.dtype != new.aval.dtype
 
 
@@ -332,7 +335,7 @@ def _taps_inside(
     spread: int,
     dilation: int,
 ) -> int:
-    """How many pairs of a result and a tap meet an element, along one axis."""
+    """The number of pairs of a result and a tap inside the input, along one axis."""
     places = np.arange(results)[:, None] * stride + np.arange(taps) * dilation - before
     inside = (places >= 0) & (places <= (size - 1) * spread) & (places % spread == 0)
     return int(inside.sum())
@@ -347,7 +350,7 @@ def _windowed(eqn: core.JaxprEqn) -> tuple[int, int]:
     return 0, _size(eqn.outvars[0]) * (window - 1)
 
 
-# What passes over its operands: the multiply-adds and the other operations of each.
+# The primitives that are passes: their multiply-adds and other operations.
 _PASSES: dict[str, Callable[[core.JaxprEqn], tuple[int, int]]] = {
     "dot_general": _product,
     "conv_general_dilated": _convolution,

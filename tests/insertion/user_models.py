@@ -1,4 +1,4 @@
-"""Models as users write them, each in a style of its own. They know no attention."""
+"""Models as users write them, in different styles, without attention."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ ModuleDef = Any
 
 
 class ResNetBlock(nn.Module):
-    """Compact, with its layers handed in as partials."""
+    """Compact, with its layers passed as partials."""
 
     filters: int
     conv: ModuleDef
@@ -131,7 +131,7 @@ class DoubleConv(nn.Module):
 
 
 class UNet(nn.Module):
-    """Skip connections from the way down to the way up."""
+    """Skip connections from the encoder to the decoder."""
 
     widths: Sequence[int] = (4, 8)
     out_channels: int = 2
@@ -162,7 +162,7 @@ class Staged(nn.Module):
 
 
 class Careful(nn.Module):
-    """Asks a module without a parent, which Linen allows."""
+    """Calls a module without a parent, which Linen allows."""
 
     @nn.compact
     def __call__(self, x):

@@ -27,11 +27,11 @@ SHAPES = [(8, 16, 16, 32), (1, 7, 7, 256), (3, 2, 24, 20, 16)]
 
 
 def lowered(module, shape, dtype=jnp.float32, **kwargs):
-    """What XLA is given, and the variables' shapes."""
+    """The lowered program, and the variables' shapes."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     init = partial(module.init, **kwargs)
     variables = jax.eval_shape(init, jax.random.key(0), x)
-    # As arguments: of what is constant XLA computes a part beforehand.
+    # As arguments, since XLA folds constants.
     return jax.jit(module.apply).lower(variables, x, **kwargs), variables
 
 
@@ -49,9 +49,9 @@ def check_against_xla(module, shape, counted, **kwargs):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", OPTIONS)
-def test_the_counts_are_those_of_the_tree_and_of_xla(block, shape):
+def test_counts_equal_the_tree_and_xla(block, shape):
     make = OPTIONS[block]
-    counted = flax_attn.cost(make(), shape)  # Of the plain form, whichever it has.
+    counted = flax_attn.cost(make(), shape)  # Of the plain implementation.
     assert counted == flax_attn.cost(make(implementation="plain"), shape)
     check_against_xla(make(implementation="plain"), shape, counted)
 
@@ -59,7 +59,7 @@ def test_the_counts_are_those_of_the_tree_and_of_xla(block, shape):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["half", "single"])
 @pytest.mark.parametrize("block", ["se", "cbam"])
-def test_conversions_and_masks_are_counted_as_xla_does(block, dtype, masked):
+def test_conversions_and_masks_equal_xla(block, dtype, masked):
     shape = (2, 8, 8, 32)
     kwargs = {"mask": np.ones(shape[:3], bool)} if masked else {}
     module = BLOCKS[block](dtype=jnp.bfloat16, implementation="plain")
@@ -70,22 +70,22 @@ def test_conversions_and_masks_are_counted_as_xla_does(block, dtype, masked):
 
 
 @pytest.mark.parametrize("block", ["se", "eca", "channel", "spatial", "cbam"])
-def test_channels_first_and_half_precision_change_what_they_move(block):
-    # The layout costs a copy at either end, which a reduction reads through.
+def test_channels_first_and_half_precision(block):
+    # The layout costs a transposition at each end, which is fused.
     make, shape = BLOCKS[block], (4, 8, 8, 32)
     counted = flax_attn.cost(make(), shape)
     half = flax_attn.cost(make(dtype=jnp.bfloat16), shape, dtype=jnp.bfloat16)
     first = flax_attn.cost(flax_attn.ChannelsFirst(make()), (4, 32, 8, 8))
     for field in ("parameters", "multiply_adds", "transcendentals"):
         assert getattr(half, field) == getattr(counted, field), (field, half)
-    # At least the map is widened to be summed.
+    # The map is converted to float32 for the sum.
     assert half.operations >= counted.operations + np.prod(shape)
     assert first == counted
     assert 0.5 <= half.bytes / counted.bytes < 0.6
     assert counted == flax_attn.cost(nn.Sequential([make(name="inner")]), shape)
 
 
-def test_by_hand():
+def test_counts_by_hand():
     n, h, w, c, hidden = 2, 3, 4, 16, 1
     x, gate = n * h * w * c, n * c
     assert flax_attn.cost(flax_attn.SE(), (n, h, w, c)) == Cost(
@@ -122,7 +122,7 @@ class Own(nn.Module):
         return x + x if self.implementation == "fast" else x * x * x
 
 
-def test_a_field_of_the_same_name_elsewhere_is_left_alone():
+def test_a_field_of_the_same_name_elsewhere_is_ignored():
     assert flax_attn.cost(Own("fast"), (1, 4)).operations == 4
 
 
@@ -158,7 +158,7 @@ def test_flops_are_two_for_a_multiply_add():
     # Read for each squeeze and for the product, and written.
     [("se", 3), ("eca", 3), ("channel", 3), ("spatial", 3), ("cbam", 4)],
 )
-def test_the_bytes_are_passes_over_the_map(block, maps):
+def test_bytes_are_passes_over_the_map(block, maps):
     shape = (4, 64, 64, 256)
     x = 4 * np.prod(shape)
     assert maps <= flax_attn.cost(BLOCKS[block](), shape).bytes / x < maps + 0.05
@@ -166,7 +166,7 @@ def test_the_bytes_are_passes_over_the_map(block, maps):
 
 @pytest.mark.parametrize("block", ["se", "se-max", "eca"])
 @pytest.mark.parametrize("shape", [(8, 16, 16, 32), (2, 32, 32, 64)], ids=str)
-def test_the_bytes_are_those_of_the_compiled_program_with_one_squeeze(block, shape):
+def test_bytes_equal_the_compiled_program_with_one_squeeze(block, shape):
     """With two, XLA on CPU reads the map for each: see ``cost``."""
     program, _ = lowered(BLOCKS[block](implementation="plain"), shape)
     expected = program.compile().cost_analysis()["bytes accessed"]
@@ -247,11 +247,11 @@ class Draw(nn.Module):
         (flax_attn.SE, (1, 4, 4, 4), r"`module` must .* got <class.*; call .*SE\(\)"),
         (flax_attn.presets.timm_se, (1, 4, 4, 4), "`module` must .* got functools"),
         (flax_attn.SE(), (4, 4), r"`x` must have at least 3 axes"),
-        (Nested(), (1, 64, 64, 8), 'blocks that it makes need implementation="plain"'),
+        (Nested(), (1, 64, 64, 8), 'pass implementation="plain" to blocks'),
         (Loop(), (1, 4, 4, 8), "`module` must .* got `scan`"),
         (Draw(), (4, 4), "`module` must .* got `random_"),
     ],
 )
-def test_what_cost_refuses(module, shape, says):
+def test_cost_raises(module, shape, says):
     with pytest.raises(ValueError, match=says):
         flax_attn.cost(module, shape)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import flax_attn
 from flax_attn import inspect as attention_inspect
-from flax_attn.inspect import attention_maps, colour_map, overlay, statistics
+from flax_attn.inspect import attention_maps, color_map, overlay, statistics
 from flax_attn.resnet import BasicBlock, BottleneckBlock, ResNet
 from tests.cases import ARTICLE, IMPLEMENTATIONS, normal, variables_for
 
@@ -56,7 +56,7 @@ def families():
             x = normal((2, 16, 16, 3), 1)
             network = model.clone(attention=ARTICLE[block])
             variables = variables_for(network, x)
-            # As variances, of which a random one would be negative.
+            # Random variances could be negative.
             variables["batch_stats"] = jax.tree.map(
                 np.ones_like, variables["batch_stats"]
             )
@@ -128,7 +128,7 @@ class Several(nn.Module):
 @pytest.fixture(scope="module")
 def several():
     model, x = Several(), normal((2, 4, 4, 8), 2)
-    # As init leaves them where a user asks for everything: with intermediates.
+    # With intermediates, as init with mutable=True leaves them.
     variables = jax.jit(partial(model.init, mutable=True, train=False))(
         jax.random.key(0), x
     )
@@ -151,20 +151,39 @@ def test_a_block_called_twice_has_a_path_for_each_call(several):
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
-def test_arguments_are_passed_on_and_nothing_is_changed(several):
+def test_arguments_are_passed_on_and_variables_kept(several):
     model, variables, x = several
     before = jax.tree.map(np.array, variables)
     one = attention_maps(model, variables, x, 1, train=False)
     assert list(one) == ["shared/spatial_gate"]
-    by_method = attention_maps(model, variables, x, method="once")
-    np.testing.assert_array_equal(by_method["shared/spatial_gate"], *one.values())
+    for method in ("once", Several.once, Several().once, lambda m, x: m.once(x)):
+        by_method = attention_maps(model, variables, x, method=method)
+        np.testing.assert_array_equal(by_method["shared/spatial_gate"], *one.values())
     rngs = {"dropout": jax.random.key(3)}
     dropped = attention_maps(model, variables, x, 1, train=True, rngs=rngs)
     assert np.abs(dropped["shared/spatial_gate"] - [*one.values()][0]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, variables)
 
 
-def test_what_a_call_would_change_is_not_changed():
+class Parts(nn.Module):
+    def setup(self):
+        self.first = flax_attn.SE(reduction=2)
+        self.second = flax_attn.ECA()
+
+    def __call__(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_function_of_the_user_as_the_method():
+    x = normal((2, 4, 4, 8), 2)
+    variables = variables_for(Parts(), x)
+    whole = attention_maps(Parts(), variables, x)
+    part = attention_maps(Parts(), variables, x, method=lambda m, x: m.first(x))
+    assert list(part) == ["first/channel_gate"]
+    np.testing.assert_array_equal(*part.values(), whole["first/channel_gate"])
+
+
+def test_state_is_not_changed():
     x = normal((2, 4, 4, 8), 6)
     norm = partial(nn.BatchNorm, use_running_average=False)
     model = flax_attn.SpatialAttention(norm=norm)
@@ -224,7 +243,7 @@ class Two(nn.Module):
         return JitLayers(self.axes, name="layers")(x)
 
 
-def test_a_gate_that_is_lost_beside_others_is_named():
+def test_a_lost_gate_beside_others_is_named():
     x = normal((2, 4, 4, 16), 4)
     variables = variables_for(Two(), x)
     for _ in range(2):  # The second time nn.jit has compiled the layers already.
@@ -261,15 +280,17 @@ def test_channels_first_keeps_the_paths():
     assert gates[ATTEND[1]].shape == (2, 4, 4, 1)
 
 
-def test_what_attention_maps_refuses(several):
+def test_attention_maps_raises(several):
     _, variables, x = several
-    with pytest.raises(ValueError, match="`model` must have .* no gate from Several"):
+    with pytest.raises(
+        ValueError, match="`model` must call an attention block .* no gate from Several"
+    ):
         attention_maps(Several(attend=False), variables, x, train=False)
     with pytest.raises(ValueError, match="`mutable` must be left out, got True"):
         attention_maps(Several(), variables, x, mutable=True)
 
 
-def test_the_module_does_not_stand_in_the_way_of_the_standard_one():
+def test_the_standard_module_is_not_shadowed():
     import inspect
 
     assert flax_attn.inspect is attention_inspect is not inspect
@@ -293,7 +314,7 @@ def test_statistics_are_those_of_the_elements(dtype):
     assert row.entropy == pytest.approx(np.mean([entropy(g) for g in values]), 1e-12)
 
 
-def test_what_lies_on_a_limit_is_not_beyond_it():
+def test_values_on_a_limit_are_not_counted():
     gate = np.array([0.25, 0.2, 0.75, 0.8])
     (row,) = statistics(gate, low=0.25, high=0.75)
     assert (row.below, row.above) == (0.25, 0.25)
@@ -323,7 +344,7 @@ def test_statistics_print_as_a_table():
 @pytest.mark.parametrize(
     "gates, options, says",
     [
-        ({}, {}, "`gates` must be at least one"),
+        ({}, {}, "`gates` must contain at least one"),
         ({"a": np.array([0.5, 1.5])}, {}, r"`gates`\['a'\] must .* from 0.5 to 1.5"),
         (np.array([-0.5, 0.5]), {}, "`gates` must .* from -0.5 to 0.5"),
         (np.array([np.nan, 0.5]), {}, "`gates` must .* from nan to nan"),
@@ -332,7 +353,7 @@ def test_statistics_print_as_a_table():
         (np.ones(2), {"high": 1.1}, "`low` and `high` .* 0.05 and 1.1"),
     ],
 )
-def test_what_statistics_refuses(gates, options, says):
+def test_statistics_raises(gates, options, says):
     with pytest.raises(ValueError, match=says):
         statistics(gates, **options)
 
@@ -341,7 +362,7 @@ def test_what_statistics_refuses(gates, options, says):
 
 
 def bilinear(gate, height, width):
-    """Bilinear sampling at pixel centres, with the borders going on, in float64."""
+    """Bilinear sampling at pixel centers, borders extended, in float64."""
 
     def weights(n, size):
         matrix = np.zeros((size, n))
@@ -356,23 +377,23 @@ def bilinear(gate, height, width):
     return weights(gate.shape[0], height) @ gate @ weights(gate.shape[1], width).T
 
 
-def test_an_overlay_is_the_mean_of_image_and_colours():
+def test_an_overlay_is_the_mean_of_image_and_colors():
     image = np.random.RandomState(0).randint(0, 256, (12, 16, 3)).astype(np.uint8)
     gate = np.random.RandomState(1).uniform(size=(3, 4)).astype(np.float32)
     values = bilinear(gate.astype(np.float64), 12, 16)
-    expected = 0.3 * colour_map(values) + 0.7 * image
+    expected = 0.3 * color_map(values) + 0.7 * image
     picture = overlay(image, gate, alpha=0.3)
     assert picture.dtype == np.uint8 and picture.shape == image.shape
     assert np.abs(picture - expected).max() <= 0.501
     np.testing.assert_array_equal(overlay(image, gate, alpha=0), image)
-    # All that an image and a gate may be.
+    # All valid shapes and dtypes.
     for same in (gate[..., None], gate[None, ..., None], jnp.asarray(gate)):
         np.testing.assert_array_equal(overlay(image, same, alpha=0.3), picture)
     for same in (image / 255, (image / 255).astype(np.float32)):
         np.testing.assert_array_equal(overlay(same, gate, alpha=0.3), picture)
 
 
-def test_a_batch_is_as_its_images_one_by_one():
+def test_a_batch_equals_its_images_one_by_one():
     images = np.random.RandomState(2).randint(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     gates = np.random.RandomState(3).uniform(size=(3, 4, 4, 1))
     expected = np.stack([overlay(*pair) for pair in zip(images, gates, strict=True)])
@@ -381,43 +402,47 @@ def test_a_batch_is_as_its_images_one_by_one():
     assert len(np.unique(expected.reshape(3, -1), axis=0)) == 3
 
 
-def test_lines_in_a_batch_need_their_last_axis():
+def test_batches_of_lines_need_their_last_axis():
     """Without it, a channel gate and the gate of one image have the same shape."""
     images, lines = np.zeros((8, 16, 16, 3), np.uint8), np.full((8, 1, 64), 0.5)
     for gate in (lines, lines.reshape(8, 64, 1), np.full((8, 8, 1), 0.5)):
         with pytest.raises(ValueError, match=r"`gate` must .*\(8, h, w, 1\) where"):
             overlay(images, gate)
         assert overlay(images, gate[..., None]).shape == images.shape
-    assert overlay(images, lines[..., :1]).shape == images.shape  # One number each.
+    assert overlay(images, lines[..., :1]).shape == images.shape  # One value each.
     assert overlay(images[:, :1], lines).shape == (8, 1, 16, 3)  # Images of one line.
 
 
-def test_limits_stretch_the_colours_and_cut_off():
+def test_limits_stretch_the_colors_and_clip():
     image = np.zeros((1, 4, 3), np.uint8)
     gate = np.array([[0.1, 0.4, 0.6, 0.9]])
     picture = overlay(image, gate, alpha=1, limits=(0.4, 0.6))
-    ends = colour_map([0.0, 0.0, 1.0, 1.0])
+    ends = color_map([0.0, 0.0, 1.0, 1.0])
     np.testing.assert_allclose(picture[0], ends, atol=1)
 
 
-def test_the_colours_grow_lighter():
-    colours = colour_map(np.linspace(0, 1, 101))
-    light = colours @ [0.299, 0.587, 0.114]
+def test_the_older_name_of_the_color_map():
+    assert attention_inspect.colour_map is color_map
+
+
+def test_the_colors_grow_lighter():
+    colors = color_map(np.linspace(0, 1, 101))
+    light = colors @ [0.299, 0.587, 0.114]
     assert (np.diff(light) > 0).all() and light[0] < 20 and light[-1] > 230
-    assert colours.min() >= 0 and colours.max() <= 255
-    np.testing.assert_array_equal(colour_map([-1.0, 2.0]), colours[[0, -1]])
+    assert colors.min() >= 0 and colors.max() <= 255
+    np.testing.assert_array_equal(color_map([-1.0, 2.0]), colors[[0, -1]])
 
 
-GREY = np.zeros((4, 4, 3), np.uint8)
+GRAY = np.zeros((4, 4, 3), np.uint8)
 GATE = np.full((2, 2), 0.5)
 
 
 @pytest.mark.parametrize(
     "image, gate, options, says",
     [
-        (GREY[..., :1], GATE, {}, r"`image` must have shape .* got \(4, 4, 1\)"),
-        (GREY[..., 0], GATE, {}, r"got \(4, 4\); .*np.repeat\(image\[..., None\], 3"),
-        (GREY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\); pass one"),
+        (GRAY[..., :1], GATE, {}, r"`image` must have shape .* got \(4, 4, 1\)"),
+        (GRAY[..., 0], GATE, {}, r"got \(4, 4\); .*np.repeat\(image\[..., None\], 3"),
+        (GRAY[:0], GATE, {}, r"`image` must have shape .* got \(0, 4, 3\); pass one"),
         (np.zeros((2, 4, 4, 4)), GATE, {}, r"got \(2, 4, 4, 4\); .*image\[..., :3\]"),
         (
             np.zeros((3, 8, 8)),
@@ -425,28 +450,28 @@ GATE = np.full((2, 2), 0.5)
             {},
             r"got \(3, 8, 8\); .*np.moveaxis\(image, -3, -1\)",
         ),
-        (GREY.astype(int), GATE, {}, "`image` must be uint8, .* got dtype int64"),
-        (GREY - 0.5, GATE, {}, "`image` must be within .* from -0.5 to -0.5; undo"),
-        (GREY + 2.0, GATE, {}, "`image` must be within .* from 2.0 to 2.0"),
-        (GREY + np.nan, GATE, {}, "`image` must be within .* from nan to nan"),
-        (GREY, np.ones((1, 1, 16)), {}, r"`gate` must .*\(h, w\).* got \(1, 1, 16\)"),
-        (GREY, np.ones((2, 2, 2, 1)), {}, r"`gate` must .* got \(2, 2, 2, 1\)"),
-        (GREY, np.ones(4), {}, r"`gate` must .* got \(4,\)"),
-        (GREY, np.ones((0, 2)), {}, r"`gate` must .* got \(0, 2\)"),
-        (GREY[None], GATE, {}, r"`gate` must .*\(1, h, w\).* got \(2, 2\)"),
-        (GREY[None], np.ones((2, 2, 2)), {}, r"`gate` must .* got \(2, 2, 2\)"),
-        (GREY, GATE * np.nan, {}, "`gate` must be finite"),
-        (GREY, GATE, {"alpha": 1.5}, "`alpha` must be within .* got 1.5"),
-        (GREY, GATE, {"limits": (0.5, 0.5)}, r"`limits` must .* got \(0.5, 0.5\)"),
-        (GREY, GATE, {"limits": (0, np.inf)}, "`limits` must .*inf"),
+        (GRAY.astype(int), GATE, {}, "`image` must be uint8, .* got dtype int64"),
+        (GRAY - 0.5, GATE, {}, "`image` must be within .* from -0.5 to -0.5; undo"),
+        (GRAY + 2.0, GATE, {}, "`image` must be within .* from 2.0 to 2.0"),
+        (GRAY + np.nan, GATE, {}, "`image` must be within .* from nan to nan"),
+        (GRAY, np.ones((1, 1, 16)), {}, r"`gate` must .*\(h, w\).* got \(1, 1, 16\)"),
+        (GRAY, np.ones((2, 2, 2, 1)), {}, r"`gate` must .* got \(2, 2, 2, 1\)"),
+        (GRAY, np.ones(4), {}, r"`gate` must .* got \(4,\)"),
+        (GRAY, np.ones((0, 2)), {}, r"`gate` must .* got \(0, 2\)"),
+        (GRAY[None], GATE, {}, r"`gate` must .*\(1, h, w\).* got \(2, 2\)"),
+        (GRAY[None], np.ones((2, 2, 2)), {}, r"`gate` must .* got \(2, 2, 2\)"),
+        (GRAY, GATE * np.nan, {}, "`gate` must be finite"),
+        (GRAY, GATE, {"alpha": 1.5}, "`alpha` must be within .* got 1.5"),
+        (GRAY, GATE, {"limits": (0.5, 0.5)}, r"`limits` must .* got \(0.5, 0.5\)"),
+        (GRAY, GATE, {"limits": (0, np.inf)}, "`limits` must .*inf"),
     ],
 )
-def test_what_overlay_refuses(image, gate, options, says):
+def test_overlay_raises(image, gate, options, says):
     with pytest.raises(ValueError, match=says):
         overlay(image, gate, **options)
 
 
-def test_the_gates_of_the_relatives():
+def test_the_gates_of_bam_and_scse():
     model = nn.Sequential([flax_attn.BAM(), flax_attn.scSE()])
     x = normal((2, 5, 4, 8), 1)
     gates = attention_maps(model, variables_for(model, x), x)

@@ -119,5 +119,5 @@ def plot(
         plots.title_of(name, maps): inspect.overlay(images, maps, limits=limits)
         for name, maps in gates.items()
     }
-    colors = inspect.colour_map(np.linspace(0, 1, 256))
+    colors = inspect.color_map(np.linspace(0, 1, 256))
     return plots.plot_overlays(images, overlays, colors, limits)

@@ -1,0 +1,94 @@
+"""``merge`` and ``parameter_labels``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from tests.cases import normal, variables_for
+from tests.insertion.models import SE, Gated, X
+
+
+def test_merge_lists_mismatches():
+    new = {"params": {"a": {"kernel": np.ones((2, 3))}, "b": {"bias": np.ones(4)}}}
+    old = {"params": {"a": {"kernel": np.zeros((3, 2))}, "c": np.zeros(5)}}
+    message = r"params/a/kernel \(3, 2\) against \(2, 3\), params/c \(5,\) is missing"
+    with pytest.raises(ValueError, match=message):
+        flax_attn.merge(old, new)
+    half = {"params": {"b": {"bias": np.zeros(4, np.float16)}}}
+    merged, added = flax_attn.merge(half, new)
+    assert added == ("params/a/kernel",)
+    assert merged["params"]["a"]["kernel"] is new["params"]["a"]["kernel"]
+    assert merged["params"]["b"]["bias"] is half["params"]["b"]["bias"]
+    assert flax_attn.merge({}, new)[1] == ("params/a/kernel", "params/b/bias")
+
+
+def test_merge_keeps_the_metadata_of_the_new_variables():
+    old = {"params": {"kernel": np.zeros((2, 3))}}
+    box = nn.Partitioned(np.ones((2, 3)), names=(None, "model"))
+    merged, _ = flax_attn.merge(old, {"params": {"kernel": box}})
+    kernel = merged["params"]["kernel"]
+    assert kernel.names == (None, "model") and kernel.value.sum() == 0
+
+
+def test_labels_select_what_is_trained():
+    inserted = flax_attn.insert(Gated(), SE(use_bias=True), "used", name="extra")
+    variables = variables_for(inserted, X, seed=2)
+    params = variables["params"]
+    labels = flax_attn.parameter_labels(inserted, X)
+    decayed, spared = "attention", "attention_no_decay"
+    dense = {"kernel": decayed, "bias": spared}
+    mlp = {"reduce": {"kernel": decayed}, "expand": {"kernel": decayed}}
+    assert labels == {
+        "used": {
+            "channel": mlp,
+            "spatial": {"conv": {"kernel": decayed}},
+            "extra": {"reduce": dense, "expand": dense},
+        },
+        "second": mlp,
+        "GroupNorm_0": {"scale": "backbone", "bias": "backbone"},
+    }
+    optimizer = optax.multi_transform(
+        {
+            "attention": optax.chain(optax.add_decayed_weights(0.5), optax.scale(-0.1)),
+            "attention_no_decay": optax.scale(-0.1),
+            "backbone": optax.set_to_zero(),
+        },
+        labels,
+    )
+
+    def loss(params):
+        y = inserted.apply({"params": params}, X)
+        return jnp.sum(y * normal(y.shape, 3))
+
+    @jax.jit  # `quick` gives maxima wrong gradients.
+    def step(params):
+        gradients = jax.grad(loss)(params)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return gradients, optax.apply_updates(params, updates)
+
+    gradients, new = step(params)
+
+    def check(label, p, g, q):
+        decay = 0.5 * p if label == "attention" else 0
+        rate = 0 if label == "backbone" else 0.1
+        np.testing.assert_allclose(q, p - rate * (g + decay), atol=1e-6)
+
+    jax.tree.map(check, labels, params, gradients, new)
+    moved = jax.tree.map(lambda g: bool(np.abs(g).max() > 0), gradients)
+    assert all(jax.tree.leaves(moved)), moved
+    mask = jax.tree.map(lambda label: label == "attention", labels)
+    optax.adamw(1e-3, mask=mask).init(params)
+
+
+def test_gates_and_labels_of_bam_and_scse():
+    model = nn.Sequential([flax_attn.BAM(), flax_attn.scSE()])
+    variables = variables_for(model, X)
+    gates = flax_attn.assert_active(model, variables, X)
+    assert set(gates) == {"layers_0", "layers_1", "layers_1/channel"}
+    labels = flax_attn.parameter_labels(model, X)
+    assert labels["layers_1"]["spatial"] == {"kernel": "attention"}
+    assert labels["layers_0"]["spatial_conv1"]["bias"] == "attention_no_decay"
