@@ -18,7 +18,7 @@ from tests.cases import normal, variables_for
 from train import benchmark, cifar
 
 
-class ScaledMean(flax_attn.Attention, kw_only=True):
+class ScaledMean(blocks.Attention, kw_only=True):
     """``x * gate(scale * mean(x) + shift)``: one weight and one bias per channel."""
 
     gates = {"channel_gate": "channel_gate"}
