@@ -54,7 +54,11 @@ class Affine(nn.Module):
         kernel = self.param("kernel", self.init["kernel_init"], shape, self.param_dtype)
         bias = self.param("bias", self.init["bias_init"], shape[1:], self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return x * kernel[0] + bias
+        return x * kernel.reshape(shape_of(x)) + bias.reshape(shape_of(x))
+
+
+def shape_of(x):
+    return (1,) * (x.ndim - 1) + (-1,)
 
 
 def reference(params, x):
@@ -138,7 +142,7 @@ def test_insertion_checks_its_gates():
 
 def test_labeled():
     """Written in by hand, its parameters are the attention's to an optimizer."""
-    model = nn.Sequential([nn.Conv(8, (1, 1)), flax_attn.create(NEW, name="block")])
+    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW](name="block")])
     labels = flax_attn.parameter_labels(model, X)
     assert set(jax.tree.leaves(labels["block"])) == {"attention", "attention_no_decay"}
 
