@@ -102,7 +102,7 @@ def test_the_laws_take_it(law):
 
 def test_trains_on_digits(tmp_path, capsys):
     arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"
-    cifar.main([*arguments.split(), "479", "--workdir", str(tmp_path / "run")])
+    cifar.main([*arguments.split(), "480", "--workdir", str(tmp_path / "run")])
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(line)["train_loss"])
     assert f"attention {NEW}" in capsys.readouterr().out
