@@ -7,9 +7,10 @@ References: He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition.
 https://arxiv.org/abs/1512.03385, 2015.
 """
 
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from flax_attn.blocks import BLOCKS
 
 ModuleDef = Callable[..., Any]
 
-# The choices of `--attention`.
-ATTENTIONS: dict[str, ModuleDef | None] = {"none": None, **BLOCKS}
+# The choices of `--attention`; a view, so that a later entry in BLOCKS is one too.
+ATTENTIONS: Mapping[str, ModuleDef | None] = ChainMap(cast(Any, BLOCKS), {"none": None})
 
 IMAGENET_STAGES = {
     18: (2, 2, 2, 2),

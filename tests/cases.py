@@ -82,7 +82,8 @@ class Case:
         if self.block == "spatial":
             fields |= {"kernel_size": self.k}
         elif not self.block.endswith(("eca", "conv")):
-            fields |= {"reduction": self.ratio}
+            if hasattr(BLOCKS[self.block](), "reduction"):
+                fields |= {"reduction": self.ratio}
         return BLOCKS[self.block](**fields)
 
     def arrays(self):

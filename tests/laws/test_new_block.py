@@ -1,0 +1,184 @@
+"""A block that only this file knows: one entry in BLOCKS, and all the rest follows."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import flax_attn
+from flax_attn import blocks, functional
+from flax_attn.functional import checks
+from tests import cases, references
+from tests.blocks import test_blocks, test_shapes
+from tests.cases import normal, variables_for
+from train import benchmark, cifar
+
+
+class ScaledMean(blocks.Attention, kw_only=True):
+    """``x * gate(scale * mean(x) + shift)``: one weight and one bias per channel."""
+
+    gates = {"channel_gate": "channel_gate"}
+
+    def __call__(self, x, mask=None):
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        return self.scaled(x, self.channel_gate(x, mask))
+
+    @nn.compact
+    def channel_gate(self, x, mask=None):
+        mean = functional.squeeze_spatial(
+            x,
+            mask=checks.check_mask(mask, x),
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )
+        mean = mean.astype(self.dtype or x.dtype)
+        logits = Affine(self.dtype, self.param_dtype, self.last_layer(), name="expand")
+        gate = self.gate_from(logits(mean))
+        self.sow("intermediates", "channel_gate", gate)
+        return gate
+
+
+class Affine(nn.Module):
+    dtype: jnp.dtype | None
+    param_dtype: jnp.dtype
+    init: dict
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (1, x.shape[-1])
+        kernel = self.param("kernel", self.init["kernel_init"], shape, self.param_dtype)
+        bias = self.param("bias", self.init["bias_init"], shape[1:], self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x * kernel.reshape(shape_of(x)) + bias.reshape(shape_of(x))
+
+
+def shape_of(x):
+    return (1,) * (x.ndim - 1) + (-1,)
+
+
+def reference(params, x):
+    kernel, bias = params["expand"]["kernel"][0], params["expand"]["bias"]
+    return x * references.sigmoid(x.mean((-3, -2), keepdims=True) * kernel + bias)
+
+
+NEW = "scaled-mean"
+X = normal((2, 6, 5, 16), 1)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(blocks._blocks, NEW, ScaledMean)
+    monkeypatch.setitem(cases.REFERENCES, NEW, reference)
+
+
+def test_created_by_its_name():
+    assert isinstance(flax_attn.create(NEW, use_bias=True), ScaledMean)
+    with pytest.raises(ValueError, match=f"{NEW}, got 'other'"):
+        flax_attn.create("other")
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        partial(
+            test_blocks.test_against_numpy_in_float64, shape=(2, 7, 4, 18), ratio=9
+        ),
+        test_blocks.test_leading_axes,
+        test_blocks.test_gradients_under_vmap_and_jit_and_remat,
+        test_blocks.test_result_dtype_is_linens,
+        test_blocks.test_identity_at_the_start,
+        partial(test_shapes.test_a_padded_map_gives_what_the_map_gives, dims=3),
+    ],
+    ids=["values", "axes", "transformations", "dtypes", "identity", "masks"],
+)
+def test_the_laws_take_it(law):
+    law(block=NEW, implementation="fast")
+
+
+def test_trains_on_digits(tmp_path, capsys):
+    arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"
+    cifar.main([*arguments.split(), "480", "--workdir", str(tmp_path / "run")])
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite(json.loads(line)["train_loss"])
+    assert f"attention {NEW}" in capsys.readouterr().out
+
+
+def test_measured_by_the_benchmark(tmp_path):
+    out = tmp_path / "rows.json"
+    shape = ["--shapes", "1", "4", "4", "16", "--rounds", "1"]
+    benchmark.main(["--blocks", NEW, *shape, "--json", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["block"] == NEW and row["forward"] > 0
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="first")(x))
+        return nn.Conv(4, (3, 3), name="second")(x).mean((1, 2))
+
+
+def test_inserted():
+    model = flax_attn.insert(Model(), flax_attn.create(NEW), "first", init="identity")
+    variables = model.init(jax.random.key(0), X)
+    tree = jax.tree.map(jnp.shape, variables["params"]["first"]["attention"])
+    assert tree == {"expand": {"kernel": (1, 8), "bias": (8,)}}
+    np.testing.assert_allclose(
+        model.apply(variables, X), Model().apply(variables, X), rtol=1e-6
+    )
+
+
+def test_insertion_checks_its_gates():
+    """``assert_active`` sees the gates that the class declares."""
+    model = flax_attn.insert(Model(), flax_attn.create(NEW), "first")
+    variables = model.init(jax.random.key(0), X)
+    flax_attn.assert_active(model, variables, X)
+
+
+def test_labeled():
+    """Written in by hand, its parameters are the attention's to an optimizer."""
+    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW](name="block")])
+    labels = flax_attn.parameter_labels(model, X)
+    assert set(jax.tree.leaves(labels["block"])) == {"attention", "attention_no_decay"}
+
+
+def test_inspected():
+    block = flax_attn.create(NEW)
+    variables = variables_for(block, X)
+    gates = flax_attn.inspect.attention_maps(block, variables, X)
+    np.testing.assert_array_equal(X * gates["channel_gate"], block.apply(variables, X))
+
+
+def test_a_lost_gate_is_inspected_too():
+    """In ``nn.scan`` without room for gates, the declaration tells that one is lost."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return flax_attn.create(NEW)(x), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scanned = nn.scan(
+                Layer, {"params": 0}, split_rngs={"params": True}, length=2
+            )
+            return flax_attn.create(NEW)(scanned(name="layers")(x, None)[0])
+
+    variables = Scanned().init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="got no gate at .*channel_gate"):
+        flax_attn.inspect.attention_maps(Scanned(), variables, X)
+
+
+def test_costed():
+    """The definition is counted, whichever implementation the block has."""
+    counted = flax_attn.cost(flax_attn.create(NEW), X.shape)
+    plain = flax_attn.create(NEW, implementation="plain")
+    assert counted == flax_attn.cost(plain, X.shape)
+    assert counted.parameters == 2 * 16
+    assert counted.transcendentals == 2 * 16
