@@ -50,7 +50,7 @@ def draw(
     if not gates:
         names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
         raise ValueError(
-            f"`run` must have a spatial gate, got attention {config.attention}; train "
+            f"`run` must have a spatial gate, got attention {config.block}; train "
             f"with --attention one of {names}."
         )
     study.plot(shown, gates, limits=limits).savefig(out, dpi=130)

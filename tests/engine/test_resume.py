@@ -234,6 +234,19 @@ def test_another_configuration_is_refused(untouched, fields, message):
     assert before == after
 
 
+def test_a_field_that_an_older_run_lacks_had_its_default(untouched, tmp_path):
+    facts = json.loads((untouched / "run.json").read_text())
+    assert facts["config"].pop("init") == "default"
+    assert facts["config"].pop("preset") is None
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
+    loop.workdir.check(tmp_path, config)
+    config = dataclasses.replace(config, attention="se", init="identity")
+    message = r"attention none \(now se\), init default \(now identity\)"
+    with pytest.raises(ValueError, match=message):
+        loop.workdir.check(tmp_path, config)
+
+
 def test_two_runs_do_not_share_a_folder(untouched):
     config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
     with loop.workdir.locked(untouched, config):

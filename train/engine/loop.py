@@ -22,6 +22,7 @@ from train.engine.model import (
     TrainState,
     count_parameters,
     leaf_names,
+    make_apply,
     make_model,
     make_optimizer,
     make_schedule,
@@ -123,6 +124,7 @@ class Training:
             make_optimizer(config, self.schedule),
             init_key,
             inputs.image_size,
+            make_apply(config, inputs.num_classes),
         )
         self.progress = Progress(devices.replicate(state, inputs.mesh))
         self.train_steps = make_train_steps(config, inputs)

@@ -32,7 +32,7 @@ class Run:
         total, attention = count_parameters(self.state.params)
         minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
         return (
-            f"ResNet-{config.depth}, attention {config.attention}, on "
+            f"ResNet-{config.depth}, attention {config.block}, on "
             f"{config.dataset}: {total:,} parameters ({attention:,} of them "
             f"attention), test accuracy {last['test_accuracy']:.2%} after "
             f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Union
 
 from jax.sharding import Mesh
 
-from flax_attn.resnet import ATTENTIONS, check_cifar_depth, check_imagenet_depth
+from flax_attn.resnet import check_cifar_depth, check_imagenet_depth
 from train.data import cifar as data
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs, Inputs, check_fills
 from train.engine import config as config_lib
 from train.engine import devices
+from train.engine.attention import check_attention
 from train.engine.config import Config
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Images = Union[ImageSet, "FolderImages"]
 def check(config: Config) -> None:
     """Raises ``ValueError`` for a configuration that cannot be trained."""
     config_lib.check(config)
-    config_lib.check_choice("attention", config.attention, ATTENTIONS)
+    check_attention(config)
     if config.family == "cifar":
         check_cifar_depth(config.depth)
     else:

@@ -27,7 +27,7 @@ def choose(config: Config) -> Path:
         return config.workdir
     now = time.strftime("%Y%m%d-%H%M%S")
     dataset = config_lib.resolve(config).dataset
-    name = f"{now}-{dataset}-resnet{config.depth}-{config.attention}"
+    name = f"{now}-{dataset}-resnet{config.depth}-{config.block}"
     return Path("runs") / name
 
 
@@ -46,7 +46,7 @@ def check(workdir: Path, config: Config) -> None:
             )
         return
     try:
-        there = json.loads(described.read_text())["config"]
+        there = config_lib.completed(json.loads(described.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`workdir` {workdir} holds a {RUN} that cannot be read ({error}); pass "
