@@ -29,10 +29,10 @@ def _run(config: Config) -> None:
     # Only now, so that --help and a mistyped option answer at once.
     from train.engine import devices, interrupt, loop, workdir
 
-    loop.check(config)
+    config = loop.validate(config)
     devices.join(config)
     folder = workdir.choose(config)
-    devices.on_main(lambda: workdir.check(folder, config))
+    devices.on_main(lambda: workdir.check_resumable(folder, config))
     images = loop.load(config)
     loop.check_batch(config, images)
     with interrupt.listening():

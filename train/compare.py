@@ -86,17 +86,18 @@ def _train(options: Options) -> bool:
 
     tasks = plan(options)
     for config in tasks:
-        loop.check(config)
+        loop.validate(config)
+    recipe = config_lib.resolve(options.recipe)
     configs = [
-        config_lib.recipe(options.recipe),
+        config_lib.recipe(recipe),
         *logs.read_configs(options.workdir),
     ]
     logs.check_same_recipe(options.workdir, configs)
     try:
-        images = loop.load(options.recipe)
+        images = loop.load(recipe)
     except data.DataError as error:
         _stop(error, 2)
-    loop.check_batch(options.recipe, images)
+    loop.check_batch(recipe, images)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from train.engine.config import Config, check_count
+from train.engine.config import Config, Resolved, check_count, resolve
 from train.engine.workdir import RUN
 from train.study import gates as study
 
@@ -57,7 +57,7 @@ def draw(
     print(f"Wrote {out}.")
 
 
-def read_config(run: Path, data_dir: Path) -> Config:
+def read_config(run: Path, data_dir: Path) -> Resolved:
     """The configuration in a run's run.json, with its images in ``data_dir``.
 
     Raises:
@@ -65,7 +65,7 @@ def read_config(run: Path, data_dir: Path) -> Config:
     """
     try:
         recipe = json.loads((run / RUN).read_text())["config"]
-        return Config(**recipe, data_dir=data_dir)
+        return resolve(Config(**recipe, data_dir=data_dir))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`run` must be a workdir of train.cifar, got {run} ({error})."

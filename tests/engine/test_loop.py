@@ -134,7 +134,7 @@ def test_an_epoch_shows_every_image_once():
 
 @pytest.mark.parametrize("batch_size", [4, 27, 50])
 def test_evaluation_counts_each_image_once(images, done, batch_size):
-    config = dataclasses.replace(TINY, batch_size=batch_size)
+    config = config_lib.resolve(dataclasses.replace(TINY, batch_size=batch_size))
     fed = inputs.DeviceInputs(images, config, devices.make_mesh(1))
     loss, accuracy = loop.make_evaluate(fed)(done[0].state)
     pixels = images.train_images / 255
@@ -183,12 +183,14 @@ def test_only_kernels_decay(done):
 
 def test_the_schedule():
     config = dataclasses.replace(TINY, learning_rate=0.4, warmup_epochs=2)
-    schedule = loop.make_schedule(config, per_epoch=10, total=400)
+    schedule = loop.make_schedule(config, steps_per_epoch=10, total=400)
     assert schedule(0) == 0 and schedule(400) == 0
     np.testing.assert_allclose([schedule(10), schedule(20)], [0.2, 0.4], rtol=1e-6)
     np.testing.assert_allclose(schedule(210), 0.2, rtol=1e-6)
     # A short run warms up for a tenth of it.
-    assert loop.make_schedule(config, per_epoch=10, total=100)(10) == np.float32(0.4)
+    assert loop.make_schedule(config, steps_per_epoch=10, total=100)(10) == np.float32(
+        0.4
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):

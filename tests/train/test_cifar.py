@@ -63,7 +63,7 @@ def test_digits(tmp_path, environment):
     assert "epoch 1/1" in result.stderr
     # The same folder again: there is nothing left to do.
     again = run(*arguments)
-    assert again.returncode == 0 and "Going on from step 22 of 22" in again.stderr
+    assert again.returncode == 0 and "Resuming from step 22 of 22" in again.stderr
     assert again.stdout == result.stdout
     never = run(*arguments, "--resume", "never")
     assert never.returncode == 2 and "holds an earlier run" in never.stderr

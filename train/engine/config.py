@@ -81,8 +81,8 @@ class Config:
     workdir: Path | None = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
     resume: str = "auto"
-    """What to do with a workdir that holds this very run: go on with it (auto) or
-    refuse (never)."""
+    """What to do with a workdir that holds this very run: resume it (auto) or refuse
+    (never)."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
@@ -140,7 +140,7 @@ class Resolved(Config):
 def resolve(config: Config) -> Resolved:
     """Returns ``config`` with what depends on the data set or the family filled in.
 
-    Where one of these is unknown, as ``check`` will say, the lengths are CIFAR-10's.
+    An unknown one, which ``check_fields`` refuses, gets CIFAR-10's lengths.
     """
     dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
     epochs, batch_size = DEFAULTS.get(dataset, DEFAULTS["cifar10"])
@@ -168,9 +168,8 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {n: d for n, d in defaults.items() if n not in NOT_RECIPE} | dict(recipe)
 
 
-def check(config: Config) -> None:
+def check_fields(config: Resolved) -> None:
     """Raises ``ValueError``, with one line that says the way out, for a bad field."""
-    config = resolve(config)
     for field, names in (
         ("dataset", DEFAULTS),
         ("loader", LOADERS),

@@ -49,12 +49,12 @@ def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
     return apply
 
 
-def make_schedule(config: Config, per_epoch: int, total: int) -> optax.Schedule:
+def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Schedule:
     """A linear warm-up, then half a cosine down to 0 at step ``total``."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=int(min(config.warmup_epochs * per_epoch, total / 10)),
+        warmup_steps=int(min(config.warmup_epochs * steps_per_epoch, total / 10)),
         decay_steps=total,
     )
 

@@ -1,19 +1,19 @@
-"""What a run has done so far, and what came of it."""
+"""The progress of a run and its result."""
 
 import dataclasses
 from typing import Any
 
 from flax import linen as nn
 
-from train.engine.config import Config
+from train.engine.config import Resolved
 from train.engine.model import TrainState, count_parameters, variables_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What came of a run."""
+    """The result of a run."""
 
-    config: Config
+    config: Resolved
     model: nn.Module
     state: TrainState
     history: list[dict[str, float]]
@@ -42,7 +42,7 @@ class Run:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: with the configuration, all that its rest depends on."""
+    """What the rest of a run depends on, beside its configuration."""
 
     state: TrainState
     losses: list[float] = dataclasses.field(default_factory=list)

@@ -68,7 +68,7 @@ def spatial_gates(
     from train.engine import devices
 
     data = inputs.test_data
-    item, _ = next(inputs.test_calls())
+    item, _ = next(inputs.test_batches())
     normalized = inputs.test_batch(data, item)[0][:count]
     shown = np.asarray((normalized * data.std + data.mean) * 255)
     gates: dict[str, np.ndarray] = {}
