@@ -114,6 +114,15 @@ def test_bfloat16_with_smoothed_labels(images, done):
     assert abs(run.history[0]["train_loss"] - done[1][0]["train_loss"]) > 0.01
 
 
+@pytest.mark.parametrize("block", ["none", "se", "cbam+identity"])
+def test_strict_dtype_promotion(images, block):
+    fields = attention.attention_fields(block)
+    config = dataclasses.replace(TINY, epochs=1, label_smoothing=0.1, **fields)
+    with jax.numpy_dtype_promotion("strict"):
+        run = loop.train(config, images)
+    assert np.isfinite(run.history[0]["test_loss"])
+
+
 def test_steps_per_call_suits_the_backend(monkeypatch):
     assert loop.steps_per_call(TINY, 390) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import re
@@ -129,6 +130,7 @@ def test_a_stopped_run_saves_and_resumes_from_that_step(
     last = err.splitlines()[-1]
     step = re.search(rf"Stopped by {which.name} at step (\d+) of 150; the check", last)
     assert step and f"checkpoint of step {step[1]} is in" in last
+    assert last.endswith(f"Resume by the same command with --workdir {tmp_path}.")
     assert "Traceback" not in err and not out
     code, out, err = finish(start(tmp_path, environment))
     assert code == 0 and f"Resuming from step {step[1]} of 150." in err, err
@@ -359,6 +361,15 @@ def test_all_checkpoints_damaged(tmp_path):
     with pytest.raises(CheckpointError, match="None of the 2 checkpoints in"):
         restore(tmp_path)
     assert (tmp_path / "5").is_dir() and (tmp_path / "7").is_dir()
+
+
+def test_orbax_is_silent_only_while_open(tmp_path):
+    absl = logging.getLogger("absl")
+    before = absl.level
+    checkpoints = Checkpoints(tmp_path, 1, pytest.fail)
+    assert absl.level == logging.CRITICAL
+    checkpoints.close()
+    assert absl.level == before < logging.CRITICAL
 
 
 def test_no_checkpoint(tmp_path):

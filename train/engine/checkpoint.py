@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 # An upper bound of the bytes of a checkpoint beside its arrays.
 OVERHEAD_BYTES = 1_000_000
 
+_ABSL = logging.getLogger("absl")
+
 Log = Callable[[str], None]
 
 
@@ -40,9 +42,10 @@ class Checkpoints:
         self.max_to_keep = max_to_keep
         self.log = log
         self._saving: int | None = None
-        # Orbax logs the traceback of each failure that it also raises, and that this
-        # class reports in one line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Until `close`: Orbax logs the traceback of each failure that it also raises,
+        # some of them in threads, and that this class reports in one line.
+        self._absl_level = _ABSL.level
+        _ABSL.setLevel(logging.CRITICAL)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -180,6 +183,7 @@ class Checkpoints:
         """Waits for the current save and closes the directory."""
         self.wait()
         self._manager.close()
+        _ABSL.setLevel(self._absl_level)
 
 
 def _digest(tree: Any, record: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from train.engine.model import (
     make_schedule,
     make_state,
 )
-from train.engine.progress import Progress, Run
+from train.engine.progress import Progress, Run, headline
 from train.engine.saved import last_saved, saved_shapes, saved_tree
 from train.engine.setup import Images, check_batch, load, make_inputs, validate
 from train.engine.steps import (
@@ -61,6 +61,8 @@ __all__ = [
     "validate",
 ]
 
+# Fits 80 columns without a bar.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
     "A gradient or a batch statistic is not finite; the same command with "
@@ -112,6 +114,8 @@ class Training:
         )
         self.key = jax.random.key(config.seed)
         self.model = make_model(config, inputs.num_classes)
+        if devices.is_main():
+            devices.log(headline(config, self.model, inputs))
         # The keys of parameters, order (see `DeviceInputs`) and augmentation.
         init_key, _, augment_key = jax.random.split(self.key, 3)
         self.augment_key = devices.replicate(
@@ -162,6 +166,7 @@ class Training:
             initial=done,
             desc=f"epoch {epoch}/{self.epochs}",
             unit="step",
+            bar_format=BAR_FORMAT,
             mininterval=1,
             disable=not devices.is_main(),
         ) as bar:
@@ -174,7 +179,7 @@ class Training:
                     LOSS_ADVICE,
                 )
             loss = statistics.fmean(progress.losses)
-            bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
+            bar.set_postfix(loss=f"{loss:.4f}", test=f"{test_accuracy:.2%}")
         line = {
             "epoch": epoch,
             "step": self.step,
@@ -354,9 +359,7 @@ class Training:
         newest = self._newest()
         if newest is None:
             return interrupt.Interrupted(which, f"{where}nothing is saved here.")
-        return interrupt.Interrupted(
-            which, f"{where}the {newest}; the same command goes on from there."
-        )
+        return interrupt.Interrupted(which, f"{where}the {newest}.")
 
     def _newest(self) -> str | None:
         """Where the newest checkpoint is, once the current save is complete."""

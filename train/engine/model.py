@@ -51,12 +51,14 @@ def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
 
 def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Schedule:
     """A linear warm-up, then half a cosine down to 0 at step ``total``."""
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=int(min(config.warmup_epochs * steps_per_epoch, total / 10)),
         decay_steps=total,
     )
+    # Optax divides the step, an integer, which strict dtype promotion refuses.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def make_optimizer(

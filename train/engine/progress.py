@@ -3,10 +3,26 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from train.data.inputs import Inputs
 from train.engine.config import Resolved
 from train.engine.model import TrainState, count_parameters, variables_of
+
+
+def headline(config: Resolved, model: nn.Module, inputs: Inputs) -> str:
+    """What is about to be trained and on what, in one line; nothing is compiled."""
+    image = jnp.zeros((1, inputs.image_size, inputs.image_size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    total, attention = count_parameters(shapes["params"])
+    device = inputs.mesh.devices.flat[0].device_kind
+    network = f"ResNet-{config.depth}" + (f" + {config.block}" if attention else "")
+    return (
+        f"jax {jax.__version__} · {inputs.mesh.size} × {device} · {network}, "
+        f"{total:,} parameters · compiling…"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

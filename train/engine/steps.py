@@ -95,7 +95,8 @@ def make_evaluate(
         images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
         logits = state.apply_fn(variables_of(state), images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
+        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return sums + jnp.stack([losses, correct]) @ weights
 
     def evaluate(
         state: TrainState, between: Callable[[], None] = lambda: None
