@@ -125,7 +125,7 @@ from flax_attn import inspect
 from train.engine import devices
 from train.study import gates
 
-inputs = loop.make_inputs(config, images, devices.make_mesh(1))
+inputs = loop.make_inputs(run.config, images, devices.make_mesh(1))
 shown, maps = gates.spatial_gates(run.model, run.variables, inputs, count=4)
 if maps:
     display(gates.plot(shown, maps))

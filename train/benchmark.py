@@ -300,7 +300,9 @@ def measure_network(
     labels = rng.integers(0, 10, 128).astype(np.int32)
     images = ImageSet(pixels, labels, pixels, labels, 10, flip=True)
     inputs = DeviceInputs(
-        images, config_lib.Config(batch_size=128), devices.make_mesh(1)
+        images,
+        config_lib.resolve(config_lib.Config(batch_size=128)),
+        devices.make_mesh(1),
     )
     key = jax.random.key_data(jax.random.key(1))
     indices = devices.share(np.arange(128)[None], inputs.mesh, axis=1)

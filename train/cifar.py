@@ -3,6 +3,7 @@
 Exit codes: 0 trained, 1 the training diverged, others as in ``train.engine.command``.
 """
 
+import shlex
 from collections.abc import Sequence
 
 import tyro
@@ -28,17 +29,26 @@ def main(
 def _run(config: Config) -> None:
     # Only now, so that --help and a mistyped option answer at once.
     from train.engine import devices, interrupt, loop, workdir
+    from train.study.gates import has_spatial_gate
 
-    loop.check(config)
+    config = loop.validate(config)
     devices.join(config)
     folder = workdir.choose(config)
-    devices.on_main(lambda: workdir.check(folder, config))
+    devices.on_main(lambda: workdir.check_resumable(folder, config))
     images = loop.load(config)
     loop.check_batch(config, images)
-    with interrupt.listening():
-        run = loop.train(config, images, folder)
+    quoted = shlex.quote(str(folder))
+    try:
+        with interrupt.listening():
+            run = loop.train(config, images, folder)
+    except interrupt.Interrupted as error:
+        resume = f"{error} Resume by the same command with --workdir {quoted}."
+        raise interrupt.Interrupted(error.signal, resume) from None
     if devices.is_main():
         print(run.summary())
+        print(f"The run is in {quoted}. Next:\n  python -m train.report {quoted}")
+        if has_spatial_gate(config.block):
+            print(f"  python -m train.gates {quoted}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import tyro
 
@@ -28,7 +28,10 @@ from train.study.statistics import BASELINE
 class Recipe(Config):
     """The options that all runs share."""
 
+    # These three are what is compared; see `Options.attentions`.
     attention: tyro.conf.Suppress[str] = BASELINE
+    init: tyro.conf.Suppress[Literal["default", "identity"]] = "default"
+    preset: tyro.conf.Suppress[str | None] = None
     seed: tyro.conf.Suppress[int] = 0
     workdir: tyro.conf.Suppress[Path | None] = None
     # A comparison always resumes, in one process.
@@ -45,7 +48,9 @@ class Options:
 
     attentions: tuple[str, ...] = (BASELINE, "se", "eca", "cbam")
     """Blocks to compare: none, se, se-max, eca, channel, channel-conv, spatial, cbam,
-    cbam-conv, bam, scse, scse-max. The baseline none is added where it is left out."""
+    cbam-conv, bam, scse, scse-max, or a published variant such as timm_cbam; with
+    +identity after its name, such as se+identity, a block starts as the identity. The
+    baseline none is added where it is left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each trains every block once. One alone gives no interval."""
     workdir: Path = Path("runs/compare")
@@ -81,17 +86,18 @@ def _train(options: Options) -> bool:
 
     tasks = plan(options)
     for config in tasks:
-        loop.check(config)
+        loop.validate(config)
+    recipe = config_lib.resolve(options.recipe)
     configs = [
-        config_lib.recipe(options.recipe),
+        config_lib.recipe(recipe),
         *logs.read_configs(options.workdir),
     ]
     logs.check_same_recipe(options.workdir, configs)
     try:
-        images = loop.load(options.recipe)
+        images = loop.load(recipe)
     except data.DataError as error:
         _stop(error, 2)
-    loop.check_batch(options.recipe, images)
+    loop.check_batch(recipe, images)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True
@@ -101,7 +107,7 @@ def _train(options: Options) -> bool:
         tqdm(tasks, unit="run") as bar,
     ):
         for config in bar:
-            name = logs.name_of(config.attention, config.seed)
+            name = logs.name_of(config.block, config.seed)
             bar.set_description(name)
             folder = options.workdir / name
             try:
@@ -143,6 +149,8 @@ def plan(options: Options) -> list[Config]:
     Raises:
       ValueError: there is no block or no seed, or one is named twice.
     """
+    from train.engine.attention import attention_fields  # With jax.
+
     for field in ("attentions", "seeds"):
         values = getattr(options, field)
         if not values:
@@ -161,7 +169,7 @@ def plan(options: Options) -> list[Config]:
         for field in dataclasses.fields(Config)
     }
     return [
-        Config(**common | {"attention": attention, "seed": seed})
+        Config(**common | attention_fields(attention) | {"seed": seed})
         for seed in options.seeds
         for attention in attentions
     ]

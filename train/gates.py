@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from train.engine.config import Config, check_count
+from train.engine.config import Config, Resolved, check_count, resolve
 from train.engine.workdir import RUN
 from train.study import gates as study
 
@@ -50,14 +50,14 @@ def draw(
     if not gates:
         names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
         raise ValueError(
-            f"`run` must have a spatial gate, got attention {config.attention}; train "
+            f"`run` must have a spatial gate, got attention {config.block}; train "
             f"with --attention one of {names}."
         )
     study.plot(shown, gates, limits=limits).savefig(out, dpi=130)
     print(f"Wrote {out}.")
 
 
-def read_config(run: Path, data_dir: Path) -> Config:
+def read_config(run: Path, data_dir: Path) -> Resolved:
     """The configuration in a run's run.json, with its images in ``data_dir``.
 
     Raises:
@@ -65,7 +65,7 @@ def read_config(run: Path, data_dir: Path) -> Config:
     """
     try:
         recipe = json.loads((run / RUN).read_text())["config"]
-        return Config(**recipe, data_dir=data_dir)
+        return resolve(Config(**recipe, data_dir=data_dir))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`run` must be a workdir of train.cifar, got {run} ({error})."

@@ -224,7 +224,7 @@ def test_threads_do_not_change_the_stream(images, stream, num_threads):
     assert_same(take(images, 9, num_threads=num_threads)[0], stream[:9])
 
 
-PLACES = (
+POSITIONS = (
     0,
     1,
     7,
@@ -235,16 +235,16 @@ PLACES = (
 )
 
 
-def test_on_from_a_state(images, stream):
-    for place in PLACES:
-        start, state = take(images, place)
-        assert_same(start, stream[:place])
+def test_resume_from_a_state(images, stream):
+    for position in POSITIONS:
+        start, state = take(images, position)
+        assert_same(start, stream[:position])
         state = json.loads(json.dumps(state))
-        assert_same(take(images, 3, state)[0], stream[place : place + 3])
+        assert_same(take(images, 3, state)[0], stream[position : position + 3])
     # By another number of processes and threads.
     options = {"process_index": 1, "process_count": 2, "num_threads": 0}
     share, _ = take(images, 3, state, **options)
-    rows = [{k: v[BATCH // 2 :] for k, v in b.items()} for b in stream[place:]]
+    rows = [{k: v[BATCH // 2 :] for k, v in b.items()} for b in stream[position:]]
     assert_same(share, rows)
 
 
@@ -277,8 +277,8 @@ for state in json.loads(sys.argv[3]):
 """
 
 
-def test_on_from_a_state_in_a_fresh_process(root, images, stream):
-    states = [take(images, place)[1] for place in PLACES]
+def test_resume_from_a_state_in_a_fresh_process(root, images, stream):
+    states = [take(images, position)[1] for position in POSITIONS]
     arguments = json.dumps(OPTIONS), json.dumps(states)
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, root, *arguments],
@@ -289,7 +289,7 @@ def test_on_from_a_state_in_a_fresh_process(root, images, stream):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [digest(stream[p : p + 3]) for p in PLACES]
+    assert run.stdout.split() == [digest(stream[p : p + 3]) for p in POSITIONS]
     assert not run.stderr
 
 

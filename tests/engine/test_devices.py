@@ -9,7 +9,7 @@ import pytest
 from tests import processes, tiny_run
 from train.data import inputs
 from train.engine import devices
-from train.engine.config import Config
+from train.engine.config import Config, resolve
 
 
 def losses_of(environment, workdir, count):
@@ -43,11 +43,11 @@ def test_the_same_losses_on_many_devices(count, alone, environment, tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_each_device_has_its_share(count):
     mesh = devices.make_mesh(count)
-    fed = inputs.DeviceInputs(tiny_run.images(), Config(batch_size=8), mesh)
-    first = next(fed.calls(1, 0, 2))
+    fed = inputs.DeviceInputs(tiny_run.images(), resolve(Config(batch_size=8)), mesh)
+    first = next(fed.train_batches(1, 0, 2))
     assert first.shape == (2, 8)
     assert first.sharding.shard_shape(first.shape) == (2, 8 // count)
-    item, weights = next(fed.test_calls())
+    item, weights = next(fed.test_batches())
     for array in (item, weights):
         assert array.sharding.shard_shape(array.shape) == (8 // count,)
     for array in jax.tree.leaves(fed.data):
@@ -59,4 +59,4 @@ def test_each_device_has_its_share(count):
 )
 def test_a_batch_that_does_not_divide(batch_size, nearest):
     with pytest.raises(ValueError, match=f"multiple of the 8 .* nearest is {nearest}."):
-        devices.check_batch(batch_size, devices.make_mesh())
+        devices.check_batch_divides(batch_size, devices.make_mesh())

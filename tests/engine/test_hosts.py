@@ -50,7 +50,7 @@ def assert_same_losses(workdir, alone):
 
 @pytest.mark.long
 def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
-    """Stopped through one process, gone on with by two of two devices each."""
+    """Stopped through one process, resumed by two of two devices each."""
     both = start_two(tmp_path, environment, "--epochs", 4)
     wait_until(both[0], lambda: metrics_of(tmp_path))
     both[1].send_signal(signal.SIGTERM)
@@ -61,12 +61,12 @@ def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
     again = start_two(tmp_path, environment, "--epochs", 4, devices=2)
     (first, out, err), (second, nothing, other) = finish(*again)
     assert (first, second) == (0, 0), err + other
-    assert f"Going on from step {stopped[1]} of 20." in err
+    assert f"Resuming from step {stopped[1]} of 20." in err
     assert "after 4 epochs" in out and "epoch" not in nothing + other
     assert_same_losses(tmp_path, alone)
     # One process reads what the two have written; there is nothing left to do.
     ((code, _, err),) = finish(start(tmp_path, environment, "--epochs", 4))
-    assert code == 0 and "Going on from step 20 of 20." in err, err
+    assert code == 0 and "Resuming from step 20 of 20." in err, err
 
 
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.long)])

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from functools import partial
 
 import chex
 import jax
@@ -8,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+import flax_attn
 from flax_attn.blocks import BLOCKS
 from flax_attn.resnet import ATTENTIONS
 from tests.cases import normal
 from train.data import inputs
 from train.data.cifar import ImageSet
+from train.engine import attention, devices, loop
 from train.engine import config as config_lib
-from train.engine import devices, loop
 from train.engine.config import Config
 
 TINY = Config(
@@ -112,6 +114,15 @@ def test_bfloat16_with_smoothed_labels(images, done):
     assert abs(run.history[0]["train_loss"] - done[1][0]["train_loss"]) > 0.01
 
 
+@pytest.mark.parametrize("block", ["none", "se", "cbam+identity"])
+def test_strict_dtype_promotion(images, block):
+    fields = attention.attention_fields(block)
+    config = dataclasses.replace(TINY, epochs=1, label_smoothing=0.1, **fields)
+    with jax.numpy_dtype_promotion("strict"):
+        run = loop.train(config, images)
+    assert np.isfinite(run.history[0]["test_loss"])
+
+
 def test_steps_per_call_suits_the_backend(monkeypatch):
     assert loop.steps_per_call(TINY, 390) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -132,7 +143,7 @@ def test_an_epoch_shows_every_image_once():
 
 @pytest.mark.parametrize("batch_size", [4, 27, 50])
 def test_evaluation_counts_each_image_once(images, done, batch_size):
-    config = dataclasses.replace(TINY, batch_size=batch_size)
+    config = config_lib.resolve(dataclasses.replace(TINY, batch_size=batch_size))
     fed = inputs.DeviceInputs(images, config, devices.make_mesh(1))
     loss, accuracy = loop.make_evaluate(fed)(done[0].state)
     pixels = images.train_images / 255
@@ -181,12 +192,14 @@ def test_only_kernels_decay(done):
 
 def test_the_schedule():
     config = dataclasses.replace(TINY, learning_rate=0.4, warmup_epochs=2)
-    schedule = loop.make_schedule(config, per_epoch=10, total=400)
+    schedule = loop.make_schedule(config, steps_per_epoch=10, total=400)
     assert schedule(0) == 0 and schedule(400) == 0
     np.testing.assert_allclose([schedule(10), schedule(20)], [0.2, 0.4], rtol=1e-6)
     np.testing.assert_allclose(schedule(210), 0.2, rtol=1e-6)
     # A short run warms up for a tenth of it.
-    assert loop.make_schedule(config, per_epoch=10, total=100)(10) == np.float32(0.4)
+    assert loop.make_schedule(config, steps_per_epoch=10, total=100)(10) == np.float32(
+        0.4
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):
@@ -212,6 +225,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "fields, message",
     [
+        ({"init": "zeros"}, "`init` must be one of default, identity, got 'zeros'"),
+        ({"attention": "none", "init": "identity"}, "`init` .* with `attention` none"),
+        ({"preset": "timm_se"}, "`preset` names the block itself, got timm_se and `at"),
+        (
+            {"attention": "none", "preset": "official_eca"},
+            "`preset` must be one of article_cbam, .* got 'official_eca'",
+        ),
         ({"attention": "cbm"}, "`attention` must be one of none, se, .* got 'cbm'"),
         ({"dataset": "mnist"}, "`dataset` must be one of cifar10, .* got 'mnist'"),
         ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, got 'float8'"),
@@ -238,6 +258,61 @@ def test_bad_configurations(images, fields, message):
     with pytest.raises(ValueError, match=message) as error:
         loop.train(dataclasses.replace(TINY, **fields), images)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none", "se+identity", "timm_cbam+identity"])
+def test_a_name_says_block_and_start(name):
+    config = Config(**attention.attention_fields(name))
+    assert config.block == name
+    attention.check_attention(config)
+    variables = jax.jit(partial(loop.make_model(config, 10).init, train=True))(
+        jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    )
+    kernels = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(leaf.any())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
+        if path[0].key == "stage1_block1" and path[1].key == "attention"
+    }
+    assert (
+        kernels
+        == {
+            "none": {},
+            "se+identity": {
+                "stage1_block1/attention/expand/kernel": False,
+                "stage1_block1/attention/reduce/kernel": True,
+            },
+            "timm_cbam+identity": {
+                "stage1_block1/attention/channel/expand/kernel": False,
+                "stage1_block1/attention/channel/reduce/kernel": True,
+                "stage1_block1/attention/spatial/conv/kernel": True,
+                "stage1_block1/attention/spatial/norm/bias": False,
+                "stage1_block1/attention/spatial/norm/scale": False,
+            },
+        }[name]
+    )
+
+
+def test_a_norm_inside_a_preset_trains(images):
+    """Its averages move in training and are used, not changed, in evaluation."""
+    config = dataclasses.replace(TINY, attention="none", preset="timm_cbam", epochs=1)
+    run = loop.train(config, images)
+    averages = run.variables["batch_stats"]["stage1_block1"]["attention"]["spatial"]
+    assert averages["norm"]["mean"] != 0 and averages["norm"]["var"] != 1
+    x = jnp.asarray(images.test_images[:2] / 255, jnp.float32)
+    one = run.state.apply_fn(run.variables, x)
+    # With the statistics of the batch, an image's logits would depend on the others.
+    np.testing.assert_allclose(
+        run.state.apply_fn(run.variables, x[:1]), one[:1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_all_presets_have_a_maker():
+    assert {"official_cbam", "timm_se", "article_eca"} <= set(attention.PRESETS)
+    for name in attention.PRESETS:
+        config = Config(preset=name)
+        for train in (False, True):
+            block = attention.make_attention(config, train=train)(name="attention")
+            assert isinstance(block, flax_attn.blocks.Attention)
 
 
 def test_defaults_by_data_set():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import re
@@ -22,11 +23,12 @@ from tests.processes import finish, metrics_of, wait_until
 from train.data.inputs import DeviceInputs
 from train.engine import loop
 from train.engine.checkpoint import CheckpointError, Checkpoints
-from train.engine.config import Config
+from train.engine.config import Config, resolve
 
 # More kills than the suite has time for: FLAX_ATTN_KILLS=50 pytest -s -k killed.
 KILLS = int(os.environ.get("FLAX_ATTN_KILLS", 3))
 EPOCHS = 30
+CONFIG = resolve(Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS))
 
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
@@ -41,12 +43,8 @@ def arrays(workdir):
     """Every array of the last checkpoint, and its record."""
     checkpoints = Checkpoints(workdir / "checkpoints", 3, pytest.fail)
     training = loop.Training(
-        loop.config_lib.resolve(
-            Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
-        ),
-        DeviceInputs(
-            tiny_run.images(), Config(batch_size=8), loop.devices.make_mesh(1)
-        ),
+        CONFIG,
+        DeviceInputs(tiny_run.images(), CONFIG, loop.devices.make_mesh(1)),
     )
     tree, record = checkpoints.restore(loop.devices.to_host(training._tree()))
     checkpoints.close()
@@ -121,7 +119,7 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(
     "which",
     [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
 )
-def test_a_stopped_run_saves_and_goes_on_from_that_step(
+def test_a_stopped_run_saves_and_resumes_from_that_step(
     which, environment, untouched, tmp_path
 ):
     process = start(tmp_path, environment)
@@ -132,9 +130,10 @@ def test_a_stopped_run_saves_and_goes_on_from_that_step(
     last = err.splitlines()[-1]
     step = re.search(rf"Stopped by {which.name} at step (\d+) of 150; the check", last)
     assert step and f"checkpoint of step {step[1]} is in" in last
+    assert last.endswith(f"Resume by the same command with --workdir {tmp_path}.")
     assert "Traceback" not in err and not out
     code, out, err = finish(start(tmp_path, environment))
-    assert code == 0 and f"Going on from step {step[1]} of 150." in err, err
+    assert code == 0 and f"Resuming from step {step[1]} of 150." in err, err
     assert_same_run(tmp_path, untouched)
 
 
@@ -206,7 +205,7 @@ def test_a_state_that_is_not_finite_stops_the_run(
 
 def test_a_finished_run_is_only_read(environment, untouched):
     before = (untouched / "metrics.jsonl").read_bytes()
-    config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
+    config = CONFIG
     run = loop.train(config, tiny_run.images(), untouched)
     assert len(run.history) == EPOCHS
     assert (untouched / "metrics.jsonl").read_bytes() == before
@@ -224,7 +223,7 @@ def test_a_finished_run_is_only_read(environment, untouched):
     ],
 )
 def test_another_configuration_is_refused(untouched, fields, message):
-    config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
+    config = CONFIG
     before = {p: p.stat().st_mtime_ns for p in untouched.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=message):
         loop.train(dataclasses.replace(config, **fields), tiny_run.images(), untouched)
@@ -234,8 +233,21 @@ def test_another_configuration_is_refused(untouched, fields, message):
     assert before == after
 
 
+def test_a_field_that_an_older_run_lacks_had_its_default(untouched, tmp_path):
+    facts = json.loads((untouched / "run.json").read_text())
+    assert facts["config"].pop("init") == "default"
+    assert facts["config"].pop("preset") is None
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    config = CONFIG
+    loop.workdir.check_resumable(tmp_path, config)
+    config = dataclasses.replace(config, attention="se", init="identity")
+    message = r"attention none \(now se\), init default \(now identity\)"
+    with pytest.raises(ValueError, match=message):
+        loop.workdir.check_resumable(tmp_path, config)
+
+
 def test_two_runs_do_not_share_a_folder(untouched):
-    config = Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS)
+    config = CONFIG
     with loop.workdir.locked(untouched, config):
         with pytest.raises(ValueError, match="is in use by another process"):
             loop.train(config, tiny_run.images(), untouched)
@@ -252,19 +264,19 @@ TREE["params"]["bias"] = TREE["params"]["bias"].astype(np.float32)
 
 
 def save_two(directory):
-    told = []
-    checkpoints = Checkpoints(directory, 3, told.append)
+    logged = []
+    checkpoints = Checkpoints(directory, 3, logged.append)
     for step in (5, 7):
         checkpoints.save(step, TREE, {"step": step})
     checkpoints.close()
-    assert told == []
+    assert logged == []
 
 
 def restore(directory):
-    told = []
-    checkpoints = Checkpoints(directory, 3, told.append)
+    logged = []
+    checkpoints = Checkpoints(directory, 3, logged.append)
     try:
-        return checkpoints.restore(TREE), told
+        return checkpoints.restore(TREE), logged
     finally:
         checkpoints.close()
 
@@ -313,18 +325,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(name, damage, tmp
                 damage
             ]
         )
-    (tree, record), told = restore(tmp_path / "checkpoints")
+    (tree, record), logged = restore(tmp_path / "checkpoints")
     # Whichever it is, it is whole.
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
     if record == {"step": 7} and name not in NEEDED:
         # What was damaged is not read: the checkpoint is whole without it.
-        assert told == []
+        assert logged == []
         return
     assert record == {"step": 5}
-    (line,) = told
+    (line,) = logged
     assert f"{tmp_path / 'checkpoints' / '7'} is damaged" in line
     assert (tmp_path / "damaged-7").is_dir()
-    # The run can write step 7 anew.
+    # The run can save step 7 again.
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3, pytest.fail)
     checkpoints.save(7, TREE, {"step": 7})
     checkpoints.close()
@@ -349,6 +361,15 @@ def test_all_checkpoints_damaged(tmp_path):
     with pytest.raises(CheckpointError, match="None of the 2 checkpoints in"):
         restore(tmp_path)
     assert (tmp_path / "5").is_dir() and (tmp_path / "7").is_dir()
+
+
+def test_orbax_is_silent_only_while_open(tmp_path):
+    absl = logging.getLogger("absl")
+    before = absl.level
+    checkpoints = Checkpoints(tmp_path, 1, pytest.fail)
+    assert absl.level == logging.CRITICAL
+    checkpoints.close()
+    assert absl.level == before < logging.CRITICAL
 
 
 def test_no_checkpoint(tmp_path):
@@ -377,31 +398,31 @@ def test_a_full_disk_does_not_stop_the_run(environment, untouched, tmp_path):
     assert code == 0 and f"after {EPOCHS} epochs" in out, err
     lines = [line for line in err.splitlines() if "could not be written" in line]
     assert "The checkpoint of step 5 could not be written to" in lines[0]
-    assert "there is none before it and training goes on." in lines[0]
+    assert "there is no earlier one and training continues." in lines[0]
     assert len(lines) == EPOCHS
     mine, theirs = ((f / "metrics.jsonl").read_bytes() for f in (tmp_path, untouched))
     assert mine == theirs
 
 
 def test_a_disk_without_room_is_not_tried(tmp_path, monkeypatch):
-    told = []
-    checkpoints = Checkpoints(tmp_path, 3, told.append)
+    logged = []
+    checkpoints = Checkpoints(tmp_path, 3, logged.append)
     checkpoints.save(1, TREE, {"step": 1})
     checkpoints.wait()
     usage = shutil.disk_usage(tmp_path)._replace(free=900_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     checkpoints.save(2, TREE, {"step": 2})
     checkpoints.close()
-    assert told == [
+    assert logged == [
         f"The checkpoint of step 2 could not be written to {tmp_path} (it needs 1.1 MB "
-        "and the disk has 0.9 MB left); that of step 1 stays and training goes on."
+        "and the disk has 0.9 MB left); that of step 1 is kept and training continues."
     ]
 
 
 @late_complaints
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(tmp_path):
-    told = []
-    checkpoints = Checkpoints(tmp_path, 1, told.append)
+    logged = []
+    checkpoints = Checkpoints(tmp_path, 1, logged.append)
     checkpoints.save(1, TREE, {"step": 1})
     checkpoints.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -412,8 +433,8 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(tmp_path):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert len(told) == 2 and "that of step 1 stays" in told[1]
+    assert len(logged) == 2 and "that of step 1 is kept" in logged[1]
     checkpoints.save(4, TREE, {"step": 4})
     checkpoints.close()
-    assert len(told) == 2
+    assert len(logged) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["4"]

@@ -61,9 +61,17 @@ def test_digits(tmp_path, environment):
     assert "ResNet-8, attention se, on digits" in result.stdout
     assert f"test accuracy {accuracy:.2%} after 1 epoch in" in result.stdout
     assert "epoch 1/1" in result.stderr
+    assert result.stdout.splitlines()[1:] == [
+        f"The run is in {workdir}. Next:",
+        f"  python -m train.report {workdir}",
+    ]
+    first = result.stderr.splitlines()[0]
+    assert "· ResNet-8 + se, 78,714 parameters · compiling…" in first
+    lines = result.stderr.replace("\r", "\n").splitlines()
+    assert max(len(line) for line in lines if "/22" in line) <= 80
     # The same folder again: there is nothing left to do.
     again = run(*arguments)
-    assert again.returncode == 0 and "Going on from step 22 of 22" in again.stderr
+    assert again.returncode == 0 and "Resuming from step 22 of 22" in again.stderr
     assert again.stdout == result.stdout
     never = run(*arguments, "--resume", "never")
     assert never.returncode == 2 and "holds an earlier run" in never.stderr

@@ -136,6 +136,7 @@ def test_help_is_fast_and_complete():
     own = ["--attentions", "--seeds", "--workdir", "--report-only"]
     # Every option of a recipe; those that are the comparison's own only once.
     assert options[:4] == own
+    own += ["--init", "--preset"]
     own += ["--attention", "--seed", "--resume", "--coordinator", "--num-processes"]
     own += ["--process-id", "--peer-timeout"]
     assert sorted(options[4:]) == sorted(fields - {*own})

@@ -14,7 +14,7 @@ from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
 from train.engine import devices, loop
-from train.engine.config import Config
+from train.engine.config import Config, resolve
 
 IMAGES = {"train": 200, "val": 30}
 
@@ -60,7 +60,7 @@ def small(data_dir, workdir):
 
 
 @pytest.mark.long
-def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
+def test_killed_and_resumed(data_dir, environment, tmp_path):
     """The same images and crops again: the end is that of a run nobody touched.
 
     And so is the first epoch of two processes, each of which reads its own rows.
@@ -75,7 +75,7 @@ def test_killed_and_gone_on_with(data_dir, environment, tmp_path):
         code, _, err = finish(process)
         assert code == (143 if how == signal.SIGTERM else -how), err
     code, _, err = run(environment, "train.cifar", *small(data_dir, killed))
-    assert code == 0 and "Going on from step" in err, err
+    assert code == 0 and "Resuming from step" in err, err
     assert (killed / "metrics.jsonl").read_bytes() == (
         whole / "metrics.jsonl"
     ).read_bytes()
@@ -119,16 +119,16 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "train.data.folders")
     monkeypatch.delattr(train.data, "folders")
     with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
-        loop.load(Config(loader="grain"))
+        loop.load(resolve(Config(loader="grain")))
 
 
 def test_images_that_are_gone(data_dir, tmp_path):
     """A position in other images is no position."""
-    config = Config(loader="grain", batch_size=20, image_size=16)
+    config = resolve(Config(loader="grain", batch_size=20, image_size=16))
     images = folders.scan(data_dir)
     fed = stream.FolderInputs(images, config, devices.make_mesh(1))
     try:
         with pytest.raises(ValueError, match="holds 200 training images and held 300"):
-            fed.go_to({"state": fed.position()["state"], "images": 300})
+            fed.set_position({"state": fed.position()["state"], "images": 300})
     finally:
         fed.close()

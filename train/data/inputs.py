@@ -15,9 +15,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from train.data.cifar import ImageSet
-from train.engine import config as config_lib
 from train.engine import devices
-from train.engine.config import Config
+from train.engine.config import Resolved
 
 PAD = 4
 
@@ -26,7 +25,7 @@ class Inputs(Protocol):
     """A training part and a test part, cut into batches."""
 
     mesh: Mesh
-    per_epoch: int
+    steps_per_epoch: int
     """Steps of an epoch."""
     num_classes: int
     image_size: int
@@ -36,7 +35,7 @@ class Inputs(Protocol):
     test_data: Any
     """The same for evaluation."""
 
-    def calls(self, epoch: int, done: int, size: int) -> Iterator[Any]:
+    def train_batches(self, epoch: int, done: int, size: int) -> Iterator[Any]:
         """The batches of the epoch after ``done`` steps, ``size`` steps at a time.
 
         A tree of arrays, whose first axis is that of the steps.
@@ -47,7 +46,7 @@ class Inputs(Protocol):
     ) -> tuple[jax.Array, jax.Array]:
         """Normalized, augmented images and the labels of one step; traced."""
 
-    def test_calls(self) -> Iterator[tuple[Any, jax.Array]]:
+    def test_batches(self) -> Iterator[tuple[Any, jax.Array]]:
         """Batches of the test part, each image once, and the weights of their rows."""
 
     def test_batch(self, data: Any, item: Any) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +55,7 @@ class Inputs(Protocol):
     def position(self) -> Any:
         """The position in the training part, of JSON types."""
 
-    def go_to(self, position: Any) -> None:
+    def set_position(self, position: Any) -> None:
         """Resumes the training part at ``position``."""
 
     def close(self) -> None:
@@ -76,18 +75,17 @@ class DeviceData:
 class DeviceInputs:
     """All images on each device; a batch is their indices."""
 
-    def __init__(self, images: ImageSet, config: Config, mesh: Mesh) -> None:
+    def __init__(self, images: ImageSet, config: Resolved, mesh: Mesh) -> None:
         """Puts the images on the devices.
 
         Raises:
           ValueError: the images do not fill a batch.
         """
-        filled = config_lib.resolve(config)
-        check_fills(filled, len(images.train_images))
+        check_batch_size(config, len(images.train_images))
         self.mesh = mesh
-        self.batch_size = filled.batch_size
+        self.batch_size = config.batch_size
         self.size = len(images.train_images)
-        self.per_epoch = self.size // self.batch_size
+        self.steps_per_epoch = self.size // self.batch_size
         self.num_classes = images.num_classes
         self.image_size = images.train_images.shape[1]
         self.test_size = len(images.test_images)
@@ -95,11 +93,13 @@ class DeviceInputs:
         self.data, self.test_data = to_device(images, mesh)
         self.order_key = jax.random.split(jax.random.key(config.seed), 3)[1]
 
-    def calls(self, epoch: int, done: int, size: int) -> Iterator[jax.Array]:
+    def train_batches(self, epoch: int, done: int, size: int) -> Iterator[jax.Array]:
         """Yields indices ``(steps, batch)``."""
         order = np.asarray(epoch_order(self.order_key, epoch, self.size), np.int32)
-        order = order[: self.per_epoch * self.batch_size].reshape(self.per_epoch, -1)
-        for start in range(done, self.per_epoch, size):
+        order = order[: self.steps_per_epoch * self.batch_size].reshape(
+            self.steps_per_epoch, -1
+        )
+        for start in range(done, self.steps_per_epoch, size):
             yield devices.share(order[start : start + size], self.mesh, axis=1)
 
     def batch(
@@ -109,7 +109,7 @@ class DeviceInputs:
         images = augment(data.images[item], key, flip=self.flip)
         return normalize(images, data), data.labels[item]
 
-    def test_calls(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+    def test_batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Yields indices and weights, which are 0 for the padding of the last batch."""
         for start in range(0, self.test_size, self.batch_size):
             indices = np.arange(start, start + self.batch_size, dtype=np.int32)
@@ -126,16 +126,15 @@ class DeviceInputs:
     def position(self) -> None:
         """None: the order is a function of the seed and the epoch."""
 
-    def go_to(self, position: None) -> None:
+    def set_position(self, position: None) -> None:
         """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""
 
 
-def check_fills(config: Config, size: int) -> None:
+def check_batch_size(config: Resolved, size: int) -> None:
     """Raises ``ValueError`` for a batch larger than the ``size`` training images."""
-    config = config_lib.resolve(config)
     if config.batch_size > size:
         raise ValueError(
             f"`batch_size` must be at most the {size:,} training images of "

@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.data import folders
-from train.data.inputs import check_fills, normalize
-from train.engine import config as config_lib
+from train.data.inputs import check_batch_size, normalize
 from train.engine import devices
-from train.engine.config import Config
+from train.engine.config import Resolved
 
 # Of ImageNet's training images, red, green and blue, as torchvision and timm have them.
 MEAN = (0.485, 0.456, 0.406)
@@ -31,19 +30,18 @@ class FolderInputs:
     """Batches that Grain reads; each process reads its own rows."""
 
     def __init__(
-        self, images: folders.FolderImages, config: Config, mesh: Mesh
+        self, images: folders.FolderImages, config: Resolved, mesh: Mesh
     ) -> None:
         """Starts to read.
 
         Raises:
           ValueError: the images do not fill a batch.
         """
-        config = config_lib.resolve(config)
-        check_fills(config, len(images.train))
+        check_batch_size(config, len(images.train))
         self.mesh = mesh
         self.images = images
         self.image_size = config.image_size
-        self.per_epoch = len(images.train) // config.batch_size
+        self.steps_per_epoch = len(images.train) // config.batch_size
         self.num_classes = images.num_classes
         self.test_size = len(images.test)
         self.options: dict[str, Any] = {
@@ -57,10 +55,10 @@ class FolderInputs:
         scale = Scale(mean, std)
         self.data = self.test_data = devices.replicate(scale, mesh)
 
-    def calls(self, epoch: int, done: int, size: int) -> Iterator[Any]:
+    def train_batches(self, epoch: int, done: int, size: int) -> Iterator[Any]:
         """Yields ``{"image": (steps, batch, H, W, 3), "label": (steps, batch)}``."""
-        for start in range(done, self.per_epoch, size):
-            steps = min(size, self.per_epoch - start)
+        for start in range(done, self.steps_per_epoch, size):
+            steps = min(size, self.steps_per_epoch - start)
             batches = [next(self.batches) for _ in range(steps)]
             stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
             yield devices.join_shares(stacked, self.mesh, axis=1)
@@ -71,7 +69,7 @@ class FolderInputs:
         """Normalizes; the crops were drawn on the host."""
         return normalize(item["image"], data), item["label"]
 
-    def test_calls(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+    def test_batches(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """Yields batches in order and weights, 0 for the padding of the last one."""
         batches = folders.evaluation_batches(self.images, **self.options)
         try:
@@ -91,7 +89,7 @@ class FolderInputs:
         """Grain's state, and the number of images it is for."""
         return {"state": self.batches.get_state(), "images": len(self.images.train)}
 
-    def go_to(self, position: dict[str, Any]) -> None:
+    def set_position(self, position: dict[str, Any]) -> None:
         """Sets Grain's state.
 
         Raises:

@@ -1,8 +1,7 @@
-"""Checkpoints through Orbax: written beside the training, read back only if whole.
+"""Checkpoints through Orbax: written asynchronously, verified when read.
 
-A checkpoint is a tree of NumPy arrays and a record of JSON types. Its digest, the
-SHA-256 of both, goes into the record: what is read back is what was written, or it is
-damaged.
+A checkpoint is a tree of NumPy arrays and a record of JSON types. The record holds the
+SHA-256 of both, since Orbax loads flipped bits without an error.
 """
 
 import hashlib
@@ -16,40 +15,43 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-# Bytes that a checkpoint takes beside its arrays, generously.
-ROOM = 1_000_000
+# An upper bound of the bytes of a checkpoint beside its arrays.
+OVERHEAD_BYTES = 1_000_000
+
+_ABSL = logging.getLogger("absl")
 
 Log = Callable[[str], None]
 
 
 class CheckpointError(Exception):
-    """There are checkpoints and none can be read; the message is one line."""
+    """All checkpoints are damaged; the message is one line."""
 
 
 class Checkpoints:
     """The checkpoints of one run, named by their step.
 
     Attributes:
-      directory: where they lie.
-      max_to_keep: how many of the newest stay.
-      log: gets each line about something that went wrong and does not stop the run.
+      directory: of the checkpoints.
+      max_to_keep: how many of the newest are kept.
+      log: called with a line about each failure that does not stop the run.
     """
 
     def __init__(self, directory: Path, max_to_keep: int, log: Log) -> None:
-        """Opens ``directory``; what a killed run left half-written there goes."""
+        """Opens ``directory`` and deletes what a killed run left half-written there."""
         self.directory = directory.absolute()
         self.max_to_keep = max_to_keep
         self.log = log
         self._saving: int | None = None
-        # Orbax logs the traceback of each failure that it also raises, and that this
-        # class reports in one line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Until `close`: Orbax logs the traceback of each failure that it also raises,
+        # some of them in threads, and that this class reports in one line.
+        self._absl_level = _ABSL.level
+        _ABSL.setLevel(logging.CRITICAL)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         for unfinished in self.directory.glob("*.orbax-checkpoint-tmp"):
-            # A thread of a save that failed may still be at it; then the next opening
-            # takes the rest.
+            # A thread of a failed save may still be writing; the next opening deletes
+            # the rest.
             shutil.rmtree(unfinished, ignore_errors=True)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
@@ -65,13 +67,13 @@ class Checkpoints:
         )
 
     def newest(self) -> int | None:
-        """The step of the newest checkpoint that is written, or None."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, record: dict[str, Any]) -> None:
-        """Begins to save; the arrays of ``tree`` must not be written to any more.
+        """Starts to save ``tree``, whose arrays must not change afterwards.
 
-        A checkpoint that cannot be written is told of, here or at the next call, and
+        A checkpoint that cannot be written is logged, here or at the next call, and
         does not stop the run.
         """
         self.wait()
@@ -80,24 +82,21 @@ class Checkpoints:
         self._saving = step
         record = record | {"digest": _digest(tree, record)}
         try:
-            self._check_room(tree)
+            self._check_free_space(tree)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
                 ),
             )
-        # What a full disk raises is up to the layer that meets it first: OSError,
-        # ValueError of the array store, RuntimeError of a thread.
+        # A full disk raises OSError, ValueError in the array store or RuntimeError in
+        # a thread, whichever layer meets it first.
         except (OSError, ValueError, RuntimeError) as error:
             self._failed(error)
 
-    def _check_room(self, tree: Any) -> None:
-        """Raises ``OSError`` for a disk that is too full to try.
-
-        The layers below do notice, with a page of tracebacks for every array.
-        """
-        needed = ROOM + sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    def _check_free_space(self, tree: Any) -> None:
+        """Raises ``OSError`` for a full disk; Orbax prints a page for each array."""
+        needed = OVERHEAD_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(
@@ -106,7 +105,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits until what is being saved is written."""
+        """Waits until the current save is complete."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
@@ -118,32 +117,34 @@ class Checkpoints:
         self._manager = self._open()
         last = self.newest()
         kept = (
-            "there is none before it" if last is None else f"that of step {last} stays"
+            "there is no earlier one"
+            if last is None
+            else f"that of step {last} is kept"
         )
         self.log(
             f"The checkpoint of step {step} could not be written to {self.directory} "
-            f"({_reason(error)}); {kept} and training goes on."
+            f"({_reason(error)}); {kept} and training continues."
         )
 
     def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Returns tree and record of the newest whole checkpoint, or None without any.
+        """Returns tree and record of the newest intact checkpoint, or None without any.
 
-        A damaged one is told of, and set aside under another name.
+        A damaged one is logged and renamed.
 
         Raises:
-          CheckpointError: there are some, and all are damaged.
+          CheckpointError: all of them are damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = []
         for step in steps:
             try:
                 tree, record = self._read(step, template)
-            # A damaged file may make any layer below raise anything.
+            # A damaged file may raise anything in any layer.
             except Exception as error:
                 damaged.append(step)
                 self.log(
                     f"The checkpoint {self.directory / str(step)} is damaged "
-                    f"({_reason(error)}); trying the one before."
+                    f"({_reason(error)}); trying the previous one."
                 )
                 continue
             for bad in damaged:
@@ -152,7 +153,8 @@ class Checkpoints:
         if damaged:
             raise CheckpointError(
                 f"None of the {len(damaged)} checkpoints in {self.directory} can be "
-                "read; bring one back, or begin anew with another --workdir."
+                "read; restore one from a backup, or start a new run with another "
+                "--workdir."
             )
         return None
 
@@ -166,11 +168,11 @@ class Checkpoints:
         record = restored.record
         digest = record.pop("digest")
         if digest != _digest(restored.state, record):
-            raise ValueError("its digest is not that of what was written")
+            raise ValueError("its digest does not match its content")
         return restored.state, record
 
     def _set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that the run can write that step anew."""
+        """Renames a damaged checkpoint, so that its step can be saved again."""
         name, i = f"damaged-{step}", 1
         while (self.directory.parent / name).exists():
             name, i = f"damaged-{step}-{i}", i + 1
@@ -178,9 +180,10 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for what is being saved, and lets go of the directory."""
+        """Waits for the current save and closes the directory."""
         self.wait()
         self._manager.close()
+        _ABSL.setLevel(self._absl_level)
 
 
 def _digest(tree: Any, record: dict[str, Any]) -> str:
@@ -193,6 +196,6 @@ def _digest(tree: Any, record: dict[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, at a length that a person reads."""
+    """The first line of an error, shortened."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 DTYPES = ("float32", "bfloat16")
 # (epochs, batch size) where the user names none: small sets want small batches.
@@ -18,6 +18,9 @@ LOADERS = ("device", "grain")
 FAMILIES = ("cifar", "imagenet")
 IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
 RESUMES = ("auto", "never")
+INITS = ("default", "identity")
+# What a block's name ends in where it starts as the identity.
+IDENTITY = "+identity"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Config:
     attention: str = "none"
     """Block in every residual branch: none, or a name in flax_attn.blocks.BLOCKS; a
     name that is not there is answered with the list."""
+    init: Literal["default", "identity"] = "default"
+    """Start of the block: default, as its definition has it, or identity, at which
+    every gate is 1 and the network starts as if it had no attention."""
+    preset: str | None = None
+    """Published variant in place of attention: a name in flax_attn.presets, such as
+    official_se or timm_cbam."""
     dataset: str | None = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
@@ -72,8 +81,8 @@ class Config:
     workdir: Path | None = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
     resume: str = "auto"
-    """What to do with a workdir that holds this very run: go on with it (auto) or
-    refuse (never)."""
+    """What to do with a workdir that holds this very run: resume it (auto) or refuse
+    (never)."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
@@ -91,6 +100,21 @@ class Config:
     peer_timeout: int = 100
     """Seconds of silence after which another process counts as dead, which ends the
     run."""
+
+    @property
+    def block(self) -> str:
+        """The attention and its start in one name, such as ``se+identity``."""
+        return block_name(vars(self))
+
+
+def block_name(fields: Mapping[str, Any]) -> str:
+    """``Config.block`` of the fields of a configuration, such as those in run.json.
+
+    >>> block_name({"attention": "se", "init": "identity", "preset": None})
+    'se+identity'
+    """
+    name = fields.get("preset") or fields["attention"]
+    return name + IDENTITY if fields.get("init") == "identity" else name
 
 
 # What may differ between a run and its continuation: where and how, not what.
@@ -116,7 +140,7 @@ class Resolved(Config):
 def resolve(config: Config) -> Resolved:
     """Returns ``config`` with what depends on the data set or the family filled in.
 
-    Where one of these is unknown, as ``check`` will say, the lengths are CIFAR-10's.
+    An unknown one, which ``check_fields`` refuses, gets CIFAR-10's lengths.
     """
     dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
     epochs, batch_size = DEFAULTS.get(dataset, DEFAULTS["cifar10"])
@@ -138,14 +162,20 @@ def recipe(config: Config) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in NOT_RECIPE}
 
 
-def check(config: Config) -> None:
+def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded recipe, in which a field that came later has its default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    return {n: d for n, d in defaults.items() if n not in NOT_RECIPE} | dict(recipe)
+
+
+def check_fields(config: Resolved) -> None:
     """Raises ``ValueError``, with one line that says the way out, for a bad field."""
-    config = resolve(config)
     for field, names in (
         ("dataset", DEFAULTS),
         ("loader", LOADERS),
         ("family", FAMILIES),
         ("dtype", DTYPES),
+        ("init", INITS),
         ("resume", RESUMES),
     ):
         check_choice(field, getattr(config, field), names)

@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 def join(config: Config) -> None:
-    """Joins the run's other processes, if there are any, before a device is used.
+    """Joins the other processes of the run, before any device is used.
 
     Raises:
-      ValueError: the coordinator cannot be reached, or the names do not fit.
+      ValueError: the coordinator cannot be reached, or refuses the options.
     """
     if config.coordinator is None and not _in_cluster():
         return
@@ -67,8 +67,8 @@ def _wait_for(coordinator: str, seconds: int) -> None:
             if time.monotonic() > end or isinstance(error, ValueError):
                 raise ValueError(
                     f"`coordinator` must be HOST:PORT of process 0, got {coordinator}, "
-                    f"where none answers ({error}); start that process too, or raise "
-                    "--peer-timeout."
+                    f"where nothing listens ({error}); start that process too, or "
+                    "raise --peer-timeout."
                 ) from error
             time.sleep(0.1)
 
@@ -98,7 +98,7 @@ def make_mesh(count: int | None = None) -> Mesh:
     )
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
     """Raises ``ValueError`` for a batch that the devices cannot share evenly."""
     if batch_size % mesh.size:
         below = batch_size // mesh.size * mesh.size
@@ -201,7 +201,7 @@ def from_main(
 
 
 def highest(value: int) -> int:
-    """The highest of the values of all processes."""
+    """The highest of the values that the processes pass."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())

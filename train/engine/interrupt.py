@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the step that is under way."""
+"""SIGINT and SIGTERM as a request to stop after the current step."""
 
 import contextlib
 import signal
@@ -10,7 +10,7 @@ _requested: signal.Signals | None = None
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and stopped; ``signal`` says by what."""
+    """A run stopped because of ``signal``."""
 
     def __init__(self, which: signal.Signals, message: str) -> None:
         """Keeps the signal beside the message."""
@@ -19,13 +19,13 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports for a process that the signal ended: 130 or 143."""
+        """What a shell reports for that signal: 130 or 143."""
         return 128 + self.signal
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Turns the two signals into a request; a second one acts as it always did."""
+    """Turns the two signals into a request; a second signal acts as usual."""
     global _requested
     before = {s: signal.signal(s, _note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -37,7 +37,7 @@ def listening() -> Iterator[None]:
 
 
 def requested() -> signal.Signals | None:
-    """The signal that came, if one has."""
+    """The signal that was received, or None."""
     return _requested
 
 
@@ -47,7 +47,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(
-        f"\n{_requested.name}: finishing the step that is under way, then saving. "
-        "Once more stops at once.",
+        f"\n{_requested.name}: finishing the current step, then saving. "
+        "Interrupt again to stop immediately.",
         file=sys.stderr,
     )

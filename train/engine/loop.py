@@ -14,22 +14,22 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from train.data.inputs import Inputs
-from train.engine import config as config_lib
 from train.engine import devices, interrupt, workdir
 from train.engine.checkpoint import Checkpoints
-from train.engine.config import Config
+from train.engine.config import Config, Resolved
 from train.engine.model import (
     TrainState,
     count_parameters,
     leaf_names,
+    make_apply,
     make_model,
     make_optimizer,
     make_schedule,
     make_state,
 )
-from train.engine.progress import Progress, Run
+from train.engine.progress import Progress, Run, headline
 from train.engine.saved import last_saved, saved_shapes, saved_tree
-from train.engine.setup import Images, check, check_batch, load, make_inputs
+from train.engine.setup import Images, check_batch, load, make_inputs, validate
 from train.engine.steps import (
     Metrics,
     checked,
@@ -44,7 +44,6 @@ __all__ = [
     "Run",
     "TrainState",
     "Training",
-    "check",
     "check_batch",
     "count_parameters",
     "last_saved",
@@ -59,8 +58,11 @@ __all__ = [
     "saved_shapes",
     "steps_per_call",
     "train",
+    "validate",
 ]
 
+# Fits 80 columns without a bar.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
     "A gradient or a batch statistic is not finite; the same command with "
@@ -69,27 +71,26 @@ STATE_ADVICE = (
 
 
 class _Stop(Exception):
-    """A signal asked for the end."""
+    """Leaves the epoch after a signal."""
 
 
 def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     """Trains as ``config`` says, or resumes that run, and returns the result.
 
     Args:
-      config: what to train; ``workdir`` is not looked at.
+      config: what to train; its ``workdir`` is ignored.
       images: what to train and evaluate on.
       folder: where metrics.jsonl, timing.jsonl, run.json and checkpoints go, and where
         a run of the same configuration is resumed; None to write nothing.
 
     Raises:
-      ValueError: the configuration cannot be trained, or the folder is another's.
+      ValueError: the configuration cannot be trained, or ``folder`` holds another run.
       CheckpointError: all checkpoints in the folder are damaged.
       FloatingPointError: the loss, a parameter or a batch statistic is not finite.
-      Interrupted: a signal came; what was done is saved.
+      Interrupted: a signal stopped the run, which is saved.
     """
-    check(config)
+    config = validate(config)
     check_batch(config, images)
-    config = config_lib.resolve(config)
     with contextlib.ExitStack() as stack:
         if folder is not None:  # Before anything is compiled.
             lock = workdir.locked(folder, config)
@@ -105,14 +106,16 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
 class Training:
     """One run: its programs, its progress and its folder."""
 
-    def __init__(self, config: config_lib.Resolved, inputs: Inputs) -> None:
+    def __init__(self, config: Resolved, inputs: Inputs) -> None:
         """Makes the model, its first state and the jitted steps."""
         self.config, self.inputs, self.epochs = config, inputs, config.epochs
         self.schedule = make_schedule(
-            config, inputs.per_epoch, self.epochs * inputs.per_epoch
+            config, inputs.steps_per_epoch, self.epochs * inputs.steps_per_epoch
         )
         self.key = jax.random.key(config.seed)
         self.model = make_model(config, inputs.num_classes)
+        if devices.is_main():
+            devices.log(headline(config, self.model, inputs))
         # The keys of parameters, order (see `DeviceInputs`) and augmentation.
         init_key, _, augment_key = jax.random.split(self.key, 3)
         self.augment_key = devices.replicate(
@@ -123,6 +126,7 @@ class Training:
             make_optimizer(config, self.schedule),
             init_key,
             inputs.image_size,
+            make_apply(config, inputs.num_classes),
         )
         self.progress = Progress(devices.replicate(state, inputs.mesh))
         self.train_steps = make_train_steps(config, inputs)
@@ -135,7 +139,9 @@ class Training:
     def step(self) -> int:
         """How many steps are done."""
         progress = self.progress
-        return len(progress.history) * self.inputs.per_epoch + len(progress.losses)
+        return len(progress.history) * self.inputs.steps_per_epoch + len(
+            progress.losses
+        )
 
     def run(self) -> Run:
         """Trains until the last epoch is done."""
@@ -152,14 +158,15 @@ class Training:
         )
 
     def _run_epoch(self) -> None:
-        progress, per_epoch = self.progress, self.inputs.per_epoch
+        progress, steps_per_epoch = self.progress, self.inputs.steps_per_epoch
         epoch, done = len(progress.history) + 1, len(progress.losses)
         start = time.perf_counter()
         with tqdm(
-            total=per_epoch,
+            total=steps_per_epoch,
             initial=done,
             desc=f"epoch {epoch}/{self.epochs}",
             unit="step",
+            bar_format=BAR_FORMAT,
             mininterval=1,
             disable=not devices.is_main(),
         ) as bar:
@@ -172,7 +179,7 @@ class Training:
                     LOSS_ADVICE,
                 )
             loss = statistics.fmean(progress.losses)
-            bar.set_postfix(loss=f"{loss:.4f}", test_accuracy=f"{test_accuracy:.2%}")
+            bar.set_postfix(loss=f"{loss:.4f}", test=f"{test_accuracy:.2%}")
         line = {
             "epoch": epoch,
             "step": self.step,
@@ -183,7 +190,7 @@ class Training:
             "learning_rate": float(self.schedule(self.step - 1)),
         }
         progress.timing.append(
-            self._time(epoch, per_epoch - done, trained - start, start)
+            self._time(epoch, steps_per_epoch - done, trained - start, start)
         )
         progress.losses, progress.accuracies = [], []
         progress.history.append(line)
@@ -194,7 +201,7 @@ class Training:
     def _time(
         self, epoch: int, steps: int, seconds: float, start: float
     ) -> dict[str, Any]:
-        """A line of timing.jsonl: the clock's, so no two runs share it."""
+        """A line of timing.jsonl, apart from the metrics, which are reproducible."""
         first, self.compiled = not self.compiled, True
         images = steps * self.config.batch_size
         return {
@@ -207,13 +214,13 @@ class Training:
         }
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
-        """Runs the steps that the epoch still lacks.
+        """Runs the remaining steps of the epoch.
 
         The metrics of a call are fetched when the next one is under way, so that the
         device never waits for the host.
         """
         progress, inputs = self.progress, self.inputs
-        size = steps_per_call(self.config, inputs.per_epoch)
+        size = steps_per_call(self.config, inputs.steps_per_epoch)
 
         def fetch(metrics: Metrics) -> None:
             loss = np.asarray(metrics.loss, np.float64)
@@ -225,7 +232,7 @@ class Training:
             bar.update(len(loss))
 
         before = None
-        for item in inputs.calls(epoch, len(progress.losses), size):
+        for item in inputs.train_batches(epoch, len(progress.losses), size):
             progress.state, metrics = self.train_steps(
                 progress.state, inputs.data, self.augment_key, item
             )
@@ -300,12 +307,12 @@ class Training:
         self.progress = Progress(
             state, **{f: record[f] for f in record if f != "position"}
         )
-        self.inputs.go_to(record["position"])
+        self.inputs.set_position(record["position"])
         if devices.is_main():
-            devices.log(f"Going on from step {self.step} of {self._total()}.")
+            devices.log(f"Resuming from step {self.step} of {self._total()}.")
 
     def _total(self) -> int:
-        return self.epochs * self.inputs.per_epoch
+        return self.epochs * self.inputs.steps_per_epoch
 
     def _tree(self) -> dict[str, Any]:
         return saved_tree(self.progress.state, self.key)
@@ -329,7 +336,7 @@ class Training:
                 "timing": progress.timing,
                 "position": self.inputs.position(),
             }
-            # A copy, since the lists go on growing while this is being written.
+            # A copy, since the lists grow while this is being written.
             self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
 
     def _write_metrics(self) -> None:
@@ -341,23 +348,21 @@ class Training:
         except OSError as error:
             devices.log(
                 f"{workdir.METRICS} in {self.folder} could not be written "
-                f"({error.strerror}); its last lines wait for the next epoch."
+                f"({error.strerror}); the next epoch will write it again."
             )
 
     def _stopped(self) -> interrupt.Interrupted:
-        """Saves, and says what is saved."""
+        """Saves; the exception says where."""
         which = signal.Signals(devices.highest(interrupt.requested() or 0))
         self._save()
         where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
         newest = self._newest()
         if newest is None:
             return interrupt.Interrupted(which, f"{where}nothing is saved here.")
-        return interrupt.Interrupted(
-            which, f"{where}the {newest}; the same command goes on from there."
-        )
+        return interrupt.Interrupted(which, f"{where}the {newest}.")
 
     def _newest(self) -> str | None:
-        """Where the newest checkpoint is; one that is being written is waited for."""
+        """Where the newest checkpoint is, once the current save is complete."""
         if self.checkpoints is None:
             return None
         self.checkpoints.wait()

@@ -1,5 +1,6 @@
 """What a configuration asks for: network, schedule, optimizer and first state."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 
-from flax_attn.resnet import ATTENTIONS, cifar_resnet, imagenet_resnet
+from flax_attn.resnet import cifar_resnet, imagenet_resnet
+from train.engine.attention import make_attention
 from train.engine.config import Config
 
 
@@ -19,25 +21,44 @@ class TrainState(train_state.TrainState):
     batch_stats: Any
 
 
-def make_model(config: Config, num_classes: int) -> nn.Module:
-    """The network that ``config`` asks for."""
+def make_model(config: Config, num_classes: int, *, train: bool = False) -> nn.Module:
+    """The network that ``config`` asks for, to evaluate or to train.
+
+    Both have the same variables; they differ in a normalization inside a preset.
+    """
     make = cifar_resnet if config.family == "cifar" else imagenet_resnet
     return make(
         config.depth,
         num_classes=num_classes,
-        attention=ATTENTIONS[config.attention],
+        attention=make_attention(config, train=train),
         dtype=jnp.dtype(config.dtype),
     )
 
 
-def make_schedule(config: Config, per_epoch: int, total: int) -> optax.Schedule:
+def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
+    """``apply`` of the network, in which ``train`` reaches the attention too."""
+    models = {
+        train: make_model(config, num_classes, train=train) for train in (False, True)
+    }
+
+    def apply(
+        variables: Any, images: Any, *, train: bool = False, **kwargs: Any
+    ) -> Any:
+        return models[train].apply(variables, images, train=train, **kwargs)
+
+    return apply
+
+
+def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Schedule:
     """A linear warm-up, then half a cosine down to 0 at step ``total``."""
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=int(min(config.warmup_epochs * per_epoch, total / 10)),
+        warmup_steps=int(min(config.warmup_epochs * steps_per_epoch, total / 10)),
         decay_steps=total,
     )
+    # Optax divides the step, an integer, which strict dtype promotion refuses.
+    return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def make_optimizer(
@@ -71,12 +92,13 @@ def make_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     image_size: int,
+    apply: Callable[..., Any] | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, which is applied by ``apply`` or the model."""
     init = jax.jit(partial(model.init, train=True))
     variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
     return TrainState.create(
-        apply_fn=model.apply,
+        apply_fn=apply or model.apply,
         params=variables["params"],
         tx=optimizer,
         batch_stats=variables["batch_stats"],

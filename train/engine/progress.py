@@ -1,19 +1,35 @@
-"""What a run has done so far, and what came of it."""
+"""The progress of a run and its result."""
 
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from train.engine.config import Config
+from train.data.inputs import Inputs
+from train.engine.config import Resolved
 from train.engine.model import TrainState, count_parameters, variables_of
+
+
+def headline(config: Resolved, model: nn.Module, inputs: Inputs) -> str:
+    """What is about to be trained and on what, in one line; nothing is compiled."""
+    image = jnp.zeros((1, inputs.image_size, inputs.image_size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    total, attention = count_parameters(shapes["params"])
+    device = inputs.mesh.devices.flat[0].device_kind
+    network = f"ResNet-{config.depth}" + (f" + {config.block}" if attention else "")
+    return (
+        f"jax {jax.__version__} · {inputs.mesh.size} × {device} · {network}, "
+        f"{total:,} parameters · compiling…"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What came of a run."""
+    """The result of a run."""
 
-    config: Config
+    config: Resolved
     model: nn.Module
     state: TrainState
     history: list[dict[str, float]]
@@ -32,7 +48,7 @@ class Run:
         total, attention = count_parameters(self.state.params)
         minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
         return (
-            f"ResNet-{config.depth}, attention {config.attention}, on "
+            f"ResNet-{config.depth}, attention {config.block}, on "
             f"{config.dataset}: {total:,} parameters ({attention:,} of them "
             f"attention), test accuracy {last['test_accuracy']:.2%} after "
             f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
@@ -42,7 +58,7 @@ class Run:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come: with the configuration, all that its rest depends on."""
+    """What the rest of a run depends on, beside its configuration."""
 
     state: TrainState
     losses: list[float] = dataclasses.field(default_factory=list)

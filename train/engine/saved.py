@@ -9,10 +9,9 @@ import numpy as np
 from flax import linen as nn
 
 from train.data.inputs import Inputs
-from train.engine import config as config_lib
 from train.engine import devices, workdir
 from train.engine.checkpoint import Checkpoints
-from train.engine.config import Config
+from train.engine.config import Resolved
 from train.engine.model import (
     TrainState,
     make_model,
@@ -23,22 +22,21 @@ from train.engine.model import (
 
 
 def last_saved(
-    config: Config, inputs: Inputs, folder: Path
+    config: Resolved, inputs: Inputs, folder: Path
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model of the run in ``folder`` and its variables at the last checkpoint.
 
     Nothing is trained, and no file of the run is written.
 
     Args:
-      config: that of the run.
-      inputs: what feeds it.
-      folder: where it lies.
+      config: of the run.
+      inputs: of the run; only their sizes are used.
+      folder: its workdir.
 
     Raises:
       ValueError: there is no checkpoint, or another process trains there.
       CheckpointError: all of them are damaged.
     """
-    config = config_lib.resolve(config)
     model, shapes = saved_shapes(config, inputs)
     # Only the shapes and dtypes of a template matter.
     template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -55,13 +53,13 @@ def last_saved(
     return model, {name: tree[name] for name in ("params", "batch_stats")}
 
 
-def saved_shapes(
-    config: config_lib.Resolved, inputs: Inputs
-) -> tuple[nn.Module, dict[str, Any]]:
+def saved_shapes(config: Resolved, inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
     """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
     model = make_model(config, inputs.num_classes)
-    total = config.epochs * inputs.per_epoch
-    optimizer = make_optimizer(config, make_schedule(config, inputs.per_epoch, total))
+    total = config.epochs * inputs.steps_per_epoch
+    optimizer = make_optimizer(
+        config, make_schedule(config, inputs.steps_per_epoch, total)
+    )
 
     def tree() -> dict[str, Any]:
         key = jax.random.key(config.seed)

@@ -1,16 +1,16 @@
-"""Before the first step: is the configuration right, and what does it train on?"""
+"""Before the first step: validates the configuration and loads the images."""
 
 from typing import TYPE_CHECKING, Union
 
 from jax.sharding import Mesh
 
-from flax_attn.resnet import ATTENTIONS, check_cifar_depth, check_imagenet_depth
+from flax_attn.resnet import check_cifar_depth, check_imagenet_depth
 from train.data import cifar as data
 from train.data.cifar import ImageSet
-from train.data.inputs import DeviceInputs, Inputs, check_fills
-from train.engine import config as config_lib
+from train.data.inputs import DeviceInputs, Inputs, check_batch_size
 from train.engine import devices
-from train.engine.config import Config
+from train.engine.attention import check_attention
+from train.engine.config import Config, Resolved, check_fields, resolve
 
 if TYPE_CHECKING:
     from train.data.folders import FolderImages
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
 Images = Union[ImageSet, "FolderImages"]
 
 
-def check(config: Config) -> None:
-    """Raises ``ValueError`` for a configuration that cannot be trained."""
-    config_lib.check(config)
-    config_lib.check_choice("attention", config.attention, ATTENTIONS)
+def validate(config: Config) -> Resolved:
+    """The configuration with nothing left open; raises ``ValueError`` for a bad one."""
+    config = resolve(config)
+    check_fields(config)
+    check_attention(config)
     if config.family == "cifar":
         check_cifar_depth(config.depth)
     else:
         check_imagenet_depth(config.depth)
+    return config
 
 
-def check_batch(config: Config, images: Images) -> None:
+def check_batch(config: Resolved, images: Images) -> None:
     """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
-    config = config_lib.resolve(config)
     labels = images.train_labels if isinstance(images, ImageSet) else images.train
-    check_fills(config, len(labels))
-    devices.check_batch(config.batch_size, devices.make_mesh(config.devices))
+    check_batch_size(config, len(labels))
+    devices.check_batch_divides(config.batch_size, devices.make_mesh(config.devices))
 
 
-def load(config: Config) -> Images:
+def load(config: Resolved) -> Images:
     """The images that ``config`` names.
 
     Raises:
       DataError: they cannot be loaded.
     """
-    config = config_lib.resolve(config)
     if config.loader == "grain":
         try:
             from train.data import folders
@@ -53,7 +53,7 @@ def load(config: Config) -> Images:
     return data.load(config.dataset, config.data_dir, config.data_url)
 
 
-def make_inputs(config: Config, images: Images, mesh: Mesh) -> Inputs:
+def make_inputs(config: Resolved, images: Images, mesh: Mesh) -> Inputs:
     """What feeds the loop ``images``."""
     if isinstance(images, ImageSet):
         return DeviceInputs(images, config, mesh)

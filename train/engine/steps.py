@@ -12,7 +12,7 @@ from jax import lax
 
 from train.data.inputs import Inputs
 from train.engine import devices
-from train.engine.config import Config
+from train.engine.config import Config, Resolved
 from train.engine.model import TrainState, variables_of
 
 # Long enough to hide the dispatch of a call, short enough for a bar that moves.
@@ -33,9 +33,9 @@ def make_train_steps(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns ``(state, data, key, item) -> (state, metrics)``, jitted.
 
-    ``key`` is the data of one, for the augmentation, and an argument so that one
-    program serves all seeds; ``item`` is what ``inputs.calls`` yields, for one step or
-    more. The old state's buffers are given up.
+    ``key`` is key data for the augmentation, an argument so that one program serves all
+    seeds; ``item``, from ``inputs.train_batches``, holds one step or more. The old
+    state's buffers are donated.
     """
 
     def step(
@@ -95,13 +95,14 @@ def make_evaluate(
         images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
         logits = state.apply_fn(variables_of(state), images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return sums + jnp.stack([losses, logits.argmax(-1) == labels]) @ weights
+        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return sums + jnp.stack([losses, correct]) @ weights
 
     def evaluate(
         state: TrainState, between: Callable[[], None] = lambda: None
     ) -> tuple[float, float]:
         sums = devices.replicate(np.zeros(2, np.float32), inputs.mesh)
-        for item, weights in inputs.test_calls():
+        for item, weights in inputs.test_batches():
             sums = add(sums, state, inputs.test_data, item, weights)
             between()
         loss, accuracy = np.asarray(sums, np.float64) / inputs.test_size
@@ -119,16 +120,20 @@ def checked(state: TrainState) -> dict[str, Any]:
     return variables_of(state)
 
 
-def steps_per_call(config: Config, per_epoch: int) -> int:
+def steps_per_call(config: Resolved, steps_per_epoch: int) -> int:
     """How many steps one call runs: what was asked for, or what suits the backend."""
     if config.steps_per_call is not None:
-        return min(config.steps_per_call, per_epoch)
+        return min(config.steps_per_call, steps_per_epoch)
     # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
     # are read as training goes would all have to be there before the first step.
     if jax.default_backend() == "cpu" or config.loader == "grain":
         return 1
     # A divisor, so that one program serves all calls of an epoch; where there is none
     # of some length, the last call is shorter.
-    divisor = max(n for n in range(1, MAX_STEPS_PER_CALL + 1) if per_epoch % n == 0)
-    calls = -(-per_epoch // MAX_STEPS_PER_CALL)
-    return divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-per_epoch // calls)
+    divisor = max(
+        n for n in range(1, MAX_STEPS_PER_CALL + 1) if steps_per_epoch % n == 0
+    )
+    calls = -(-steps_per_epoch // MAX_STEPS_PER_CALL)
+    return (
+        divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-steps_per_epoch // calls)
+    )

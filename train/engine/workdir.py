@@ -1,4 +1,4 @@
-"""A run's folder: which run it holds, and files that are never half-written."""
+"""The folder of a run: which run it holds, its lock, and its atomic writes."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from train.engine import config as config_lib
-from train.engine.config import Config
+from train.engine.config import Resolved
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -21,17 +21,16 @@ RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 
 
-def choose(config: Config) -> Path:
+def choose(config: Resolved) -> Path:
     """The folder that was asked for, or a new one under runs/."""
     if config.workdir is not None:
         return config.workdir
     now = time.strftime("%Y%m%d-%H%M%S")
-    dataset = config_lib.resolve(config).dataset
-    name = f"{now}-{dataset}-resnet{config.depth}-{config.attention}"
+    name = f"{now}-{config.dataset}-resnet{config.depth}-{config.block}"
     return Path("runs") / name
 
 
-def check(workdir: Path, config: Config) -> None:
+def check_resumable(workdir: Path, config: Resolved) -> None:
     """Raises ``ValueError`` unless ``config`` may begin, or resume, in ``workdir``.
 
     Nothing is written.
@@ -41,12 +40,12 @@ def check(workdir: Path, config: Config) -> None:
         metrics = workdir / METRICS
         if metrics.exists() and metrics.stat().st_size:
             raise ValueError(
-                f"`workdir` {workdir} holds an earlier run but no {RUN}, so that it "
-                "cannot be gone on with; pass another --workdir."
+                f"`workdir` {workdir} holds an earlier run but no {RUN}, so it "
+                "cannot be resumed; pass another --workdir."
             )
         return
     try:
-        there = json.loads(described.read_text())["config"]
+        there = config_lib.completed(json.loads(described.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"`workdir` {workdir} holds a {RUN} that cannot be read ({error}); pass "
@@ -65,21 +64,21 @@ def check(workdir: Path, config: Config) -> None:
     if config.resume == "never":
         raise ValueError(
             f"`workdir` {workdir} holds an earlier run; pass another --workdir, or "
-            "--resume auto to go on with it."
+            "--resume auto to continue it."
         )
 
 
 @contextlib.contextmanager
-def locked(workdir: Path, config: Config) -> Iterator[None]:
+def locked(workdir: Path, config: Resolved) -> Iterator[None]:
     """Makes the folder and locks it, so that no two runs write to it at once.
 
     Raises:
-      ValueError: another process holds it, it cannot be written to, or ``check``.
+      ValueError: another process holds it, it is read-only, or it holds another run.
     """
-    check(workdir, config)
+    check_resumable(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Released by the system when the process ends, however it ends.
+        # The system releases it even if the process is killed.
         lock = FileLock(workdir / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
@@ -93,8 +92,8 @@ def locked(workdir: Path, config: Config) -> Iterator[None]:
             "another --workdir."
         ) from error
     try:
-        # Again: the process that held it until now may have begun another run.
-        check(workdir, config)
+        # Again: the process that held the lock may have started another run.
+        check_resumable(workdir, config)
         yield
     finally:
         lock.release()
@@ -119,7 +118,7 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def describe(config: Config, parameters: int, attention: int, machine: str) -> str:
+def describe(config: Resolved, parameters: int, attention: int, machine: str) -> str:
     """The text of run.json: what is trained, and with what."""
     packages = ("flax-attn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     versions = {"python": platform.python_version()}
@@ -127,7 +126,7 @@ def describe(config: Config, parameters: int, attention: int, machine: str) -> s
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "not installed"  # Run from a checkout, say.
+            versions[name] = "not installed"  # Run from a checkout.
     fields = {
         "config": config_lib.recipe(config),
         "parameters": parameters,

@@ -25,15 +25,22 @@ SPATIAL_GATE = "spatial_gate"
 
 @cache
 def has_spatial_gate(name: str) -> bool:
-    """Whether the block ``name`` of ``flax_attn.blocks.BLOCKS`` sows a spatial gate."""
+    """Whether a block, named as ``Config.block`` does, sows a spatial gate."""
     import jax
     import jax.numpy as jnp
 
-    from flax_attn.blocks import BLOCKS
+    from train.engine.attention import attention_fields, check_attention, make_attention
+    from train.engine.config import Config
 
-    if name not in BLOCKS:  # "none", or a block that is no longer there.
+    config = Config(**attention_fields(name))
+    try:
+        check_attention(config)
+    except ValueError:  # A block that is no longer there.
         return False
-    init = partial(BLOCKS[name]().init, mutable=True)
+    make = make_attention(config, train=False)
+    if make is None:
+        return False
+    init = partial(make().init, mutable=True)
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 4, 16)))
     paths, _ = jax.tree_util.tree_flatten_with_path(variables.get("intermediates", {}))
     return any(jax.tree_util.DictKey(SPATIAL_GATE) in path for path, _ in paths)
@@ -61,7 +68,7 @@ def spatial_gates(
     from train.engine import devices
 
     data = inputs.test_data
-    item, _ = next(inputs.test_calls())
+    item, _ = next(inputs.test_batches())
     normalized = inputs.test_batch(data, item)[0][:count]
     shown = np.asarray((normalized * data.std + data.mean) * 255)
     gates: dict[str, np.ndarray] = {}
@@ -84,7 +91,7 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     from train.engine import devices, loop
 
     path = folder / GATES
-    if path.exists() or not has_spatial_gate(run.config.attention):
+    if path.exists() or not has_spatial_gate(run.config.block):
         return
     inputs = loop.make_inputs(run.config, images, devices.make_mesh(1))
     with contextlib.closing(inputs):

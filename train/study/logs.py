@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.engine import config as config_lib
 from train.engine import workdir as workdir_lib
 
 GATES = "gates.npz"
@@ -29,8 +30,8 @@ class Log:
 
     @property
     def attention(self) -> str:
-        """The block."""
-        return self.config["attention"]
+        """The block and its start, such as ``se+identity``."""
+        return config_lib.block_name(self.config)
 
     @property
     def seed(self) -> int:
@@ -105,7 +106,8 @@ def read_configs(workdir: Path) -> list[dict[str, Any]]:
 
 def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's configuration that all runs of a comparison share."""
-    return {k: v for k, v in config.items() if k not in ("attention", "seed")}
+    own = ("attention", "init", "preset", "seed")
+    return {k: v for k, v in config.items() if k not in own}
 
 
 def check_same_recipe(workdir: Path, configs: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +132,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / workdir_lib.RUN
     try:
         facts = json.loads(path.read_text())
-        name = name_of(facts["config"]["attention"], facts["config"]["seed"])
+        config = facts["config"]
+        name = name_of(config_lib.block_name(config), config["seed"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     if folder.name != name:

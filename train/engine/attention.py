@@ -1,0 +1,80 @@
+"""The attention of a run: a block of the library or a published variant, and its start.
+
+A comparison writes both in one name: ``se``, ``se+identity``, ``timm_cbam+identity``.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from flax_attn import presets
+from flax_attn.resnet import ATTENTIONS
+from train.engine.config import IDENTITY, Config, check_choice
+
+ModuleDef = Callable[..., Any]
+
+
+def _fits_any_network(preset: Any) -> bool:
+    """Whether it needs nothing but ``train``; ``official_eca`` needs widths."""
+    return (
+        isinstance(preset, partial) or "train" in inspect.signature(preset).parameters
+    )
+
+
+PRESETS = tuple(
+    name for name in presets.__all__ if _fits_any_network(getattr(presets, name))
+)
+
+
+def make_attention(config: Config, *, train: bool) -> ModuleDef | None:
+    """What makes the attention of each residual block; None for a plain network.
+
+    Args:
+      config: of the run.
+      train: whether a normalization inside the block uses the statistics of the batch.
+    """
+    make = ATTENTIONS[config.attention]
+    if config.preset is not None:
+        make = getattr(presets, config.preset)
+        make = make if isinstance(make, partial) else make(train=train)
+    if make is None or config.init == "default":
+        return make
+    return partial(make, identity_init=True)
+
+
+def check_attention(config: Config) -> None:
+    """Raises ``ValueError`` for an attention that does not exist or cannot start so."""
+    check_choice("attention", config.attention, ATTENTIONS)
+    if config.preset is not None:
+        check_choice("preset", config.preset, PRESETS)
+        if config.attention != "none":
+            raise ValueError(
+                "`preset` names the block itself, got "
+                f"{config.preset} and `attention` {config.attention}; pass one of "
+                "the two."
+            )
+    elif config.attention == "none" and config.init != "default":
+        raise ValueError(
+            "`init` is the start of an attention block, got "
+            f"{config.init} with `attention` none; pass --attention or --preset, or "
+            "leave --init out."
+        )
+
+
+def attention_fields(name: str) -> dict[str, Any]:
+    """The fields of ``Config`` for a name such as ``se`` or ``timm_cbam+identity``.
+
+    The inverse of ``Config.block``; whether the name exists is for
+    ``check_attention`` to say.
+
+      >>> attention_fields("se+identity")
+      {'attention': 'se', 'preset': None, 'init': 'identity'}
+      >>> attention_fields("timm_se")
+      {'attention': 'none', 'preset': 'timm_se', 'init': 'default'}
+    """
+    init = "identity" if name.endswith(IDENTITY) else "default"
+    block = name.removesuffix(IDENTITY)
+    if block in PRESETS:
+        return {"attention": "none", "preset": block, "init": init}
+    return {"attention": block, "preset": None, "init": init}
