@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_attn.blocks import BLOCKS
 from tests.study.runs import report_of, summary_of, write_block, write_run
 from train.study import report
 
@@ -93,7 +94,7 @@ def test_a_time_with_compilation_in_it_is_flagged(tmp_path):
     write_run(tmp_path, "none", 0, [0.5], steps=[2.0])
     write_run(tmp_path, "se", 0, [0.5], steps=[3.0])
     text = report_of(tmp_path)
-    assert "3,000.00†" in text and "+50.0%†" in text
+    assert "3,000.0†" in text and "+50.0%†" in text
     assert "†: no epoch was timed without compilation" in text
 
 
@@ -107,7 +108,7 @@ def test_what_the_reader_is_told(tmp_path):
                 data_dir=Path("/somewhere"),
             )
     text = report_of(tmp_path)
-    assert "# Attention on digits: ResNet-14, 2 epochs" in text
+    assert "# Attention on digits: ResNet-14, 2 epochs\n" in text
     assert "never the best one" in text
     assert "not corrected for comparing several" in text
     recipe = re.search(r"## Recipe\n\n(.*?)\n\n", text, re.DOTALL)[1].splitlines()
@@ -138,3 +139,25 @@ def test_gates_that_are_missing_are_named(tmp_path):
     text = report_of(tmp_path)
     assert "no run has its gates.npz" not in text
     assert "`cbam`, seed 1: the spatial gate" in text and "(gates-cbam.png)" in text
+
+
+def test_one_epoch_is_no_epochs(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5])
+    write_run(tmp_path, "se", 0, [], epochs=1)
+    text = report_of(tmp_path)
+    assert "ResNet-20, 1 epoch\n" in text and "0 of 1 epoch." in text
+    assert "1 epochs" not in text
+
+
+def test_the_table_fits_100_columns(tmp_path):
+    """With a block of the longest name, losses of two digits and slow steps."""
+    block = max(BLOCKS, key=len)
+    for seed, (low, high) in enumerate([(0.90, 0.10), (0.11, 0.95), (0.90, 0.11)]):
+        write_run(tmp_path, "none", seed, [0.1, high], steps=[9, 1.0])
+        write_run(tmp_path, block, seed, [0.1, low], steps=[9, 2.5])
+    summary, blocks = summary_of(tmp_path)
+    blocks[block]["parameters_added"] = 2_531_072
+    lines = report.table(summary).splitlines()
+    assert "+2,531,072" in lines[2] and "2,500.0" in lines[2] and "+150.0%" in lines[2]
+    assert len(lines[2].split(" to ")) == 2 and "±" in lines[2]
+    assert max(map(len, lines)) <= 100

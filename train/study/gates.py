@@ -132,7 +132,9 @@ def plot(
         pair = axes[:, 2 * i + 1 : 2 * i + 3]
         low, high = limits or _own_limits(maps)
         size = "×".join(map(str, maps.shape[1:3]))
-        for axis, title in zip(pair[0], (f"{name}\n{size}", "the image"), strict=True):
+        for axis, title in zip(
+            pair[0], (f"{name}\n{size}", "image under it"), strict=True
+        ):
             axis.set_title(title, fontsize=8)
         for (alone, under), image, gate in zip(pair, images, maps, strict=True):
             drawn = alone.imshow(

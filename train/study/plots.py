@@ -37,9 +37,8 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure
             test = [factor * line[f"test_{what}"] for line in history]
             train = [factor * line[f"train_{what}"] for line in history]
             (solid,) = axis.plot(epochs, test, marker="o", ms=3, label=f"{name}, test")
-            axis.plot(
-                epochs, train, "--", color=solid.get_color(), label=f"{name}, training"
-            )
+            style = {"marker": ".", "ms": 4, "color": solid.get_color()}
+            axis.plot(epochs, train, "--", label=f"{name}, training", **style)
     for axis, label in zip(axes, ("loss", "accuracy in %"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         _label_epochs(axis)
