@@ -141,7 +141,8 @@ def _measure_and_print(options: Options) -> None:
     means = []
     if rows and not (options.network or options.compile_for):
         means = blocks.geometric_means(rows)
-        print("\nMeans over the shapes in copies of x, geometric but of what is added:")
+        added = "; arithmetic for what is added" if options.inside else ""
+        print(f"\nGeometric means over the shapes, in copies of x{added}:")
         print(format_table(means))
     if options.json:
         text = json.dumps({"machine": machine, "rows": rows}, indent=1)

@@ -1,7 +1,7 @@
 """The report of ``train.compare`` from its logs: words, tables and figures.
 
-It needs no jax, except to say whether a block without a picture of its gates should
-have one.
+It needs jax only to tell whether a block without a picture of its gates should have
+one.
 """
 
 import json
@@ -34,20 +34,20 @@ def verdict(block: Mapping[str, Any]) -> str:
     name, difference = block["attention"], block["difference"]
     if difference is None:
         return (
-            f"{name}: no seed is finished both with it and with {BASELINE}, so there "
-            "is no difference."
+            f"{name}: no seed is finished both with it and with {BASELINE}, so no "
+            "difference can be computed."
         )
     mean, low, high = (difference[k] for k in ("mean", "low", "high"))
     seeds = len(difference["by_seed"])
     if seeds == 1:
         return (
             f"{name}: {_points(mean)} points with a single seed: there is no interval, "
-            "and one run of each does not show whether it helps."
+            "and a single pair of runs does not show whether it helps."
         )
     if low is None:
         return (
-            f"{name}: {_points(mean)} points with each of {seeds} seeds: without any "
-            "spread there is no interval, and these runs do not show whether it helps."
+            f"{name}: {_points(mean)} points with each of {seeds} seeds: equal "
+            "differences give no interval, and these runs do not show whether it helps."
         )
     spread = f"(95 % interval {_range(low, high)} over {seeds} seeds)"
     if low > 0:
@@ -99,23 +99,23 @@ def _range(low: float, high: float) -> str:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What the table does not say, a line for each."""
+    """What the table does not show, a line for each."""
     lines = [
         verdict(block) for block in summary["blocks"] if block["attention"] != BASELINE
     ]
     for run in summary["unfinished"]:
         state = (
-            "not begun"
+            "not started"
             if run["epochs"] is None
             else f"{run['epochs']} of {_epochs(summary['recipe']['epochs'])}"
         )
         lines.append(
-            f"Unfinished and in no number here: {run['attention']}, seed "
+            f"Not finished, so not in the table: {run['attention']}, seed "
             f"{run['seed']}, {state}."
         )
     lines += [
-        f"{block['attention']}: no run has its {GATES}; train without --report-only "
-        "to have the picture."
+        f"{block['attention']}: no run has {GATES}; train without --report-only to "
+        "get the picture."
         for block in summary["blocks"]
         if block["gates_seed"] is None
         and block["attention"] != BASELINE
@@ -123,13 +123,13 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     ]
     if any(block["compilation_timed"] for block in summary["blocks"]):
         lines.append(
-            "†: no epoch was timed without compilation; train at least two epochs "
-            "for a step time that can be trusted."
+            "†: includes compilation; train at least two epochs to get a step time "
+            "without it."
         )
     if len(summary["machines"]) > 1 or len(summary["versions"]) > 1:
         lines.append(
             "The runs come from different machines or versions: step times are not "
-            "comparable, and accuracies may differ for that alone."
+            "comparable, and accuracies may differ for that reason alone."
         )
     return lines
 
