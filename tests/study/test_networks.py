@@ -1,5 +1,6 @@
 from functools import partial
 
+from flax_attn.resnet import cifar_resnet
 from train.study import networks
 
 
@@ -14,7 +15,7 @@ def test_networks_take_turns_and_are_compared_to_none(monkeypatch):
 
     monkeypatch.setattr(networks, "fastest", fastest)
     monkeypatch.setattr(networks, "BATCH", 4)
-    make = partial(networks.cifar_resnet, 8, width=4)
+    make = partial(cifar_resnet, 8, width=4)
     network = ("ResNet-8", make, 8, "float32")
     rows = networks.measure_network(network, ["eca"], ["fast", "plain"], 5)
     table = {row["block"]: (row["step_ms"], row["overhead_percent"]) for row in rows}
@@ -35,6 +36,6 @@ def test_a_step_takes_the_state_of_the_last_one(monkeypatch):
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(networks, "fastest", fastest)
-    make = partial(networks.cifar_resnet, 8, width=4)
+    make = partial(cifar_resnet, 8, width=4)
     list(networks.measure_network(("ResNet-8", make, 8, "float32"), [], ["fast"], 1))
     assert steps == [2, 3, 4]  # The first one compiled.

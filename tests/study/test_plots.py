@@ -86,7 +86,7 @@ def test_legends_cover_no_curve(names):
         plots.plot_bars(means),
         plots.plot_bands(bands),
     ):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()
         assert len(legend.get_texts()) in (names, 2 * names)

@@ -116,8 +116,8 @@ def _summarize_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
 def _step_time(runs: Sequence[Log]) -> tuple[float | None, bool]:
     """The median of the runs' step times, and whether compilation is in it.
 
-    It is only if every epoch of every run compiled; otherwise runs that were interrupted
-    in each epoch are left out.
+    It is only if every epoch of every run compiled; otherwise runs of which every epoch
+    did, being interrupted in each, are left out.
     """
     for compiled in (False, True):
         times = [log.step_seconds(compiled=compiled) for log in runs]
