@@ -43,7 +43,7 @@ class Options:
     """What to measure beside: the plain implementation; the article's block in PyTorch,
     eager and compiled (needs the extra parity; other blocks are left out)."""
     inside: bool = False
-    """Also time each block behind a 1x1 convolution from C/4 channels, BatchNorm and
+    """Also time each block behind a 1x1 convolution from C/16 channels, BatchNorm and
     ReLU in one program, forward and with the gradients of x and of all parameters,
     against the same program without the block: added and added_backward are the
     differences, in copies of the feature map."""

@@ -1,11 +1,15 @@
 """Programs compiled for a TPU; the compiler itself is an extra."""
 
 import math
+from functools import partial
 from importlib.util import find_spec
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
+from flax_attn.resnet import cifar_resnet
 from train.engine import devices
 from train.engine.model import TrainState
 from train.study import networks, tpu

@@ -31,7 +31,7 @@ TIMES = ("forward", "forward_backward", "added", "added_backward")
 
 
 class Stem(nn.Module):
-    """The end of a bottleneck: 1x1 convolution, BatchNorm in training, ReLU.
+    """1x1 convolution, BatchNorm in training and ReLU, as before most blocks.
 
     Attributes:
       features: number of channels of the result.
@@ -144,9 +144,12 @@ def _compile(
 def _stem_calls(
     name: str, attention: nn.Module | None, shape: Shape, dtype: str
 ) -> dict[str, Call]:
-    """Both programs of a ``Stem``, from C / 4 channels to the feature map."""
-    *positions, features = shape
-    x, _ = _maps((*positions, max(features // 4, 1)), dtype)  # type: ignore[arg-type]
+    """Both programs of a ``Stem``, from C / 16 channels to the feature map.
+
+    From more, the convolution would take so long that its noise hides the block.
+    """
+    n, h, w, features = shape
+    x, _ = _maps((n, h, w, max(features // 16, 1)), dtype)
     _, cotangent = _maps(shape, dtype)
     stem = Stem(features, jnp.dtype(dtype), attention)
     variables = jax.jit(stem.init)(jax.random.key(2), x)
