@@ -4,8 +4,8 @@ Trains every block with every seed under one recipe and reports the accuracy aft
 last epoch. After an interrupt, the same command resumes. The report is made from all
 runs in the workdir, so that none can be left out of it.
 
-Exit codes: 0 done, 1 a run's loss is not finite, 2 the command line, the data or a log
-is bad, 130 and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 a run diverged, 2 the command line, the data or a log is bad, 130
+and 143 stopped by SIGINT and SIGTERM.
 """
 
 import contextlib
@@ -13,15 +13,19 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import tyro
 
 from train.engine import config as config_lib
+from train.engine.command import exit_codes, stop
 from train.engine.config import Config
 from train.study import gates, logs
 from train.study import report as study
 from train.study.statistics import BASELINE
+from train.study.usage import with_blocks
+
+PROG = "train.compare"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +51,9 @@ class Options:
     """Train several blocks with several seeds and report what they gain and cost."""
 
     attentions: tuple[str, ...] = (BASELINE, "se", "eca", "cbam")
-    """Blocks to compare: none, se, se-max, eca, channel, channel-conv, spatial, cbam,
-    cbam-conv, bam, scse, scse-max, or a published variant such as timm_cbam; with
-    +identity after its name, such as se+identity, a block starts as the identity. The
-    baseline none is added where it is left out."""
+    """Blocks to compare, or published variants such as timm_cbam; with +identity after
+    its name, such as se+identity, a block starts as the identity. The baseline none is
+    added where it is left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each trains every block once. One alone gives no interval."""
     workdir: Path = Path("runs/compare")
@@ -62,15 +65,15 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = tyro.cli(Options, prog="python -m train.compare", args=args)
-    try:
+    options = tyro.cli(
+        Options,
+        prog=f"python -m {PROG}",
+        description=with_blocks(Options.__doc__, args, BASELINE),
+        args=args,
+    )
+    with exit_codes(PROG):
         all_finite = options.report_only or _train(options)
-        text = study.write_report(options.workdir)
-    except (ValueError, OSError) as error:
-        _stop(error, 2)
-    except KeyboardInterrupt:
-        _stop("stopped by SIGINT.", 130)
-    print(text)
+        print(study.write_report(options.workdir))
     if not all_finite:
         raise SystemExit(1)
 
@@ -80,9 +83,7 @@ def _train(options: Options) -> bool:
     # Only now, so that --help, a mistyped option and a report need no jax.
     from tqdm.auto import tqdm
 
-    from train.data import cifar as data
     from train.engine import interrupt, loop
-    from train.engine.checkpoint import CheckpointError
 
     tasks = plan(options)
     for config in tasks:
@@ -93,10 +94,7 @@ def _train(options: Options) -> bool:
         *logs.read_configs(options.workdir),
     ]
     logs.check_same_recipe(options.workdir, configs)
-    try:
-        images = loop.load(recipe)
-    except data.DataError as error:
-        _stop(error, 2)
+    images = loop.load(recipe)
     loop.check_batch(recipe, images)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
@@ -115,22 +113,19 @@ def _train(options: Options) -> bool:
                 gates.save_gates(folder, run, images)
             except FloatingPointError as error:
                 # That is a result about this block; the others still have theirs.
-                bar.write(f"train.compare: {name}: {error}", file=sys.stderr)
+                bar.write(f"{PROG}: {name}: {error}", file=sys.stderr)
                 all_finite = False
             except interrupt.Interrupted as error:
                 bar.close()
-                _stop(f"{name}: {error}", error.exit_code)
-            except (ValueError, OSError, data.DataError, CheckpointError) as error:
-                bar.close()
-                _stop(error, 2)
+                stop(PROG, f"{name}: {error}", error.exit_code)
     return all_finite
 
 
 @contextlib.contextmanager
 def compiled_once(cache: Path) -> Iterator[None]:
-    """Keeps what is compiled in ``cache``: all seeds of a block run one program.
+    """Makes JAX keep compiled programs in ``cache``, since all seeds share them.
 
-    Where JAX has a cache already, that one serves.
+    A cache that JAX already has is left as it is.
     """
     import jax
 
@@ -173,11 +168,6 @@ def plan(options: Options) -> list[Config]:
         for seed in options.seeds
         for attention in attentions
     ]
-
-
-def _stop(error: Exception | str, code: int) -> NoReturn:
-    print(f"train.compare: {error}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """``python -m train.gates RUN --out gates.png``: where a trained network attends.
 
 RUN is a workdir of ``train.cifar`` whose block has a spatial gate. The picture shows
-test images and, laid over them, the spatial gates of each stage's last block, from the
-last checkpoint.
+test images and, beside them, the spatial gates of each stage's last block, from the
+last checkpoint: alone, and as what they leave of the image.
 
 Exit codes: 0 drawn, 2 the command line, the data or the workdir is bad.
 """
 
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from train.engine.command import exit_codes
 from train.engine.config import Config, Resolved, check_count, resolve
 from train.engine.workdir import RUN
 from train.study import gates as study
@@ -26,18 +26,24 @@ def draw(
     out: Path = Path("gates.png"),
     data_dir: Path = Config.data_dir,
     images: int = 6,
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """Draw the spatial gates of a trained network over test images.
+    """Draw the spatial gates of a trained network beside test images.
 
     Args:
         run: workdir of train.cifar.
         out: the picture to write; its ending names the format.
         data_dir: where the images are that it was trained on.
         images: how many images to show, at least 1; at most a batch.
-        limits: gates with the darkest and the lightest color.
+        limits: gates with the darkest and the lightest color; by default the lowest
+            and the highest of each block.
     """
     check_count("images", images)
+    if limits is not None and not limits[0] < limits[1]:
+        raise ValueError(
+            f"`limits` must be two numbers, the lower one first, got {limits[0]} "
+            f"{limits[1]}; a sigmoid has 0 1."
+        )
     config = read_config(run, data_dir)
     # Only now, so that a mistyped path answers at once.
     from flax_attn.blocks import BLOCKS
@@ -74,16 +80,8 @@ def read_config(run: Path, data_dir: Path) -> Resolved:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    try:
+    with exit_codes("train.gates"):
         tyro.cli(draw, prog="python -m train.gates", args=args)
-    except Exception as error:
-        from train.data.cifar import DataError
-        from train.engine.checkpoint import CheckpointError
-
-        if not isinstance(error, ValueError | OSError | DataError | CheckpointError):
-            raise
-        print(f"train.gates: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

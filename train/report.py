@@ -1,6 +1,8 @@
 """``python -m train.report RUN [RUN ...] --out curves.png``: a picture of runs.
 
 Each RUN is a workdir of ``train.cifar`` or its metrics.jsonl.
+
+Exit codes: 0 drawn, 2 the command line or a run is bad.
 """
 
 from collections.abc import Sequence
@@ -9,11 +11,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.engine.command import exit_codes
 from train.engine.workdir import METRICS
 from train.study.logs import read_lines
 from train.study.plots import plot_bars, plot_curves
 
 __all__ = ["main", "name_of", "plot_bars", "plot_curves", "read"]
+
+DRAWN = {"epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy"}
 
 
 def name_of(run: Path) -> str:
@@ -23,8 +28,25 @@ def name_of(run: Path) -> str:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics.jsonl."""
-    return read_lines(run / METRICS if run.is_dir() else run)
+    """Returns the lines of a run's metrics.jsonl.
+
+    Raises:
+      ValueError: there is no such file, it has another content, or no epoch is done.
+    """
+    path = run / METRICS if run.is_dir() else run
+    try:
+        lines = read_lines(path)
+    except OSError as error:
+        got = f"no {METRICS} in it" if run.is_dir() else error.strerror
+    except ValueError as error:
+        got = f"a line that is not JSON: {error}"
+    else:
+        if lines and all(DRAWN <= set(line) for line in lines):
+            return lines
+        got = "a line without losses and accuracies" if lines else "no finished epoch"
+    raise ValueError(
+        f"`runs` must be workdirs of train.cifar or their {METRICS}, got {run} ({got})."
+    )
 
 
 def draw(
@@ -34,9 +56,14 @@ def draw(
     """Draw the loss and accuracy of runs into one picture.
 
     Args:
-        runs: workdirs of train.cifar.
+        runs: workdirs of train.cifar, at least one.
         out: the picture to write; its ending names the format.
     """
+    if not runs:
+        raise ValueError(
+            "`runs` must be at least one workdir of train.cifar, got none; pass one, "
+            "such as runs/first."
+        )
     names = [name_of(run) for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
@@ -47,7 +74,8 @@ def draw(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    tyro.cli(draw, prog="python -m train.report", args=args)
+    with exit_codes("train.report"):
+        tyro.cli(draw, prog="python -m train.report", args=args)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ LONGER = {
     "flax_attn/convert/__init__.py",
     "flax_attn/functional/__init__.py",
     "flax_attn/functional/_reductions.py",
-    "flax_attn/insertion/__init__.py",
-    "train/benchmark.py",
 }
 # A module may import from the rooms of the lines above its own, and from its own room.
 # Of the training room, the configuration and the devices are what everything reads.

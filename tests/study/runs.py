@@ -8,7 +8,7 @@ from train.study import report
 from train.study.logs import read_runs
 from train.study.statistics import summarize
 
-ADDED = {"none": 0, "eca": 27, "se": 2604, "cbam": 2898}
+ADDED = {"none": 0, "eca": 27, "se": 2604, "cbam": 2898, "channel-conv": 27}
 VERSIONS = {"jax": "1.2.3", "flax": "4.5.6"}
 
 

@@ -1,6 +1,7 @@
 import struct
 
 import numpy as np
+import pytest
 
 from train.study import plots
 
@@ -35,7 +36,7 @@ def test_cost_has_a_point_and_a_bar_for_each_block(tmp_path):
 
 
 def test_bands_reach_from_the_lowest_seed_to_the_highest(tmp_path):
-    accuracies = [[0.1, 0.2, 0.6], [0.3, 0.4, 0.8]]
+    accuracies = [[0.1, *[0.2] * 5, 0.3, 0.4, 0.6], [0.3, *[0.4] * 5, 0.5, 0.6, 0.8]]
     seeds = [
         [{"epoch": i, "test_accuracy": a} for i, a in enumerate(seed, 1)]
         for seed in accuracies
@@ -44,32 +45,59 @@ def test_bands_reach_from_the_lowest_seed_to_the_highest(tmp_path):
     whole, end = figure.axes
     (se, none) = whole.lines
     assert [se.get_label(), none.get_label()] == ["se", "none"]
-    np.testing.assert_allclose(se.get_xydata(), [[1, 20], [2, 30], [3, 70]])
-    np.testing.assert_allclose(none.get_ydata(), [10, 20, 60])
+    np.testing.assert_allclose(se.get_xydata()[:2], [[1, 20], [2, 30]])
+    np.testing.assert_allclose(none.get_ydata()[-3:], [30, 40, 60])
     extents = whole.collections[0].get_datalim(whole.transData)
     np.testing.assert_allclose([extents.y0, extents.y1], [10, 80])
-    np.testing.assert_allclose(end.lines[0].get_xydata(), [[3, 70]])
+    last = [[7, 40], [8, 50], [9, 70]]
+    np.testing.assert_allclose(end.lines[0].get_xydata(), last)
     assert save(figure, tmp_path / "curves.png") == (1650, 630)
 
 
-def test_gates_stand_beside_their_images_on_one_scale(tmp_path):
-    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    gates = {
-        "stage1_block2": np.linspace(0, 1, 32, dtype=np.float32).reshape(2, 4, 4),
-        "stage2_block2": np.full((2, 2, 2), 0.4, np.float32),
-    }
-    figure = plots.plot_gates(images, gates)
-    *axes, bar = figure.axes
-    shown = np.array(axes).reshape(2, 3)
-    for i, row in enumerate(shown):
-        drawn = [axis.images[0] for axis in row]
-        expected = [images[i], *(maps[i] for maps in gates.values())]
-        for image, array in zip(drawn, expected, strict=True):
-            np.testing.assert_array_equal(image.get_array(), array)
-        for image in drawn[1:]:
-            assert image.get_clim() == (0, 1)
-            assert image.get_interpolation() == "nearest"
-    titles = [axis.get_title() for axis in shown[0]]
-    assert titles == ["image", "stage1_block2\n4×4", "stage2_block2\n2×2"]
-    assert bar.get_ylabel() == "spatial gate"
-    assert save(figure, tmp_path / "gates.png") == (735, 465)
+def history(losses):
+    return [
+        {"epoch": i, "train_loss": loss, "test_loss": loss}
+        | {"train_accuracy": 0.5, "test_accuracy": 0.5}
+        for i, loss in enumerate(losses, 1)
+    ]
+
+
+def test_a_first_loss_of_40_does_not_flatten_the_rest():
+    losses, _ = plots.plot_curves({"a": history([40, 2.0, 1.0, 0.5])}).axes
+    assert losses.get_ylim() == pytest.approx((0, 2.2))
+    assert losses.get_title() == "losses up to 40 not shown"
+    losses, _ = plots.plot_curves({"a": history([9.9, 2.0, 1.0, 0.5])}).axes
+    assert losses.get_ylim()[1] > 9.9 and not losses.get_title()
+    losses, _ = plots.plot_curves({"a": history([40, 50])}).axes
+    assert losses.get_ylim()[1] > 50 and not losses.get_title()
+
+
+@pytest.mark.parametrize("names", [1, 12])
+def test_legends_cover_no_curve(names):
+    curves = {f"a run with a long name {i}": history([2.0, 1.0]) for i in range(names)}
+    means = [
+        {"block": "se", "contender": name, "dtype": "float32"}
+        | {"forward": 1.0, "forward_backward": 3.0}
+        for name in curves
+    ]
+    bands = {name: [run] for name, run in curves.items()}
+    for figure in (
+        plots.plot_curves(curves),
+        plots.plot_bars(means),
+        plots.plot_bands(bands),
+    ):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert len(legend.get_texts()) in (names, 2 * names)
+        for axis in figure.axes:
+            assert axis.get_legend() is None
+            assert not axis.get_window_extent().overlaps(box)
+
+
+@pytest.mark.parametrize("epochs, views", [(1, 1), (3, 1), (6, 1), (7, 2), (9, 2)])
+def test_the_last_third_has_at_least_three_epochs(epochs, views):
+    figure = plots.plot_bands({"se": [history([1.0] * epochs)]})
+    assert len(figure.axes) == views
+    if views == 2:
+        assert len(figure.axes[1].lines[0].get_xdata()) == 3

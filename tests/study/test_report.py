@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_attn.blocks import BLOCKS
 from tests.study.runs import report_of, summary_of, write_block, write_run
 from train.study import report
 
@@ -38,7 +39,7 @@ from train.study import report
         (
             [0.93, 0.94],
             [0.90, 0.91],
-            "+3.00 points with each of 2 seeds: without any spread there is no",
+            "+3.00 points with each of 2 seeds: equal differences give no interval",
         ),
     ],
 )
@@ -65,12 +66,12 @@ def test_unfinished_runs_are_listed_and_not_averaged(tmp_path):
     assert list(blocks["se"]["difference"]["by_seed"]) == [0, 1]
     assert "cbam" not in blocks
     text = report_of(tmp_path)
-    unfinished = re.findall(r"Unfinished and in no number here: (.*)\.", text)
+    unfinished = re.findall(r"Not finished, so not in the table: (.*)\.", text)
     assert unfinished == [
         "none, seed 2, 1 of 3 epochs",
         "cbam, seed 0, 0 of 3 epochs",
-        "cbam, seed 1, not begun",
-        "cbam, seed 2, not begun",
+        "cbam, seed 1, not started",
+        "cbam, seed 2, not started",
     ]
 
 
@@ -78,7 +79,7 @@ def test_without_a_baseline_there_is_no_difference(tmp_path):
     write_run(tmp_path, "none", 0, [0.5, 0.9])
     write_run(tmp_path, "se", 1, [0.5, 0.9])
     text = report_of(tmp_path)
-    assert "- se: no seed is finished both with it and with none" in text
+    assert "- se: no seed is finished both with it and with none, so" in text
 
 
 def test_nothing_finished(tmp_path):
@@ -93,11 +94,11 @@ def test_a_time_with_compilation_in_it_is_flagged(tmp_path):
     write_run(tmp_path, "none", 0, [0.5], steps=[2.0])
     write_run(tmp_path, "se", 0, [0.5], steps=[3.0])
     text = report_of(tmp_path)
-    assert "3,000.00†" in text and "+50.0%†" in text
-    assert "†: no epoch was timed without compilation" in text
+    assert "3,000.0†" in text and "+50.0%†" in text
+    assert "†: includes compilation; train at least two" in text
 
 
-def test_what_the_reader_is_told(tmp_path):
+def test_the_report_names_the_recipe_and_the_machines(tmp_path):
     for seed in range(2):
         for attention in ("none", "se"):
             write_run(
@@ -107,7 +108,7 @@ def test_what_the_reader_is_told(tmp_path):
                 data_dir=Path("/somewhere"),
             )
     text = report_of(tmp_path)
-    assert "# Attention on digits: ResNet-14, 2 epochs" in text
+    assert "# Attention on digits: ResNet-14, 2 epochs\n" in text
     assert "never the best one" in text
     assert "not corrected for comparing several" in text
     recipe = re.search(r"## Recipe\n\n(.*?)\n\n", text, re.DOTALL)[1].splitlines()
@@ -132,9 +133,31 @@ def test_gates_that_are_missing_are_named(tmp_path):
     for attention in ("none", "se", "cbam"):
         write_block(tmp_path, attention, [0.90, 0.91])
     text = report_of(tmp_path)
-    assert re.findall(r"- (.*): no run has its gates.npz", text) == ["cbam"]
+    assert re.findall(r"- (.*): no run has gates.npz", text) == ["cbam"]
     assert "gates-cbam.png" not in text
     (tmp_path / "cbam-seed1" / "gates.npz").touch()
     text = report_of(tmp_path)
-    assert "no run has its gates.npz" not in text
+    assert "no run has gates.npz" not in text
     assert "`cbam`, seed 1: the spatial gate" in text and "(gates-cbam.png)" in text
+
+
+def test_one_epoch_is_no_epochs(tmp_path):
+    write_run(tmp_path, "none", 0, [0.5])
+    write_run(tmp_path, "se", 0, [], epochs=1)
+    text = report_of(tmp_path)
+    assert "ResNet-20, 1 epoch\n" in text and "0 of 1 epoch." in text
+    assert "1 epochs" not in text
+
+
+def test_the_table_fits_100_columns(tmp_path):
+    """With a block of the longest name, losses of two digits and slow steps."""
+    block = max(BLOCKS, key=len)
+    for seed, (low, high) in enumerate([(0.90, 0.10), (0.11, 0.95), (0.90, 0.11)]):
+        write_run(tmp_path, "none", seed, [0.1, high], steps=[9, 1.0])
+        write_run(tmp_path, block, seed, [0.1, low], steps=[9, 2.5])
+    summary, blocks = summary_of(tmp_path)
+    blocks[block]["parameters_added"] = 2_531_072
+    lines = report.table(summary).splitlines()
+    assert "+2,531,072" in lines[2] and "2,500.0" in lines[2] and "+150.0%" in lines[2]
+    assert len(lines[2].split(" to ")) == 2 and "±" in lines[2]
+    assert max(map(len, lines)) <= 100

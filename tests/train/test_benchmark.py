@@ -1,16 +1,16 @@
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from flax_attn.blocks import BLOCKS
 from train import benchmark
+from train.study import blocks, torch_blocks, tpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,40 +42,6 @@ def test_blocks_against_the_plain_ones(tmp_path):
     assert plot.stat().st_size > 5000
 
 
-def test_geometric_means():
-    rows = [
-        {
-            "block": "se",
-            "contender": "fast",
-            "dtype": "float32",
-            "forward": forward,
-            "forward_backward": 5.0,
-        }
-        for forward in (1.0, 4.0)
-    ]
-    (mean,) = benchmark.geometric_means(rows)
-    assert mean["shapes"] == 2
-    assert math.isclose(mean["forward"], 2) and math.isclose(
-        mean["forward_backward"], 5
-    )
-
-
-def test_the_fastest_turn_counts(monkeypatch):
-    clock = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    turns = {"a": iter([9, 4, 1]), "b": iter([9, 2, 3])}  # The first warms up.
-    order = []
-
-    def call(name):
-        nonlocal clock
-        order.append(name)
-        clock += next(turns[name])
-
-    calls = {name: partial(call, name) for name in turns}
-    assert benchmark.fastest(calls, rounds=2) == {"a": 1, "b": 2}
-    assert order == ["a", "b"] * 3
-
-
 def test_an_interrupt_keeps_what_is_done(tmp_path):
     out = tmp_path / "out.json"
     process = subprocess.Popen(
@@ -103,10 +69,17 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--blocks", "none"], "`blocks` must be one of se, eca,"),
+        (["--blocks", "none"], "`blocks` must be one of se, se-max,"),
         (["--dtypes", "int8"], "`dtypes` must be one of float32,"),
         (["--shapes", "1", "0", "4", "16"], "`shapes` must have axes of at least 1"),
         (["--rounds", "0"], "`rounds` must be at least 1, got 0"),
+        (
+            ["--inside", "--network"],
+            "`inside` times single blocks; leave out `network`",
+        ),
+        (["--inside", "--compile-for", "v5e:2x2"], "leave out `compile_for`"),
+        (["--network", "--against", "torch"], "leave it or `network` out"),
+        (["--network", "--dtypes", "float16"], "leave out `shapes` and `dtypes`"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -117,11 +90,48 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in error and len(error.splitlines()) == 1
 
 
-def test_turns_change_their_order():
-    rounds, taken = 20, []
-    calls = {name: partial(taken.append, name) for name in "abcd"}
-    assert benchmark.fastest(calls, rounds).keys() == set("abcd")
-    # After one turn each for warming up.
-    turns = [tuple(taken[i : i + 4]) for i in range(4, 4 * rounds + 1, 4)]
-    assert all(sorted(turn) == list("abcd") for turn in turns)
-    assert len({turn[0] for turn in turns}) == 4
+def refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.benchmark: ")
+    return line
+
+
+def test_extras_that_are_missing(capsys, monkeypatch):
+    for module in (torch_blocks, tpu):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "pip install -e '.[parity]'" in refused(["--against", "torch"], capsys)
+    line = refused(["--compile-for", "v5e:2x2", "--network"], capsys)
+    assert "pip install -e '.[tpu-aot]'" in line
+
+
+def test_help_is_fast_and_names_all_blocks():
+    code = "import sys, train.benchmark; print({'jax', 'flax'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout == "set()\n", result.stderr
+    result = run("--help")
+    names = result.stdout.split("Blocks: ")[1].split(".")[0].split(", ")
+    assert names == list(BLOCKS)
+    assert "--inside" in result.stdout and "without the block" in result.stdout
+
+
+def test_all_blocks_are_measured_by_default(capsys, monkeypatch):
+    """And it says which of them PyTorch has not."""
+    asked = []
+
+    def measure_block(block, shape, dtype, against, rounds, *, inside):
+        asked.append((block, against, inside))
+        return
+        yield
+
+    monkeypatch.setattr(blocks, "measure_block", measure_block)
+    monkeypatch.setattr(torch_blocks, "check_installed", lambda: None)
+    benchmark.main(["--shapes", "1", "2", "2", "16", "--against", "torch", "--inside"])
+    output = capsys.readouterr()
+    assert asked == [(block, ("torch",), True) for block in BLOCKS]
+    assert "not in PyTorch: bam, scse, scse-max." in output.err
+    assert "Nothing was measured." in output.out

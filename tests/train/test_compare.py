@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def stopped(arguments, code, capsys):
-    """Runs a command line that has to fail in one line."""
+    """Runs a command line that must fail; returns its one line of error."""
     with pytest.raises(SystemExit) as stop:
         compare.main([str(a) for a in arguments])
     error = capsys.readouterr().err
@@ -54,7 +54,8 @@ def test_rebuild_is_the_same_to_the_byte_and_needs_no_jax(comparison, capsys):
     text = (comparison / "report.md").read_text()
     shown = capsys.readouterr().out
     # The terminal shows the table and the remarks.
-    assert re.search(r"\n\|  *cbam \|.*\+2,898", shown) and "+2,898" in text
+    assert re.search(r"\n *cbam  .*\+2,898", shown)
+    assert re.search(r"\n\|  *cbam \|.*\+2,898", text)
     assert re.search(r"\ncbam: \+1.50 points", shown)
     names = ("accuracy-vs-step-time.png", "curves.png", "gates-cbam.png")
     made = (*names, "report.json", "report.md")
@@ -109,12 +110,12 @@ def test_runs_of_two_recipes(comparison, capsys):
 def test_a_folder_with_another_name(comparison, capsys):
     (comparison / "cbam-seed0").rename(comparison / "copy")
     error = stopped(["--report-only", "--workdir", comparison], 2, capsys)
-    assert "copy must be called as its run, cbam-seed0" in error
+    assert "copy must have the name of its run, cbam-seed0" in error
 
 
 def test_no_runs(tmp_path, capsys):
     error = stopped(["--report-only", "--workdir", tmp_path / "no"], 2, capsys)
-    assert "must hold runs, got none" in error
+    assert "must contain runs, got none" in error
 
 
 # --- the command line
@@ -167,7 +168,7 @@ def test_another_recipe_in_the_folder(comparison, capsys, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("data were loaded"))
     arguments = ["--workdir", comparison, "--dataset", "digits", "--epochs", 4]
     error = stopped(arguments, 2, capsys)
-    assert "must hold runs of one recipe, got `epochs` 4 and 3" in error
+    assert "must contain runs of one recipe, got `epochs` 4 and 3" in error
 
 
 # --- training

@@ -80,6 +80,8 @@ def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
     for images in (0, -3):
         says = f"`images` must be at least 1, got {images}."
         assert says in refused(capsys, folder, "--images", images)
+    says = "`limits` must be two numbers, the lower one first, got 0.5 0.5"
+    assert says in refused(capsys, folder, "--limits", 0.5, 0.5)
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
     monkeypatch.setattr(loop, "load", tiny_run.images)
     assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)

@@ -1,7 +1,10 @@
 import json
 
+import pytest
+
 from train import report
 
+PARTS = ("test", "training")
 LINE = {
     "train_loss": 1.0,
     "test_loss": 2.0,
@@ -22,7 +25,7 @@ def test_curves_show_every_run(tmp_path):
     figure = report.plot_curves({report.name_of(run): report.read(run) for run in runs})
     loss, accuracy = figure.axes
     labels = [line.get_label() for line in loss.lines]
-    assert labels == ["first, test", "training", "second, test", "training"]
+    assert labels == [f"{n}, {p}" for n in ("first", "second") for p in PARTS]
     assert list(loss.lines[0].get_ydata()) == [2, 2]
     assert list(accuracy.lines[0].get_ydata()) == [25, 25]
     assert report.name_of(runs[0] / "metrics.jsonl") == "first"
@@ -34,3 +37,46 @@ def test_command(tmp_path, capsys):
     report.main([*map(str, runs), "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"Wrote {out}.\n"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "got {run} (no metrics.jsonl in it)"),
+        ("", "got {run} (no finished epoch)"),
+        ("not JSON", "got {run} (a line that is not JSON: "),
+        (
+            '{"epoch": 1, "steps": 7}',
+            "got {run} (a line without losses and accuracies)",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_drawn(content, message, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out.png"
+    run.mkdir()
+    if content is not None:
+        (run / "metrics.jsonl").write_text(content)
+    assert message.format(run=run) in refused(capsys, run, "--out", out)
+    assert not out.exists()
+
+
+def test_no_run_and_a_wrong_path(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`runs` must be at least one workdir" in refused(capsys)
+    assert "no (No such file or directory)" in refused(capsys, "no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written(tmp_path, capsys):
+    run = write(tmp_path / "run")
+    assert "'nonsense'" in refused(capsys, run, "--out", tmp_path / "a.nonsense")
+    assert "No such file" in refused(capsys, run, "--out", tmp_path / "no" / "a.png")
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.report: ")
+    return line

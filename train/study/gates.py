@@ -1,4 +1,4 @@
-"""Spatial gates of trained networks: which blocks have them, and where they are open.
+"""Spatial gates of trained networks: which blocks have them, and a picture.
 
 The imports of jax are inside the functions, so that commands answer before it is there.
 """
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SHOWN_IMAGES = 8
 SPATIAL_GATE = "spatial_gate"
+# Gates that differ by less over an image are called constant.
+LEAST_SPREAD = 0.05
+GRAY = 128
 
 
 @cache
@@ -85,7 +88,7 @@ def spatial_gates(
 
 
 def save_gates(folder: Path, run: "Run", images: "Images") -> None:
-    """Leaves ``gates.npz`` in a finished run's folder, if its block has such gates."""
+    """Writes ``gates.npz`` to a finished run's folder, if its block has such gates."""
     import numpy as np
 
     from train.engine import devices, loop
@@ -97,7 +100,7 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     with contextlib.closing(inputs):
         shown, gates = spatial_gates(run.model, run.variables, inputs)
     arrays: dict[str, Any] = gates | {"images": shown}
-    # Under its name only when it is whole: a file that is there is never made again.
+    # Under its name only when it is whole, since an existing file is kept.
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.savez(file, **arrays)
@@ -108,23 +111,101 @@ def plot(
     images: "np.ndarray",
     gates: Mapping[str, "np.ndarray"],
     *,
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Lays spatial gates over images, a column for each name.
+    """Draws images and, beside each, its spatial gates alone and the image under them.
+
+    Each name has two columns: the gates, whose colors the bar below explains, and the
+    image faded to gray where the gate is closed. A gate whose spread over an image is
+    below 0.05 is called constant, and nothing of the image is shown under it.
 
     Args:
       images: ``(N, H, W, 3)`` uint8.
       gates: by name, ``(N, h, w)``.
-      limits: gates with the darkest and the lightest color (default: (0.0, 1.0)).
+      limits: gates with the first and the last color; by default those of each name
+        are its lowest and its highest.
+    """
+    from train.study.plots import new_figure
+
+    rows, columns = len(images), 1 + 2 * len(gates)
+    figure = new_figure(1.3 * columns + 0.4, 1.3 * rows + 1)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes[0, 0].set_title("image", fontsize=8)
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(image)
+    for i, (name, maps) in enumerate(gates.items()):
+        pair = axes[:, 2 * i + 1 : 2 * i + 3]
+        low, high = limits or _own_limits(maps)
+        size = "×".join(map(str, maps.shape[1:3]))
+        for axis, title in zip(
+            pair[0], (f"{name}\n{size}", "image under it"), strict=True
+        ):
+            axis.set_title(title, fontsize=8)
+        for (alone, under), image, gate in zip(pair, images, maps, strict=True):
+            drawn = alone.imshow(
+                gate, cmap="viridis", vmin=low, vmax=high, interpolation="nearest"
+            )
+            under.imshow(fade(image, gate, (low, high)))
+            if is_constant(gate):
+                under.text(
+                    *(0.5, 0.5, f"constant at {gate.mean():.2f}"),
+                    transform=under.transAxes,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                )
+        bar = figure.colorbar(drawn, ax=pair, location="bottom", shrink=0.8, aspect=30)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label("spatial gate", fontsize=7)
+    return figure
+
+
+def is_constant(gate: "np.ndarray") -> bool:
+    """Whether the spread of a gate over its image means nothing."""
+    return float(gate.max() - gate.min()) < LEAST_SPREAD
+
+
+def _own_limits(maps: "np.ndarray") -> tuple[float, float]:
+    """The lowest and the highest gate, apart enough for colors between."""
+    low, high = float(maps.min()), float(maps.max())
+    margin = max(LEAST_SPREAD - (high - low), 0) / 2
+    return low - margin, high + margin
+
+
+def fade(
+    image: "np.ndarray", gate: "np.ndarray", limits: tuple[float, float]
+) -> "np.ndarray":
+    """The image under its gate: whole where it is open, gray where it is closed.
+
+    A constant gate says nothing of where the network attends, so all is gray::
+
+      >>> import numpy as np
+      >>> image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
+      >>> fade(image, np.array([[0.2, 0.8]]), (0.2, 0.8))[..., 0].tolist()
+      [[128, 255]]
+      >>> fade(image, np.array([[0.5, 0.5]]), (0.2, 0.8))[..., 0].tolist()
+      [[128, 128]]
+
+    Args:
+      image: ``(H, W, 3)`` uint8.
+      gate: ``(h, w)``.
+      limits: gates that leave nothing and all of the image.
+
+    Returns:
+      ``(H, W, 3)`` uint8.
     """
     import numpy as np
 
-    from flax_attn import inspect
-    from train.study import plots
-
-    overlays = {
-        plots.title_of(name, maps): inspect.overlay(images, maps, limits=limits)
-        for name, maps in gates.items()
-    }
-    colors = inspect.color_map(np.linspace(0, 1, 256))
-    return plots.plot_overlays(images, overlays, colors, limits)
+    low, high = limits
+    share = np.clip((gate.astype(np.float64) - low) / (high - low), 0, 1)
+    if is_constant(gate):
+        share = np.zeros_like(share)
+    # Each pixel has the gate that its center lies in, as the gate is drawn alone.
+    at = [
+        np.arange(size) * cells // size
+        for size, cells in zip(image.shape, gate.shape, strict=False)
+    ]
+    share = share[np.ix_(*at)][..., None]
+    return np.rint(GRAY + share * (image - float(GRAY))).astype(np.uint8)

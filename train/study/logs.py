@@ -1,4 +1,4 @@
-"""What runs leave in their folders, read back; needs no jax."""
+"""The files of runs, read back; needs no jax."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ GATES = "gates.npz"
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """What a run left in its folder."""
+    """The files of one run."""
 
     folder: Path
     config: dict[str, Any]
@@ -55,7 +55,7 @@ class Log:
 
     @property
     def gates(self) -> Path:
-        """Where the gates of the trained network are, if its block has spatial ones."""
+        """The file of spatial gates, which exists if the block has any."""
         return self.folder / GATES
 
     def step_seconds(self, *, compiled: bool) -> float | None:
@@ -92,15 +92,15 @@ def read_runs(workdir: Path) -> list[Log]:
     logs = [_read_run(folder) for folder in _folders(workdir)]
     if not logs:
         raise ValueError(
-            f"`workdir` {workdir} must hold runs, got none; leave out --report-only to "
-            "train them."
+            f"`workdir` {workdir} must contain runs, got none; leave out --report-only "
+            "to train them."
         )
     check_same_recipe(workdir, [log.config for log in logs])
     return sorted(logs, key=lambda r: (r.attention_parameters, r.attention, r.seed))
 
 
 def read_configs(workdir: Path) -> list[dict[str, Any]]:
-    """The configurations of the runs that a comparison has begun."""
+    """The configurations of the runs that a comparison has started."""
     return [_read_facts(folder)["config"] for folder in _folders(workdir)]
 
 
@@ -118,8 +118,9 @@ def check_same_recipe(workdir: Path, configs: Sequence[Mapping[str, Any]]) -> No
             one, two = recipes[0].get(field), other.get(field)
             if one != two:
                 raise ValueError(
-                    f"`workdir` {workdir} must hold runs of one recipe, got `{field}` "
-                    f"{one} and {two}; pass another --workdir or the same recipe."
+                    f"`workdir` {workdir} must contain runs of one recipe, got "
+                    f"`{field}` {one} and {two}; pass another --workdir or the same "
+                    "recipe."
                 )
 
 
@@ -138,7 +139,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
     if folder.name != name:
         raise ValueError(
-            f"{folder} must be called as its run, {name}; rename it or move it away."
+            f"{folder} must have the name of its run, {name}; rename it or move it "
+            "out of the workdir."
         )
     return facts
 
@@ -171,5 +173,5 @@ def _read_run(folder: Path) -> Log:
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(
         f"{path} is damaged ({type(error).__name__}: {error}); train without "
-        "--report-only, and if that does not help move the folder away first."
+        "--report-only, and if that does not help, move the run out of the workdir."
     )

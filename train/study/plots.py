@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# A guess among 20,000 classes has a loss of ln 20,000 = 9.9; more is an outlier.
+WORST_LOSS = 10.0
+# Fewer epochs make no curve.
+LEAST_EPOCHS = 3
 # Blocks differ in more than color, of which there are ten.
 MARKERS = "osD^vP*X<>"
 
 
-def plot_curves(histories: dict[str, list[dict[str, Any]]]) -> "Figure":
-    """Draws loss and accuracy over epochs; dashed is training, solid is test."""
-    figure = _new_figure(9, 3.4)
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+    """Draws loss and accuracy over epochs; dashed is training, solid is test.
+
+    Args:
+      histories: by the name of a run, the lines of its metrics.jsonl.
+    """
+    figure = new_figure(11, 3.4)
     axes = figure.subplots(1, 2)
     for name, history in histories.items():
         epochs = [line["epoch"] for line in history]
@@ -28,13 +37,24 @@ def plot_curves(histories: dict[str, list[dict[str, Any]]]) -> "Figure":
             test = [factor * line[f"test_{what}"] for line in history]
             train = [factor * line[f"train_{what}"] for line in history]
             (solid,) = axis.plot(epochs, test, marker="o", ms=3, label=f"{name}, test")
-            axis.plot(epochs, train, "--", color=solid.get_color(), label="training")
+            style = {"marker": ".", "ms": 4, "color": solid.get_color()}
+            axis.plot(epochs, train, "--", label=f"{name}, training", **style)
     for axis, label in zip(axes, ("loss", "accuracy in %"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        _label_epochs(axis)
         axis.grid(alpha=0.3)
-        axis.legend()
+    _limit_losses(axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def _limit_losses(axis: "Axes") -> None:
+    """Leaves out of the axis what would flatten the rest, and says so."""
+    losses = np.concatenate([line.get_ydata() for line in axis.lines])
+    shown = losses[losses <= WORST_LOSS]
+    if 0 < len(shown) < len(losses):
+        axis.set_ylim(bottom=0, top=1.1 * shown.max())
+        axis.set_title(f"losses up to {losses.max():.3g} not shown", fontsize=8)
 
 
 def plot_bars(means: list[dict[str, Any]]) -> "Figure":
@@ -42,7 +62,7 @@ def plot_bars(means: list[dict[str, Any]]) -> "Figure":
     blocks = list(dict.fromkeys(row["block"] for row in means))
     kinds = list(dict.fromkeys((row["contender"], row["dtype"]) for row in means))
     width = 0.8 / len(kinds)
-    figure = _new_figure(11, 3.8)
+    figure = new_figure(11, 3.8)
     axes = figure.subplots(1, 2)
     for axis, field in zip(axes, ("forward", "forward_backward"), strict=True):
         for i, kind in enumerate(kinds):
@@ -55,7 +75,7 @@ def plot_bars(means: list[dict[str, Any]]) -> "Figure":
         axis.set_xticks(range(len(blocks)), blocks, rotation=20)
         axis.set(title=field.replace("_", " + "), ylabel="time / copy")
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -65,7 +85,7 @@ def plot_cost(blocks: Sequence[Mapping[str, Any]]) -> "Figure":
     A bar reaches one standard deviation over seeds up and down. The names are in the
     legend, where they are legible however close the points.
     """
-    figure = _new_figure(7, 4)
+    figure = new_figure(7, 4)
     axis = figure.subplots()
     for block, marker in zip(blocks, itertools.cycle(MARKERS), strict=False):
         axis.errorbar(
@@ -91,100 +111,46 @@ def plot_bands(
 ) -> "Figure":
     """Draws test accuracy over epochs: by block, the mean and the range of its seeds.
 
-    The blocks differ at the end if anywhere, hence a second view of the last third.
+    The blocks differ at the end if anywhere, hence a second view of the last third,
+    where it has at least three epochs.
 
     Args:
       histories: by block, for each seed the lines of its metrics.jsonl, of one length.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _new_figure(11, 4.2)
-    whole, end = figure.subplots(1, 2)
+    lengths = {len(seeds[0]) for seeds in histories.values()}
+    views = ["all epochs"]
+    if all(length - 2 * length // 3 >= LEAST_EPOCHS for length in lengths):
+        views.append("the last third")
+    figure = new_figure(1.5 + 4.75 * len(views), 4.2)
+    (axes,) = figure.subplots(1, len(views), squeeze=False)
     for name, seeds in histories.items():
         epochs = np.array([line["epoch"] for line in seeds[0]])
         values = np.array([[100 * line["test_accuracy"] for line in s] for s in seeds])
-        last = epochs > epochs[-1] * 2 / 3
-        for axis, shown in ((whole, epochs > 0), (end, last)):
+        masks = (epochs > 0, epochs > epochs[-1] * 2 / 3)
+        for axis, shown in zip(axes, masks, strict=False):
             x, y = epochs[shown], values[:, shown]
             (solid,) = axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.2, label=name)
             axis.fill_between(
                 x, y.min(0), y.max(0), color=solid.get_color(), alpha=0.15, linewidth=0
             )
-    for axis, title in ((whole, "all epochs"), (end, "the last third")):
+    for axis, title in zip(axes, views, strict=True):
         axis.set(xlabel="epoch", ylabel="test accuracy in %", title=title)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _label_epochs(axis)
         axis.ticklabel_format(useOffset=False)
         axis.grid(alpha=0.3)
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
-def plot_gates(images: np.ndarray, gates: Mapping[str, np.ndarray]) -> "Figure":
-    """Draws images and, beside each, its spatial gates on one scale from 0 to 1.
+def _label_epochs(axis: "Axes") -> None:
+    """Whole numbers alone, of which there may be one."""
+    from matplotlib.ticker import MaxNLocator
 
-    Args:
-      images: ``(N, H, W, 3)`` uint8.
-      gates: by name, ``(N, h, w)``; each is drawn as large as the image.
-    """
-    titled = {title_of(name, maps): maps for name, maps in gates.items()}
-    figure, axes = _beside(images, titled)
-    for column, maps in zip(axes.T[1:], gates.values(), strict=True):
-        for axis, gate in zip(column, maps, strict=True):
-            drawn = axis.imshow(
-                gate, cmap="magma", vmin=0, vmax=1, interpolation="nearest"
-            )
-    figure.colorbar(drawn, ax=axes[:, 1:], label="spatial gate", shrink=0.6)
-    return figure
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def plot_overlays(
-    images: np.ndarray,
-    overlays: Mapping[str, np.ndarray],
-    colors: np.ndarray,
-    limits: tuple[float, float],
-) -> "Figure":
-    """Draws images and, beside each, the same with its spatial gates laid over.
-
-    Args:
-      images: ``(N, H, W, 3)`` uint8.
-      overlays: by title, ``(N, H, W, 3)`` uint8.
-      colors: those of gates from one limit to the other, ``(K, 3)`` from 0 to 255.
-      limits: the gates with the first and the last color.
-    """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    figure, axes = _beside(images, overlays)
-    for column, pictures in zip(axes.T[1:], overlays.values(), strict=True):
-        for axis, picture in zip(column, pictures, strict=True):
-            axis.imshow(picture)
-    scale = ScalarMappable(Normalize(*limits), ListedColormap(colors / 255))
-    figure.colorbar(scale, ax=axes[:, 1:], label="spatial gate", shrink=0.6)
-    return figure
-
-
-def _beside(
-    images: np.ndarray, columns: Mapping[str, np.ndarray]
-) -> tuple["Figure", np.ndarray]:
-    """A figure with ``images`` in its first column and a title over each other one."""
-    count = 1 + len(columns)
-    figure = _new_figure(1.3 * count + 1, 1.3 * len(images) + 0.5)
-    axes = figure.subplots(len(images), count, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, image in zip(axes[:, 0], images, strict=True):
-        axis.imshow(image)
-    for axis, title in zip(axes[0], ("image", *columns), strict=True):
-        axis.set_title(title, fontsize=8)
-    return figure, axes
-
-
-def title_of(name: str, maps: np.ndarray) -> str:
-    """The title over gates ``(N, h, w)``: their name and their size."""
-    return f"{name}\n{'×'.join(map(str, maps.shape[1:3]))}"
-
-
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of this size in inches, without pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

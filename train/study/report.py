@@ -1,7 +1,7 @@
 """The report of ``train.compare`` from its logs: words, tables and figures.
 
-It needs no jax, except to say whether a block without a picture of its gates should
-have one.
+It needs jax only to tell whether a block without a picture of its gates should have
+one.
 """
 
 import json
@@ -13,17 +13,20 @@ from typing import Any
 from train.engine import config as config_lib
 from train.engine import workdir as workdir_lib
 from train.engine.config import Config
+from train.study import gates as gates_lib
 from train.study.gates import has_spatial_gate
 from train.study.logs import GATES, Log, name_of, read_runs
 from train.study.statistics import BASELINE, summarize
 from train.study.tables import format_table
 
+MILLIONS = "in millions"
 INTRODUCTION = f"""Test accuracy after the **last** epoch, never the best one: mean ±
-sample standard deviation over seeds. Differences are paired: each run against that of
-`{BASELINE}` with the same seed. Intervals are Student's t over those pairs, each for
-its block alone: they are not corrected for comparing several blocks at once. Seeds
-change the parameters, the order and the augmentation but not the images, so an interval
-says nothing about other data. Step time is the median over epochs, then over seeds."""
+sample standard deviation over seeds. Differences are in points and paired: each run
+against that of `{BASELINE}` with the same seed. Intervals are Student's t over those
+pairs, each for its block alone: they are not corrected for comparing several blocks at
+once. Seeds change the parameters, the order and the augmentation but not the images, so
+an interval says nothing about other data. Parameters are those of the attention. Step
+time is the median over epochs, then over seeds."""
 
 
 def verdict(block: Mapping[str, Any]) -> str:
@@ -31,20 +34,20 @@ def verdict(block: Mapping[str, Any]) -> str:
     name, difference = block["attention"], block["difference"]
     if difference is None:
         return (
-            f"{name}: no seed is finished both with it and with {BASELINE}, so there "
-            "is no difference."
+            f"{name}: no seed is finished both with it and with {BASELINE}, so no "
+            "difference can be computed."
         )
     mean, low, high = (difference[k] for k in ("mean", "low", "high"))
     seeds = len(difference["by_seed"])
     if seeds == 1:
         return (
             f"{name}: {_points(mean)} points with a single seed: there is no interval, "
-            "and one run of each does not show whether it helps."
+            "and a single pair of runs does not show whether it helps."
         )
     if low is None:
         return (
-            f"{name}: {_points(mean)} points with each of {seeds} seeds: without any "
-            "spread there is no interval, and these runs do not show whether it helps."
+            f"{name}: {_points(mean)} points with each of {seeds} seeds: equal "
+            "differences give no interval, and these runs do not show whether it helps."
         )
     spread = f"(95 % interval {_range(low, high)} over {seeds} seeds)"
     if low > 0:
@@ -61,11 +64,14 @@ def _points(share: float) -> str:
     return f"{100 * share:+.2f}"
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """The blocks as an aligned Markdown table."""
+def table(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
+    """The blocks as an aligned table, for the terminal or for Markdown."""
     if not summary["blocks"]:
         return "No run is finished."
-    return format_table([_row(block) for block in summary["blocks"]], markdown=True)
+    rows = [_row(block) for block in summary["blocks"]]
+    if not markdown:  # Of 80 to 100 columns a terminal has none to spare.
+        rows = [{k: v for k, v in row.items() if k != MILLIONS} for row in rows]
+    return format_table(rows, markdown=markdown)
 
 
 def _row(block: Mapping[str, Any]) -> dict[str, str | None]:
@@ -78,12 +84,12 @@ def _row(block: Mapping[str, Any]) -> dict[str, str | None]:
     return {
         "block": block["attention"],
         "seeds": str(len(block["accuracies"])),
-        "test accuracy, %": f"{100 * block['mean']:.2f}{spread}",
-        f"to {BASELINE}, points": None if mean is None else _points(mean),
+        "accuracy, %": f"{100 * block['mean']:.2f}{spread}",
+        f"over {BASELINE}": None if mean is None else _points(mean),
         "95 % interval": None if low is None else _range(low, difference["high"]),
-        "parameters added": f"{added:+,}",
-        "in millions": f"{added / 1e6:.4f} M",
-        "step, ms": None if seconds is None else f"{1e3 * seconds:,.2f}{mark}",
+        "parameters": f"{added:+,}",
+        MILLIONS: f"{added / 1e6:.4f} M",
+        "step, ms": None if seconds is None else f"{1e3 * seconds:,.1f}{mark}",
         "overhead": None if overhead is None else f"{overhead:+.1%}{mark}",
     }
 
@@ -93,23 +99,23 @@ def _range(low: float, high: float) -> str:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What the table does not say, a line for each."""
+    """What the table does not show, a line for each."""
     lines = [
         verdict(block) for block in summary["blocks"] if block["attention"] != BASELINE
     ]
     for run in summary["unfinished"]:
         state = (
-            "not begun"
+            "not started"
             if run["epochs"] is None
-            else f"{run['epochs']} of {summary['recipe']['epochs']} epochs"
+            else f"{run['epochs']} of {_epochs(summary['recipe']['epochs'])}"
         )
         lines.append(
-            f"Unfinished and in no number here: {run['attention']}, seed "
+            f"Not finished, so not in the table: {run['attention']}, seed "
             f"{run['seed']}, {state}."
         )
     lines += [
-        f"{block['attention']}: no run has its {GATES}; train without --report-only "
-        "to have the picture."
+        f"{block['attention']}: no run has {GATES}; train without --report-only to "
+        "get the picture."
         for block in summary["blocks"]
         if block["gates_seed"] is None
         and block["attention"] != BASELINE
@@ -117,13 +123,13 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     ]
     if any(block["compilation_timed"] for block in summary["blocks"]):
         lines.append(
-            "†: no epoch was timed without compilation; train at least two epochs "
-            "for a step time that can be trusted."
+            "†: includes compilation; train at least two epochs to get a step time "
+            "without it."
         )
     if len(summary["machines"]) > 1 or len(summary["versions"]) > 1:
         lines.append(
             "The runs come from different machines or versions: step times are not "
-            "comparable, and accuracies may differ for that alone."
+            "comparable, and accuracies may differ for that reason alone."
         )
     return lines
 
@@ -138,9 +144,9 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
     }
     parts = [
         f"# Attention on {recipe['dataset']}: ResNet-{recipe['depth']}, "
-        f"{recipe['epochs']} epochs",
+        f"{_epochs(recipe['epochs'])}",
         INTRODUCTION,
-        table(summary),
+        table(summary, markdown=True),
         _bullets(remarks(summary)),
     ]
     if summary["blocks"]:
@@ -180,6 +186,10 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
+
+
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
@@ -188,7 +198,7 @@ def _table_of_runs(blocks: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({seed for block in blocks for seed in block["accuracies"]})
     rows = []
     for block in blocks:
-        row = {"test accuracy, %": block["attention"]}
+        row = {"accuracy, %": block["attention"]}
         for seed in seeds:
             accuracy = block["accuracies"].get(seed)
             row[f"seed {seed}"] = None if accuracy is None else 100 * accuracy
@@ -250,6 +260,6 @@ def _draw(
             path = workdir / name_of(attention, seed) / GATES
             with np.load(path) as arrays:
                 gates = dict(arrays)
-            figures[f"gates-{attention}"] = plots.plot_gates(gates.pop("images"), gates)
+            figures[f"gates-{attention}"] = gates_lib.plot(gates.pop("images"), gates)
     for name, figure in figures.items():
         figure.savefig(workdir / f"{name}.png", dpi=150)

@@ -49,7 +49,7 @@ def paired_difference(
 
 
 def summarize(logs: Sequence[Log]) -> dict[str, Any]:
-    """The content of ``report.json``; unfinished runs are listed and in no number."""
+    """The content of ``report.json``; unfinished runs are only listed."""
     finished: dict[str, list[Log]] = {}
     for log in logs:
         if log.finished:
@@ -116,8 +116,8 @@ def _summarize_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
 def _step_time(runs: Sequence[Log]) -> tuple[float | None, bool]:
     """The median of the runs' step times, and whether compilation is in it.
 
-    It is where no run has an epoch without; a run that was interrupted so often that
-    each of its epochs compiled does not spoil the time of the others.
+    It is only if every epoch of every run compiled; otherwise runs of which every epoch
+    did, being interrupted in each, are left out.
     """
     for compiled in (False, True):
         times = [log.step_seconds(compiled=compiled) for log in runs]
