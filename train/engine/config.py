@@ -82,7 +82,7 @@ class Config:
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 penalty on kernels; biases and normalisation have none."""
+    """L2 penalty on kernels; biases and normalization have none."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
     seed: int = 0
@@ -93,8 +93,8 @@ class Config:
     """Steps compiled into one program; by default many on accelerators and 1 on CPU,
     where convolutions inside loops are slow."""
     data_dir: Path = Path("~/.cache/flax_attn")
-    """Where the CIFAR archive or its unpacked folder lies, or is downloaded to; for
-    folders, what holds train/ and val/."""
+    """Where the CIFAR archive or its unpacked folder is, binary or Python, or is
+    downloaded to; for folders of images, what holds train/ and val/."""
     data_url: tuple[str, ...] = ()
     """Addresses of the CIFAR archive to try instead of the published one."""
     workdir: Annotated[
@@ -107,7 +107,7 @@ class Config:
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
-    """How many checkpoints are kept, the newest."""
+    """How many of the newest checkpoints to keep."""
     devices: _OptionalInt = None
     """How many devices share each batch; by default all there are."""
     coordinator: Annotated[
