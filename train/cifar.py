@@ -3,13 +3,37 @@
 Exit codes: 0 trained, 1 the training diverged, others as in ``train.engine.command``.
 """
 
+import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import tyro
 
 from train.engine.command import exit_codes
-from train.engine.config import Config
+from train.engine.config import Config, one_of
+
+
+def _attentions() -> Iterable[str]:
+    from flax_attn.resnet import ATTENTIONS  # With jax, which takes a moment.
+
+    return ATTENTIONS
+
+
+def _presets() -> Iterable[str]:
+    from train.engine.attention import PRESETS
+
+    return PRESETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Config):
+    """Train a residual network with an attention block on images."""
+
+    attention: Annotated[str, one_of(_attentions)] = "none"
+    """Block in every residual branch."""
+    preset: Annotated[str | None, one_of(_presets)] = None
+    """Published variant in place of attention, from flax_attn.presets."""
 
 
 def main(
@@ -19,9 +43,8 @@ def main(
     default: Config | None = None,
 ) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    config = tyro.cli(
-        Config, prog=f"python -m {prog}", args=args, default=default or Config()
-    )
+    options = Options(**vars(default or Config()))
+    config = tyro.cli(Options, prog=f"python -m {prog}", args=args, default=options)
     with exit_codes(prog):
         _run(config)
 

@@ -1,4 +1,4 @@
-"""Image sets as NumPy arrays: CIFAR from its binary files, digits from scikit-learn.
+"""Image sets as NumPy arrays: CIFAR from its files, digits from scikit-learn.
 
 The binary layout: a record is its label bytes and then 3,072 pixel bytes, the red,
 green and blue planes row by row. https://www.cs.toronto.edu/~kriz/cifar.html
@@ -13,7 +13,7 @@ from typing import IO, cast
 
 import numpy as np
 
-from train.data import download
+from train.data import download, pickled
 
 
 class DataError(Exception):
@@ -51,6 +51,8 @@ class Archive:
     num_classes: int
     label_bytes: int
     """Bytes before the pixels of a record; the last one is the label."""
+    pickled_labels: tuple[bytes, ...] = ()
+    """Where the files are pickles, the keys of their labels, in the order above."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -94,12 +96,37 @@ ARCHIVES = {
     ),
 }
 
+# The same images as pickles, which torchvision and Keras leave on disk.
+PYTHON_ARCHIVES = {
+    "cifar10": dataclasses.replace(
+        ARCHIVES["cifar10"],
+        name="cifar-10-python.tar.gz",
+        urls=(),
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        folder="cifar-10-batches-py",
+        train_files=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test_files=("test_batch",),
+        pickled_labels=(b"labels",),
+    ),
+    "cifar100": dataclasses.replace(
+        ARCHIVES["cifar100"],
+        name="cifar-100-python.tar.gz",
+        urls=(),
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        folder="cifar-100-python",
+        train_files=("train",),
+        test_files=("test",),
+        pickled_labels=(b"coarse_labels", b"fine_labels"),
+    ),
+}
+
 
 def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     """Returns the image set ``name``: ``"digits"`` or a key of ``ARCHIVES``.
 
     For an archive, ``data_dir`` may be its unpacked folder, hold that folder, or hold
-    the archive; where it is none of these the archive is downloaded to it.
+    the archive, of the binary or of the Python files; otherwise the binary archive is
+    downloaded to it.
 
     Args:
       name: of the image set.
@@ -120,9 +147,12 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
         return load_digits()
     archive = ARCHIVES[name]
     data_dir = data_dir.expanduser()
-    for folder in (data_dir, data_dir / archive.folder):
-        if folder.name == archive.folder and folder.is_dir():
-            return _from_folder(archive, folder)
+    forms = [archive, PYTHON_ARCHIVES[name]] if name in PYTHON_ARCHIVES else [archive]
+    for form in forms:
+        for folder in (data_dir, data_dir / form.folder):
+            if folder.name == form.folder and folder.is_dir():
+                return _from_folder(form, folder)
+    archive = next((f for f in forms if (data_dir / f.name).exists()), archive)
     path = data_dir / archive.name
     if not path.exists():
         _download(archive, path, urls or archive.urls)
@@ -185,9 +215,11 @@ def _from_tar(archive: Archive, path: Path) -> ImageSet:
                 # Before `extractfile`, which follows links.
                 if not member.isreg():
                     raise DataError(f"{path} is corrupt: {name} in it is not a file.")
-                _verify_size(archive, path, name, member.size)
+                if not archive.pickled_labels:
+                    _verify_size(archive, path, name, member.size)
                 with cast(IO[bytes], tar.extractfile(member)) as content:
-                    files[name] = content.read(archive.file_size(name))
+                    # A pickle is a few bytes longer for each image.
+                    files[name] = content.read(2 * archive.file_size(name))
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{path} is corrupt: {error}.") from error
     for member_name, name in wanted.items():
@@ -206,6 +238,16 @@ def _from_folder(archive: Archive, folder: Path) -> ImageSet:
         ) from error
 
 
+def _unpickle(archive: Archive, source: Path, name: str, content: bytes) -> bytes:
+    try:
+        return pickled.records_of(content, archive.pickled_labels)
+    except ValueError as error:
+        raise DataError(
+            f"{source} is corrupt or hostile: {name} cannot be read ({error}); put the "
+            "published file there."
+        ) from error
+
+
 def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
     if size != archive.file_size(name):
         raise DataError(
@@ -215,6 +257,9 @@ def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
 
 
 def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
+    if archive.pickled_labels:
+        files = {name: _unpickle(archive, source, name, files[name]) for name in files}
+
     def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         for name in names:
             _verify_size(archive, source, name, len(files[name]))

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 DTYPES = ("float32", "bfloat16")
 # (epochs, batch size) where the user names none: small sets want small batches.
@@ -23,37 +25,54 @@ INITS = ("default", "identity")
 IDENTITY = "+identity"
 
 
+def one_of(names: Callable[[], Iterable[str]]) -> Any:
+    """An option with the choices ``names()``, which only its command line asks for."""
+    return tyro.conf.arg(
+        constructor_factory=lambda: tyro.extras.literal_type_from_choices(names()),
+        help_behavior_hint=_default_hint,
+    )
+
+
+def _default_hint(default: str) -> str:
+    name = default.strip("[]'")
+    return "" if name == "None" else f"(default: {name})"
+
+
+# The text of these options says what happens without them.
+_OptionalInt = Annotated[
+    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a residual network with an attention block on images."""
 
     attention: str = "none"
-    """Block in every residual branch: none, or a name in flax_attn.blocks.BLOCKS; a
-    name that is not there is answered with the list."""
+    """Block in every residual branch."""
     init: Literal["default", "identity"] = "default"
     """Start of the block: default, as its definition has it, or identity, at which
     every gate is 1 and the network starts as if it had no attention."""
     preset: str | None = None
-    """Published variant in place of attention: a name in flax_attn.presets, such as
-    official_se or timm_cbam."""
-    dataset: str | None = None
+    """Published variant in place of attention, from flax_attn.presets."""
+    dataset: Annotated[str | None, one_of(lambda: DEFAULTS)] = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
-    loader: str = "device"
+    loader: Annotated[str, one_of(lambda: LOADERS)] = "device"
     """Where the images are: device (all of them on it) or grain (read from folders as
     training goes; needs the extra grain)."""
-    family: str = "cifar"
+    family: Annotated[str, one_of(lambda: FAMILIES)] = "cifar"
     """Which residual networks: cifar (6n+2 layers, small images) or imagenet."""
     depth: int = 20
     """Layers of the network: 8, 20, 32, 44, 56, 110; of the imagenet family 18, 34, 50,
     101, 152."""
-    image_size: int | None = None
+    image_size: _OptionalInt = None
     """Height and width that images of a folder are cropped to; by default 32, of the
     imagenet family 224."""
-    epochs: int | None = None
+    epochs: _OptionalInt = None
     """Passes over the training images; by default 100, for digits 10, for folders
     90."""
-    batch_size: int | None = None
+    batch_size: _OptionalInt = None
     """Images per step, over all devices; by default 128, for digits 64, for folders
     256."""
     learning_rate: float = 0.1
@@ -63,39 +82,43 @@ class Config:
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 penalty on kernels; biases and normalisation have none."""
+    """L2 penalty on kernels; biases and normalization have none."""
     label_smoothing: float = 0.0
     """Share of each label that is spread over all classes."""
     seed: int = 0
     """Seed of parameters, order and augmentation."""
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of(lambda: DTYPES)] = "float32"
     """Dtype of the computation: float32 or bfloat16."""
-    steps_per_call: int | None = None
+    steps_per_call: _OptionalInt = None
     """Steps compiled into one program; by default many on accelerators and 1 on CPU,
     where convolutions inside loops are slow."""
     data_dir: Path = Path("~/.cache/flax_attn")
-    """Where the CIFAR archive or its unpacked folder lies, or is downloaded to; for
-    folders, what holds train/ and val/."""
+    """Where the CIFAR archive or its unpacked folder is, binary or Python, or is
+    downloaded to; for folders of images, what holds train/ and val/."""
     data_url: tuple[str, ...] = ()
     """Addresses of the CIFAR archive to try instead of the published one."""
-    workdir: Path | None = None
+    workdir: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")
+    ] = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
-    resume: str = "auto"
+    resume: Annotated[str, one_of(lambda: RESUMES)] = "auto"
     """What to do with a workdir that holds this very run: resume it (auto) or refuse
     (never)."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
-    """How many checkpoints are kept, the newest."""
-    devices: int | None = None
+    """How many of the newest checkpoints to keep."""
+    devices: _OptionalInt = None
     """How many devices share each batch; by default all there are."""
-    coordinator: str | None = None
+    coordinator: Annotated[
+        str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")
+    ] = None
     """HOST:PORT of the first of several processes; the same for all of them. Where a
     cluster (Slurm, Open MPI, a TPU pod) starts the processes, it and the next two are
     found out."""
-    num_processes: int | None = None
+    num_processes: _OptionalInt = None
     """How many processes train together."""
-    process_id: int | None = None
+    process_id: _OptionalInt = None
     """Which of them this is, from 0."""
     peer_timeout: int = 100
     """Seconds of silence after which another process counts as dead, which ends the
