@@ -12,7 +12,7 @@ fewer passes over the map, forward and backward, but only in reverse mode: ``jax
 ``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``.
 
 In both, the gradient of a maximum goes to the first element that attains it, by its
-index: see ``_reductions``.
+index: see ``_maxima``.
 
 Options are keyword-only. A bad option raises ``ValueError``; arrays are checked where
 they enter a module, by ``checks``.
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_attn.functional import _convolution, _reductions
+from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
-from flax_attn.functional._reductions import CHANNEL, SPATIAL, Axes
+from flax_attn.functional._sums import CHANNEL, SPATIAL, Axes, accumulator
 from flax_attn.functional.checks import check_choice, check_positive
 
 Array = jax.Array
@@ -144,7 +144,7 @@ def _squeeze_spatial(
     if implementation == "fast":
         squeeze = _reductions.mean if pool == "avg" else _reductions.maximum
     else:
-        squeeze = _plain_mean if pool == "avg" else _plain_maximum
+        squeeze = _plain.mean if pool == "avg" else _plain.maximum
     y = squeeze(folded, SPATIAL)
     y = y.reshape(*x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1])
     return y if mask is None else _over_valid(y, mask, pool, spatial_dims)
@@ -173,8 +173,8 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
 
     def run(x: Array) -> Array:
         rows = x.reshape(*(1,) * (3 - x.ndim), *x.shape)  # A lone signal has one row.
-        maximum = (_reductions.maximum if fast else _plain_maximum)(rows, CHANNEL)
-        mean = (_reductions.mean if fast else _plain_mean)(rows, CHANNEL)
+        maximum = (_reductions.maximum if fast else _plain.maximum)(rows, CHANNEL)
+        mean = (_reductions.mean if fast else _plain.mean)(rows, CHANNEL)
         maps = jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
         return maps.reshape(*x.shape[:-1], 2)
 
@@ -274,7 +274,7 @@ def _larger_jvp(
     def share_of_nan(a: Array, b: Array) -> Array:
         return jnp.where(a < b, 0, jnp.where(a == b, 0.5, 1)).astype(a.dtype)
 
-    of_a = _reductions.decide(share, share_of_nan, a, b)
+    of_a = _maxima.decide(share, share_of_nan, a, b)
     return _larger(a, b), of_a * tangents[0] + (1 - of_a) * tangents[1]
 
 
@@ -299,7 +299,7 @@ def conv_spatial(
       Array ``(..., H, W, O)``.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    conv = _plain_conv if implementation == "plain" else _CONVS[kernel.ndim - 2]
+    conv = _plain.conv if implementation == "plain" else _CONVS[kernel.ndim - 2]
 
     def run(maps: Array, kernel: Array) -> Array:
         return conv(maps, kernel, precision)
@@ -372,44 +372,6 @@ def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
     return y * (size / jnp.maximum(valid, 1).astype(y.dtype))
 
 
-def _plain_mean(x: Array, axes: Axes) -> Array:
-    # A half-precision accumulator overflows (float16) or stalls (bfloat16).
-    return jnp.mean(x, axes, dtype=_reductions.accumulator(x), keepdims=True)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _plain_maximum(x: Array, axes: Axes) -> Array:
-    return x.max(axes, keepdims=True)
-
-
-@_plain_maximum.defjvp
-def _plain_maximum_jvp(
-    axes: Axes, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-    # The derivative of `jnp.max` compares values; this one hands on an index.
-    (x,), (t,) = primals, tangents
-    m = _plain_maximum(x, axes)
-    if axes == SPATIAL:
-        x, t = (a.reshape(*a.shape[:-3], -1, a.shape[-1]) for a in (x, t))
-    axis = -1 if axes == CHANNEL else -2
-    index = jnp.argmax(x, axis, keepdims=True)
-    return m, jnp.take_along_axis(t, index, axis).reshape(m.shape)
-
-
-def _plain_conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
-    spatial = "DHW"[5 - kernel.ndim :]
-    flat = maps.reshape(-1, *maps.shape[1 - kernel.ndim :])
-    y = lax.conv_general_dilated(
-        flat,
-        kernel,
-        window_strides=(1,) * len(spatial),
-        padding="SAME",
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=precision,
-    )
-    return y.reshape(*maps.shape[:-1], kernel.shape[-1])
-
-
 def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     return _convolution.conv(maps[..., None, :, :], kernel[None], precision)[
         ..., 0, :, :
@@ -419,7 +381,7 @@ def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
 def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     """Each slice of the kernel over H and W at once, then shifted sums along D."""
     kd, kh, kw, m, o = kernel.shape
-    d, dtype = maps.shape[-4], _reductions.accumulator(maps)
+    d, dtype = maps.shape[-4], accumulator(maps)
     flat = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, m, kd * o)
     planes = _convolution.conv(maps.astype(dtype), flat.astype(dtype), precision)
     pads = [(0, 0)] * planes.ndim

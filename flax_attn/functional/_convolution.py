@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_attn.functional._reductions import accumulator
+from flax_attn.functional._sums import accumulator
 
 Array = jax.Array
 

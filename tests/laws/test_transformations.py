@@ -148,6 +148,27 @@ def test_nan_at_one_sample_stays_there_under_vmap():
     assert np.isfinite(d_maps).all()
 
 
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_nan_is_the_largest(implementation):
+    """In inference too, where XLA's CPU backend may lose it."""
+    x = normal((2, 16, 16, 64), 0)
+    x[1, 3, 4, 5] = np.nan
+    gate = jnp.ones((2, 1, 1, 64))
+
+    @jax.jit
+    def squeezed(x):
+        run = {"implementation": implementation}
+        return (
+            functional.squeeze_spatial(x, pool="max", **run),
+            functional.squeeze_channels(x, **run)[..., :1],
+            functional.scale_and_squeeze(x, gate, **run)[1][..., :1],
+        )
+
+    of_channels, *of_pixels = map(np.isnan, squeezed(x))
+    assert of_channels.sum() == 1 and of_channels[1, 0, 0, 5]
+    assert all(found.sum() == 1 and found[1, 3, 4, 0] for found in of_pixels)
+
+
 @pytest.mark.parametrize("size", [(1024, 1024), (257, 391), (64, 64, 64)])
 def test_means_of_large_maps(size):
     dims = len(size)

@@ -1,0 +1,213 @@
+"""Maxima over H and W or over C, and where they are.
+
+Why no gradient of a maximum can be lost: one kernel decides which element it is, from
+one copy of the values, and only the integer index travels to the backward pass. On CPU
+that kernel is a branch of a conditional, whose operands lie in memory that no fusion
+crosses; elsewhere it is one reduction of (value, index) pairs.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flax_attn.functional._sums import (
+    FAST_REDUCTIONS,
+    Array,
+    Axes,
+    accumulator,
+    itself,
+    mean_of_gated,
+    part_of,
+    reduced_shape,
+    rows_of,
+    size_of,
+    slicing,
+    sum_over,
+)
+
+
+def decide(
+    function: Callable[..., Array], otherwise: Callable[..., Array], *arrays: Array
+) -> Array:
+    """``function(*arrays)``, computed once, from one copy of the arrays.
+
+    ``otherwise`` is the same function in other operations, for arrays whose sum is NaN:
+    to the compiler, which of the two runs is open until the program does.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def decision(*arrays: Array) -> Array:
+        # Sums of all elements, since single ones can be constants, such as padding:
+        # then the compiler would know the branch and fuse across it.
+        sums = [a.sum(dtype=accumulator(a)) for a in arrays]
+        ordered = reduce(jnp.logical_and, [total == total for total in sums])
+        return lax.cond(ordered, function, otherwise, *arrays)
+
+    @decision.def_vmap
+    def batched(
+        size: int, is_batched: list[bool], *arrays: Array
+    ) -> tuple[Array, bool]:
+        return decision(*_all_batched(size, is_batched, arrays)), True
+
+    return decision(*map(lax.stop_gradient, arrays))
+
+
+def _all_batched(
+    size: int, is_batched: list[bool], arrays: tuple[Array, ...]
+) -> list[Array]:
+    return [
+        a if batched else jnp.broadcast_to(a, (size, *a.shape))
+        for a, batched in zip(arrays, is_batched, strict=True)
+    ]
+
+
+@functools.cache
+def peak_of(
+    function: Callable[..., Array], axes: Axes, with_index: bool
+) -> Callable[..., tuple[Array, ...]]:
+    """Maps ``(..., H, W, C)`` to ``function``'s maximum over ``axes`` and its position.
+
+    The axes stay with size 1. Positions count rows of pixels, or channels. Under
+    ``vmap`` the new axis is one more leading axis: a branch must not become a select.
+    """
+
+    def of_pairs(*maps: Array) -> tuple[Array, ...]:
+        if with_index:
+            return _peak_of_pairs(function, axes, *maps)
+        return (function(*maps).max(axes, keepdims=True),)
+
+    @jax.custom_batching.custom_vmap
+    def peak(*maps: Array) -> tuple[Array, ...]:
+        by_branch = partial(_peak_by_branch, function, axes, with_index)
+        return lax.platform_dependent(*maps, cpu=by_branch, default=of_pairs)
+
+    @peak.def_vmap
+    def batched(
+        size: int, is_batched: list[bool], *maps: Array
+    ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        results = peak(*_all_batched(size, is_batched, maps))
+        return results, (True,) * len(results)
+
+    return peak
+
+
+def _peak_of_pairs(
+    function: Callable[..., Array], axes: Axes, *maps: Array
+) -> tuple[Array, Array]:
+    """By one reduction; fast on GPU and TPU."""
+    y = function(*maps)
+
+    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        (v, i), (w, j) = a, b
+        # NaN is the largest, and of equals the first one wins.
+        wins = (w > v) | ((w != w) & (v == v))
+        wins |= ((w == v) | ((w != w) & (v != v))) & (j < i)
+        return jnp.where(wins, w, v), jnp.where(wins, j, i)
+
+    index = jnp.broadcast_to(positions(y.shape, axes), y.shape)
+    # Of the array's own type, whatever mesh it is on.
+    last = jnp.asarray(size_of(y.shape, axes), jnp.int32)
+    dims = tuple(a % y.ndim for a in axes)
+    pair = lax.reduce((y, index), (jnp.asarray(-jnp.inf, y.dtype), last), larger, dims)
+    m, index = (a.reshape(reduced_shape(y.shape, axes)) for a in pair)
+    return m, index
+
+
+def _peak_by_branch(
+    function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
+) -> tuple[Array, ...]:
+    """The maximum, then the first element that equals it, both from stored maps.
+
+    ``function`` is a copy or one product: rounded alike wherever it is computed. XLA's
+    CPU backend is slow at a maximum of what it computes, and loses NaN in one.
+    """
+    shape = jnp.broadcast_shapes(*(a.shape for a in maps))
+    size = size_of(shape, axes)
+    axis, slices = slicing(axes, size)
+
+    def by_comparison(*rows: Array) -> tuple[Array, ...]:
+        m = _max_of_rows(function, axis, slices, size, *rows)
+        if not with_index:
+            return (m,)
+        step = -(-size // slices)
+        keys = []
+        for start in _starts(size, slices, step):
+            part = function(*part_of(rows, axis, start, start + step))
+            along = (1, step, 1) if axis == 1 else (1, 1, step)
+            i = start + lax.broadcasted_iota(jnp.int32, along, axis)
+            keys.append(jnp.where(part == m, i, size))
+        return m, _min_of_rows(reduce(jnp.minimum, keys), axis)
+
+    def by_pairs(*rows: Array) -> tuple[Array, ...]:
+        rows = tuple(a[..., None, :] for a in rows)  # (N, H * W, 1, C)
+        pair = _peak_of_pairs(function, axes, *rows)
+        return tuple(a[..., 0, :] for a in pair[: 1 + with_index])
+
+    rows = [rows_of(a) for a in maps]
+    total = _total(function, axes, *maps)
+    results = lax.cond(total == total, by_comparison, by_pairs, *rows)
+    return tuple(a.reshape(reduced_shape(shape, axes)) for a in results)
+
+
+def _total(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
+    """The sum of all elements; from the mean, which most blocks compute as well."""
+    if function is itself:
+        (x,) = maps
+        return sum_over(x, axes).sum()
+    x, gate = maps
+    return mean_of_gated(x, gate).sum()
+
+
+def _max_of_rows(
+    function: Callable[..., Array], axis: int, slices: int, size: int, *rows: Array
+) -> Array:
+    if FAST_REDUCTIONS:
+        return function(*rows).max(axis, keepdims=True)
+    # The last slice overlaps the one before where they do not divide the axis.
+    step = -(-size // slices)
+    parts = [
+        function(*part_of(rows, axis, start, start + step))
+        for start in _starts(size, slices, step)
+    ]
+    return reduce(jnp.maximum, parts).max(axis, keepdims=True)
+
+
+def _min_of_rows(rows: Array, axis: int) -> Array:
+    # XLA's CPU backend may compute the operand of a reduction over rows in a slow loop,
+    # at a few of many shapes. Slices are always one fast loop.
+    while axis == 1 and isinstance(rows.shape[1], int) and rows.shape[1] > 1:
+        size = rows.shape[1]
+        slices = min(size, 4)
+        step = -(-size // slices)
+        parts = [rows[:, i : i + step] for i in _starts(size, slices, step)]
+        rows = reduce(jnp.minimum, parts)
+    return rows.min(axis, keepdims=True)
+
+
+def _starts(size: int, slices: int, step: int) -> list[int]:
+    return [min(i * step, size - step) for i in range(slices)] if slices > 1 else [0]
+
+
+def at_peak(shape: tuple[int, ...], axes: Axes, index: Array, ct: Array) -> Array:
+    """``ct`` at the positions ``index``, and zero elsewhere."""
+    index, ct = found(index, size_of(shape, axes), ct)
+    return jnp.where(positions(shape, axes) == index, ct, 0)
+
+
+def found(index: Array, size: int, ct: Array) -> tuple[Array, Array]:
+    """``index`` and ``ct``; should an index be beyond the end, then one seen as NaN."""
+    return jnp.minimum(index, size - 1), jnp.where(index < size, ct, jnp.nan)
+
+
+def positions(shape: tuple[int, ...], axes: Axes) -> Array:
+    """Where an element is along ``axes``, broadcasting to ``shape``."""
+    position = jnp.zeros((1, 1, 1), jnp.int32)
+    for axis in axes:
+        along = tuple(shape[i] if i == axis else 1 for i in (-3, -2, -1))
+        iota = lax.broadcasted_iota(jnp.int32, along, 3 + axis)
+        position = position * shape[axis] + iota
+    return position.reshape((1,) * (len(shape) - 3) + position.shape)
