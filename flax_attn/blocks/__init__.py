@@ -47,8 +47,8 @@ BLOCKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(_blocks)
 """What makes each block, by its name on command lines and in ``create``."""
 
 
-def create(name: str, **fields: Any) -> nn.Module:
-    """Returns the block that ``BLOCKS`` knows as ``name``.
+def create(name: str, /, **fields: Any) -> nn.Module:
+    """Returns the block that ``BLOCKS`` knows as ``name``, with these fields.
 
       >>> create("cbam", reduction=8).reduction
       8

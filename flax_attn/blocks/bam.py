@@ -79,17 +79,14 @@ class BAM(Attention, kw_only=True):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the gate is zero there.
         """
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
         return x * gate if self.identity_init else x * (1 + gate)
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, C)``."""
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        valid = checks.check_mask(mask, x)
-        x = functional.apply_mask(x, valid)
+        x, valid = self.validated(x, mask)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
         axes = tuple(range(-1 - self.spatial_dims, -1))
         rows = None if valid is None else valid.any(axes, keepdims=True)

@@ -62,9 +62,19 @@ class Attention(nn.Module, kw_only=True):
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
+    def validated(self, x: Any, mask: Any = None) -> tuple[Array, Array | None]:
+        """The input of the block: zero where masked, and the mask ``(..., H, W, 1)``.
+
+        Raises:
+          ValueError: ``x`` is no feature map, or ``mask`` does not fit it.
+        """
+        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
+        mask = checks.check_mask(mask, x)
+        return functional.apply_mask(x, mask), mask
+
     def scaled(self, x: Array, gate: Array) -> Array:
-        """Returns ``x * gate`` in the block's dtype, for an ``x`` already masked."""
-        x, gate = promote_dtype(jnp.asarray(x), gate, dtype=self.dtype)
+        """Returns ``x * gate`` in the block's dtype, for an ``x`` that is validated."""
+        x, gate = promote_dtype(x, gate, dtype=self.dtype)
         return functional.scale(
             x,
             gate,

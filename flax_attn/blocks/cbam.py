@@ -110,8 +110,7 @@ class CBAM(Attention, kw_only=True):
             name="spatial",
         )
         # spatial(channel(x)), but for the squeeze that is taken with the first product.
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
         y, maps = functional.scale_and_squeeze(
             x,
@@ -119,4 +118,4 @@ class CBAM(Attention, kw_only=True):
             spatial_dims=self.spatial_dims,
             implementation=self.implementation,
         )
-        return spatial.scale(y, spatial.gate_of(maps.astype(y.dtype), mask))
+        return spatial.scaled(y, spatial.gate_of(maps.astype(y.dtype), mask))

@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import (
-    Attention,
-    Conv,
-    Width,
-    width_of,
-)
+from flax_attn.blocks.base import Attention, Conv, Width, width_of
 from flax_attn.functional import Array, Excite, Padding, Pool, checks
 
 
@@ -206,8 +201,8 @@ class ChannelAttention(Attention, kw_only=True):
 
 
 def _scale(module: Attention, x: Array, gate: Array, mask: Array | None) -> Array:
-    x = jnp.asarray(x)
-    return module.scaled(functional.apply_mask(x, checks.check_mask(mask, x)), gate)
+    x, _ = module.validated(x, mask)
+    return module.scaled(x, gate)
 
 
 def _channel_gate(

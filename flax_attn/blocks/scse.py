@@ -92,8 +92,7 @@ class scSE(Attention, kw_only=True):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the spatial gate is zero there.
         """
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         x, channel, spatial = promote_dtype(
             x,
             self.channel.channel_gate(x, mask),
@@ -117,9 +116,8 @@ class scSE(Attention, kw_only=True):
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        mask = checks.check_mask(mask, x)
-        logits = self.spatial(functional.apply_mask(x, mask))
+        x, mask = self.validated(x, mask)
+        logits = self.spatial(x)
         gate = functional.apply_mask(self.gate_from(logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate

@@ -5,11 +5,7 @@ from functools import partial
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import (
-    Attention,
-    Conv,
-    ModuleDef,
-)
+from flax_attn.blocks.base import Attention, Conv, ModuleDef
 from flax_attn.functional import Array, checks
 
 
@@ -59,14 +55,12 @@ class SpatialAttention(Attention, kw_only=True):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the gate is zero there.
         """
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
-        return self.scale(x, self.spatial_gate(x, mask))
+        x, _ = self.validated(x, mask)
+        return self.scaled(x, self.spatial_gate(x, mask))
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         maps = functional.squeeze_channels(x, implementation=self.implementation)
         return self.gate_of(maps.astype(self.dtype or x.dtype), mask)
 

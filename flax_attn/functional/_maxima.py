@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_attn.functional import _sums
 from flax_attn.functional._sums import (
-    FAST_REDUCTIONS,
     Array,
     Axes,
     accumulator,
@@ -165,7 +165,7 @@ def _total(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
 def _max_of_rows(
     function: Callable[..., Array], axis: int, slices: int, size: int, *rows: Array
 ) -> Array:
-    if FAST_REDUCTIONS:
+    if _sums.FAST_REDUCTIONS:
         return function(*rows).max(axis, keepdims=True)
     # The last slice overlaps the one before where they do not divide the axis.
     step = -(-size // slices)

@@ -114,9 +114,9 @@ def test_a_tie_that_the_gate_makes(implementation):
 def test_squeezes_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
     # Maxima are cut into slices there, which overlap where they do not divide H * W or
     # C. Means are products, as they are of large samples with a newer jax.
-    from flax_attn.functional import _reductions
+    from flax_attn.functional import _sums
 
-    monkeypatch.setattr(_reductions, "FAST_REDUCTIONS", fast)
+    monkeypatch.setattr(_sums, "FAST_REDUCTIONS", fast)
     x = jnp.asarray(normal((2, 2, h, w, c), 0), dtype).at[1, 0, -1, -1, -1].set(9)
     expected = np.asarray(x, np.float32)
     over_space = jax.jit(partial(functional.squeeze_spatial, pool="max"))(x)
