@@ -16,7 +16,39 @@ from flax_attn.blocks.base import Attention, Conv, Width, width_of
 from flax_attn.functional import Array, Excite, Padding, Pool, checks
 
 
-class SE(Attention, kw_only=True):
+class ChannelBlock(Attention, kw_only=True):
+    """A block with one gate for each channel, ``channel_gate``."""
+
+    gates = {"channel_gate": "channel_gate"}
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        x, _ = self.validated(x, mask)
+        return self.scaled(x, self.channel_gate(x, mask))
+
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define channel_gate.")
+
+    def sown_gate(
+        self,
+        x: Array,
+        mask: Array | None,
+        *,
+        pools: tuple[Pool, ...],
+        excite: Callable[..., Any],
+    ) -> Array:
+        """The gate, sown, of ``x`` squeezed by ``pools`` and excited by ``excite``."""
+        gate = self.gate_from(channel_logits(self, x, mask, pools=pools, excite=excite))
+        self.sow("intermediates", "channel_gate", gate)
+        return gate
+
+
+class SE(ChannelBlock, kw_only=True):
     """Squeeze-and-Excitation, https://arxiv.org/abs/1709.01507, eqs. 2-4.
 
     Scales channel ``c`` of ``x`` by ``gate(expand(act(reduce(mean_hw(x)))))[c]``::
@@ -49,28 +81,18 @@ class SE(Attention, kw_only=True):
     https://arxiv.org/abs/1709.01507, 2017.
     """
 
-    gates = {"channel_gate": "channel_gate"}
-
     reduction: int = 16
     hidden_features: Width | None = None
     pool: Pool = "avg"
     act: Callable[[Array], Array] = nn.relu
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
-        return _scale(self, x, self.channel_gate(x, mask), mask)
-
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, mask, pools=(self.pool,), excite=mlp)
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=mlp)
 
 
-class ECA(Attention, kw_only=True):
+class ECA(ChannelBlock, kw_only=True):
     """Efficient Channel Attention, https://arxiv.org/abs/1910.03151, eqs. 7 and 12.
 
     Scales channel ``c`` of ``x`` by ``gate(conv(mean_hw(x)))[c]``, where ``conv`` runs
@@ -106,29 +128,19 @@ class ECA(Attention, kw_only=True):
     Deep Convolutional Neural Networks. https://arxiv.org/abs/1910.03151, 2019.
     """
 
-    gates = {"channel_gate": "channel_gate"}
-
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     pool: Pool = "avg"
     padding: Padding = "zeros"
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
-        return _scale(self, x, self.channel_gate(x, mask), mask)
-
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return _channel_gate(self, x, mask, pools=(self.pool,), excite=_conv)
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=_conv)
 
 
-class ChannelAttention(Attention, kw_only=True):
+class ChannelAttention(ChannelBlock, kw_only=True):
     """The channel half of CBAM, https://arxiv.org/abs/1807.06521, eq. 2.
 
     Scales channel ``c`` of ``x`` by ``gate(f(mean_hw(x)) + f(max_hw(x)))[c]``, where
@@ -173,8 +185,6 @@ class ChannelAttention(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    gates = {"channel_gate": "channel_gate"}
-
     reduction: int = 16
     excite: Excite = "mlp"
     hidden_features: Width | None = None
@@ -184,40 +194,12 @@ class ChannelAttention(Attention, kw_only=True):
     padding: Padding = "zeros"
     act: Callable[[Array], Array] = nn.relu
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
-        return _scale(self, x, self.channel_gate(x, mask), mask)
-
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         checks.check_choice("excite", self.excite, functional.EXCITES)
         excite = mlp if self.excite == "mlp" else _conv
-        return _channel_gate(self, x, mask, pools=functional.POOLS, excite=excite)
-
-
-def _scale(module: Attention, x: Array, gate: Array, mask: Array | None) -> Array:
-    x, _ = module.validated(x, mask)
-    return module.scaled(x, gate)
-
-
-def _channel_gate(
-    module: Attention,
-    x: Array,
-    mask: Array | None,
-    *,
-    pools: tuple[Pool, ...],
-    excite: Callable[..., Any],
-) -> Array:
-    """The gate, ``(..., 1, 1, C)``, sown."""
-    logits = channel_logits(module, x, mask, pools=pools, excite=excite)
-    gate = module.gate_from(logits)
-    module.sow("intermediates", "channel_gate", gate)
-    return gate
+        return self.sown_gate(x, mask, pools=functional.POOLS, excite=excite)
 
 
 def channel_logits(
