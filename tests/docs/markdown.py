@@ -32,7 +32,7 @@ def run(code, printed, namespace):
     with contextlib.redirect_stdout(out):
         exec(code, namespace)
     if printed is not None:
-        assert out.getvalue() == printed
+        assert out.getvalue() == printed, out.getvalue()
 
 
 def fresh():
