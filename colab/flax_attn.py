@@ -18,13 +18,13 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/flax-attn/flax_attn/blob/main/colab/flax_attn.ipynb)
 #
-# Puts SE, ECA and CBAM on an array, inserts CBAM into a ResNet, trains it and looks at
-# where it attends. On Colab choose *Runtime → Change runtime type* for a TPU or GPU;
-# without one everything runs on the CPU, slower.
+# Applies every block to an array, trains a ResNet with one of them and shows where it
+# attends. On Colab choose *Runtime → Change runtime type* for a TPU or GPU. Without one
+# everything runs on the CPU, only slower.
 
 # %% [markdown]
 # ## Install
-# The versions of jax and flax that are here stay: another jax would lose the TPU.
+# The installed versions of jax and flax are kept: another jax may not find the TPU.
 
 # %%
 import importlib.util
@@ -39,11 +39,11 @@ REPOSITORY = "https://github.com/flax-attn/flax_attn"
 if importlib.util.find_spec("flax_attn") is None or not Path("../train").exists():
     if not Path("flax_attn").exists():
         subprocess.run(["git", "clone", "--depth", "1", REPOSITORY], check=True)
-    keep = Path("keep.txt")
-    keep.write_text("".join(f"{p}=={version(p)}\n" for p in ("jax", "jaxlib", "flax")))
+    pins = Path("constraints.txt")
+    pins.write_text("".join(f"{p}=={version(p)}\n" for p in ("jax", "jaxlib", "flax")))
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "-e", "flax_attn[train]"]
-        + ["-c", str(keep)],
+        + ["-c", str(pins)],
         check=True,
     )
     os.chdir("flax_attn/colab")
@@ -56,41 +56,33 @@ print("backend:", jax.default_backend())
 print("devices:", *jax.devices())
 if jax.default_backend() == "cpu":
     print(
-        "WARNING: no accelerator. Everything below runs, but training is slow: choose "
-        "a TPU or GPU runtime, or stay with the digits."
+        "WARNING: no accelerator. Everything below runs, but training is slow. Choose a "
+        "TPU or GPU runtime, or train on the digits."
     )
 
 # %% [markdown]
 # ## Every block maps a feature map to one of the same shape
 
 # %%
-
 import flax_attn
 
 x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
-blocks = {
-    "SE": flax_attn.SE(),
-    "ECA": flax_attn.ECA(),
-    "ChannelAttention": flax_attn.ChannelAttention(),
-    "ChannelAttention, conv": flax_attn.ChannelAttention(excite="conv"),
-    "SpatialAttention": flax_attn.SpatialAttention(),
-    "CBAM": flax_attn.CBAM(),
-    "CBAM, conv": flax_attn.CBAM(excite="conv"),
-}
-for name, block in blocks.items():
-    variables = block.init(jax.random.key(1), x)
-    y = block.apply(variables, x)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
-    print(f"{name:24} {x.shape} -> {y.shape}  {parameters:5} parameters")
+for name in flax_attn.BLOCKS:
+    block = flax_attn.create(name)
+    y, variables = block.init_with_output(jax.random.key(1), x)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    print(f"{name:13} {x.shape} -> {y.shape}  {parameters:5} parameters")
 
 # %% [markdown]
 # ## Train a ResNet with a block in every residual branch
-# Digits are 1,797 scans that come with scikit-learn. CIFAR-10 is downloaded.
+# The digits are 1,797 scans that come with scikit-learn; CIFAR is downloaded. With
+# `init = "identity"` every gate starts at 1.
 
 # %%
 # @title What to train { display-mode: "form" }
 dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
-attention = "cbam"  # @param ["none", "se", "se-max", "eca", "channel", "channel-conv", "spatial", "cbam", "cbam-conv"]
+attention = "cbam"  # @param ["none", "se", "se-max", "eca", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "bam", "scse", "scse-max"]
+init = "default"  # @param ["default", "identity"]
 depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
 epochs = 5  # @param {type:"integer"}
 
@@ -99,7 +91,9 @@ from train.data import cifar as data
 from train.engine import loop
 from train.engine.config import Config
 
-config = Config(dataset=dataset, attention=attention, depth=depth, epochs=epochs)
+config = Config(
+    dataset=dataset, attention=attention, init=init, depth=depth, epochs=epochs
+)
 images = data.load(config.dataset, config.data_dir)
 run = loop.train(config, images)
 print(run.summary())
@@ -117,8 +111,8 @@ plt.close("all")
 # %% [markdown]
 # ## Where it attends
 # `flax_attn.inspect.attention_maps(model, variables, x)` reads every gate of a model by
-# its path. Shown are the spatial gates of each stage's last block, laid over test images
-# (`spatial` and `cbam` blocks have them), and how far they are open.
+# its path. Here are the spatial gates of the last block of each stage, drawn over test
+# images, and how far they are open. Blocks without a spatial gate have nothing to show.
 
 # %%
 from flax_attn import inspect

@@ -1,9 +1,13 @@
+import json
 import os
+import re
 from pathlib import Path
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+
+import flax_attn
 
 COLAB = Path(__file__).parents[2] / "colab"
 
@@ -22,6 +26,12 @@ def test_runs_from_top_to_bottom():
     assert len(pictures) == 2
     if folder := os.environ.get("SAVE_NOTEBOOK"):
         nbformat.write(notebook, Path(folder) / "flax_attn.ipynb")
+
+
+def test_the_form_offers_every_block():
+    text = (COLAB / "flax_attn.py").read_text()
+    (choices,) = re.findall(r"^attention = .*@param (\[.*\])$", text, re.MULTILINE)
+    assert json.loads(choices) == ["none", *flax_attn.BLOCKS]
 
 
 def test_the_pair_is_in_step_and_has_no_outputs():

@@ -1,35 +1,20 @@
-"""The README's Python blocks run and print what it says; its links lead somewhere."""
-
-import re
-import subprocess
-import sys
-from pathlib import Path
+"""Each Python block of the README runs alone and prints what the README says."""
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text()
-# Each with the output that may follow at once, in a block of no language.
-BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", TEXT, re.DOTALL)
+from tests.docs import markdown
+
+BLOCKS = list(markdown.blocks(markdown.README))
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number):
-    code, printed = BLOCKS[number]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
-    assert printed in result.stdout
+    markdown.run(*BLOCKS[number], markdown.fresh())
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) >= 3 and any(printed for _, printed in BLOCKS)
+    assert len(BLOCKS) >= 5 and any(printed for _, printed in BLOCKS)
 
 
-def test_links_to_files_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
+def test_it_is_short():
+    assert len(markdown.README.read_text().splitlines()) <= 200

@@ -1,0 +1,37 @@
+"""The site: guides in Markdown, and a reference made from the docstrings."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from flax import linen as nn
+
+import flax_attn
+
+project = "flax_attn"
+release = version = flax_attn.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"flax_attn {release}"
+exclude_patterns = ["_build"]
+highlight_language = "none"
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+
+
+def _without_fields(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, result: Any
+) -> tuple[str | None, str | None]:
+    # Flax's own arguments and the representations of functions; the docstring has them.
+    if what == "class" and issubclass(obj, nn.Module):
+        return "(**fields)", None
+    return signature, result
+
+
+def setup(app: Any) -> None:
+    """Registers the hook for signatures."""
+    app.connect("autodoc-process-signature", _without_fields)
