@@ -13,6 +13,8 @@ from flax_attn import BAM, CBAM, SpatialAttention
 from tests.cases import normal, variables_for
 
 CHANNELS = 20
+# Norms know no implementation, and this one compiles faster.
+PLAIN = {"implementation": "plain"}
 NORMS = {
     "batch": partial(nn.BatchNorm, use_running_average=False, momentum=0.5),
     "group": partial(nn.GroupNorm, num_groups=1),
@@ -31,7 +33,7 @@ def test_official_cbam_has_a_norm_and_no_bias_before_it():
 
 def test_norms_of_bam():
     """One for each branch, over what each branch has: C values and one."""
-    module = BAM(norm=NORMS["batch"])
+    module = BAM(norm=NORMS["batch"], **PLAIN)
     x = normal((4, 5, 4, CHANNELS), 1)
 
     @jax.jit
@@ -48,7 +50,7 @@ def test_norms_of_bam():
 @pytest.mark.parametrize("block, field", [(CBAM, "spatial_norm"), (BAM, "norm")])
 def test_identity_with_a_norm_can_learn(block, field):
     """Zeros before a norm would learn nothing, or all at once."""
-    module = block(identity_init=True, **{field: NORMS["batch"]})
+    module = block(identity_init=True, **{field: NORMS["batch"]}, **PLAIN)
     x = normal((2, 5, 4, 32), 1)
     variables = jax.jit(module.init)(jax.random.key(0), x)
 
@@ -89,7 +91,7 @@ def test_a_row_of_nothing_before_a_norm(block, norm):
     x = normal((3, 5, 4, CHANNELS), 1)
     mask = np.ones(x.shape[:-1], bool)
     mask[1] = False
-    module = block(norm=NORMS[norm])
+    module = block(norm=NORMS[norm], **PLAIN)
     variables = variables_for(module, x)
 
     def loss(params, x, mask):
@@ -118,7 +120,7 @@ def test_masked_statistics_of_the_norm(train):
     padded = np.pad(x, pads, constant_values=1e6)
     mask = padded[..., 0] != 1e6
     norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.5)
-    module = CBAM(spatial_norm=norm)
+    module = CBAM(spatial_norm=norm, **PLAIN)
     variables = dict(variables_for(module, x))
     statistics = {"mean": np.float32([0.25]), "var": np.float32([1.5])}
     variables["batch_stats"] = {"spatial": {"norm": statistics}}

@@ -31,13 +31,13 @@ def test_each_sample_is_on_its_own(block):
         y, pullback = jax.vjp(apply, variables, x)
         return y, *pullback(cotangent)
 
-    def mapped(module):
+    def mapped(module, x, cotangent):
         """The gradient of what is mapped, and a map of gradients."""
         inner = jax.vmap(module.apply, (None, 0))
         y, d_variables, d_x = jax.vmap(partial(gradients, inner))(x, cotangent)
         return y, jax.tree.map(lambda d: d.sum(0), d_variables), d_x
 
-    def channels_first(module):
+    def channels_first(module, x, cotangent):
         move = partial(jnp.moveaxis, source=-1, destination=-3)
         apply = ChannelsFirst(module).apply
         y, d_variables, d_x = gradients(apply, move(x), move(cotangent))
@@ -45,20 +45,19 @@ def test_each_sample_is_on_its_own(block):
         return back(y), d_variables, back(d_x)
 
     @jax.jit
-    def run():
+    def run(x, cotangent):
         results = {}
         for implementation in IMPLEMENTATIONS:
             module = BLOCKS[block](implementation=implementation)
             leading = gradients(module.apply, x, cotangent)
             results[f"{implementation}, leading axes"] = leading
-            results[f"{implementation}, vmap"] = mapped(module)
-        results["channels first"] = channels_first(BLOCKS[block]())
+            results[f"{implementation}, vmap"] = mapped(module, x, cotangent)
+        results["channels first"] = channels_first(BLOCKS[block](), x, cotangent)
         return results
 
-    results = run()
+    results = run(x, cotangent)
     assert_alike(results)
-    result = results["fast, leading axes"]
-    assert_exact(block, variables, x, cotangent, result)
+    assert_exact(block, variables, x, cotangent, results["fast, leading axes"])
 
 
 @blocks

@@ -13,8 +13,8 @@ import flax_attn
 from flax_attn import blocks, functional
 from flax_attn.functional import checks
 from tests import cases, references
-from tests.blocks import test_blocks, test_shapes
 from tests.cases import normal, variables_for
+from tests.laws import test_axes, test_dtypes, test_masks, test_start, test_values
 from train import benchmark, cifar
 
 
@@ -61,9 +61,9 @@ def shape_of(x):
     return (1,) * (x.ndim - 1) + (-1,)
 
 
-def reference(params, x):
+def reference(params, x, dims=2):
     kernel, bias = params["expand"]["kernel"][0], params["expand"]["bias"]
-    return x * references.sigmoid(x.mean((-3, -2), keepdims=True) * kernel + bias)
+    return x * references.sigmoid(references.average(x, dims) * kernel + bias)
 
 
 NEW = "scaled-mean"
@@ -85,19 +85,17 @@ def test_created_by_its_name():
 @pytest.mark.parametrize(
     "law",
     [
-        partial(
-            test_blocks.test_against_numpy_in_float64, shape=(2, 7, 4, 18), ratio=9
-        ),
-        test_blocks.test_leading_axes,
-        test_blocks.test_gradients_under_vmap_and_jit_and_remat,
-        test_blocks.test_result_dtype_is_linens,
-        test_blocks.test_identity_at_the_start,
-        partial(test_shapes.test_a_padded_map_gives_what_the_map_gives, dims=3),
+        partial(test_values.test_both_implementations_against_float64, kind="maps"),
+        partial(test_masks.test_padding_counts_for_nothing, dims=3),
+        test_axes.test_each_sample_is_on_its_own,
+        partial(test_dtypes.test_result_dtype_is_linens, implementation="fast"),
+        test_start.test_identity_that_can_learn,
+        test_start.test_sown_gates_multiply_back_to_the_output,
     ],
-    ids=["values", "axes", "transformations", "dtypes", "identity", "masks"],
+    ids=["values", "masks", "axes", "dtypes", "identity", "gates"],
 )
 def test_the_laws_take_it(law):
-    law(block=NEW, implementation="fast")
+    law(block=NEW)
 
 
 def test_trains_on_digits(tmp_path, capsys):
