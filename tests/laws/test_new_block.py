@@ -98,7 +98,7 @@ def test_the_laws_take_it(law):
     law(block=NEW)
 
 
-def test_trains_on_digits(tmp_path, capsys):
+def test_trains_on_digits(tmp_path, capsys, quick_compilations):
     arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"
     cifar.main([*arguments.split(), "480", "--workdir", str(tmp_path / "run")])
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -140,9 +140,12 @@ def test_insertion_checks_its_gates():
 
 def test_labeled():
     """Written in by hand, its parameters are the attention's to an optimizer."""
-    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW](name="block")])
+    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW]()])
     labels = flax_attn.parameter_labels(model, X)
-    assert set(jax.tree.leaves(labels["block"])) == {"attention", "attention_no_decay"}
+    assert set(jax.tree.leaves(labels["layers_1"])) == {
+        "attention",
+        "attention_no_decay",
+    }
 
 
 def test_inspected():
