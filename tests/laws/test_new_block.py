@@ -24,8 +24,7 @@ class ScaledMean(blocks.Attention, kw_only=True):
     gates = {"channel_gate": "channel_gate"}
 
     def __call__(self, x, mask=None):
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         return self.scaled(x, self.channel_gate(x, mask))
 
     @nn.compact
