@@ -4,6 +4,7 @@ import dataclasses
 import zlib
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 
@@ -14,13 +15,13 @@ IMPLEMENTATIONS = ("fast", "plain")
 
 REFERENCES = {
     "se": references.se,
-    "se-max": partial(references.se, pool="max"),
+    "se-max": partial(references.se, squeeze=references.peak),
     "eca": references.eca,
     "channel": references.channel,
-    "channel-conv": references.channel_conv,
+    "channel-conv": partial(references.channel, excite=references.conv_along_channels),
     "spatial": references.spatial,
     "cbam": references.cbam,
-    "cbam-conv": references.cbam_conv,
+    "cbam-conv": partial(references.cbam, excite=references.conv_along_channels),
     "bam": references.bam,
     "scse": references.scse,
     "scse-max": partial(references.scse, combine=np.maximum),
@@ -55,6 +56,66 @@ def forward_and_gradients(module, variables, x, cotangent):
         return y, *pullback(cotangent)
 
     return run(variables, x, cotangent)
+
+
+def fast_and_plain(make):
+    """What ``forward_and_gradients`` returns, by implementation, compiled at once.
+
+    Args:
+      make: function from the field ``implementation`` to a block.
+    """
+
+    @jax.jit
+    def run(variables, x, cotangent, mask=None):
+        def of(implementation):
+            module = make(implementation=implementation)
+            y, pullback = jax.vjp(lambda v, x: module.apply(v, x, mask), variables, x)
+            return y, *pullback(cotangent)
+
+        return {i: of(i) for i in IMPLEMENTATIONS}
+
+    return run
+
+
+def assert_alike(results):
+    """All outputs and gradients are the same, up to the rounding of float32."""
+    (_, first), *others = results.items()
+    chex.assert_tree_all_finite(first)
+    leaves = jax.tree.leaves(first[1:])
+    # A leaf far below the largest gradient has only rounding to compare.
+    floor = max(1e-3, *(0.1 * np.abs(leaf).max() for leaf in leaves))
+    for name, other in others:
+        np.testing.assert_allclose(
+            other[0], first[0], rtol=1e-6, atol=1e-6, err_msg=name
+        )
+        for a, b in zip(jax.tree.leaves(other[1:]), leaves, strict=True):
+            atol = 1e-5 * max(np.abs(b).max(), floor)
+            np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
+
+
+def assert_exact(block, variables, x, cotangent, result, dims=2, ties=False):
+    """Output and gradients are those of the block's reference in float64.
+
+    Without ``ties``, the gradient is compared along one random direction of variables
+    and input together, by central differences.
+    """
+    reference = partial(REFERENCES[block], dims=dims)
+    y, d_variables, d_x = jax.tree.map(np.float64, result)
+    point = jax.tree.map(np.float64, (variables["params"], x))
+    np.testing.assert_allclose(y, reference(*point), rtol=1e-5, atol=1e-5)
+    if ties:
+        return
+    leaves, tree = jax.tree.flatten(point)
+    directions = [np.float64(normal(a.shape, 7 + i)) for i, a in enumerate(leaves)]
+
+    def objective(step):
+        moved = [a + step * d for a, d in zip(leaves, directions, strict=True)]
+        return (reference(*tree.unflatten(moved)) * cotangent).sum()
+
+    numeric = (objective(1e-6) - objective(-1e-6)) / 2e-6
+    gradients = jax.tree.leaves((d_variables["params"], d_x))
+    analytic = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    np.testing.assert_allclose(analytic, numeric, rtol=1e-4, atol=1e-4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,14 @@ def environment(tmp_path_factory):
     }
 
 
+@pytest.fixture
+def quick_compilations():
+    """For programs that run for moments, of blocks without a maximum, as ``QUICK``."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def shared_compilations(environment):
     """For modules that compile the same networks again and again in this process."""

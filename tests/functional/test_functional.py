@@ -50,8 +50,8 @@ def test_eca_kernel_size_errors(arguments, message):
 def test_means_accumulate_in_float32(dtype, value, implementation):
     x = jnp.full((40, 40, 300), value, dtype)
     kwargs = {"implementation": implementation}
-    spatial = functional.squeeze_spatial(x, pool="avg", **kwargs)
-    channels = functional.squeeze_channels(x, **kwargs)
+    spatial = jax.jit(partial(functional.squeeze_spatial, pool="avg", **kwargs))(x)
+    channels = jax.jit(partial(functional.squeeze_channels, **kwargs))(x)
     assert spatial.dtype == channels.dtype == jnp.float32
     expected = float(x[0, 0, 0])
     np.testing.assert_allclose(spatial, expected, rtol=1e-5)
@@ -149,8 +149,13 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
     maps, kernel = normal((2, h, w, m), 0), normal((k, k, m, o), 1)
     cotangent = normal((2, h, w, o), 2)
     plain = partial(functional.conv_spatial, implementation="plain")
-    expected = jax.vjp(plain, maps, kernel)[1](cotangent)
-    gradients = getattr(_convolution, f"_bwd_{form}")(None, maps, kernel, cotangent)
+    backward = partial(getattr(_convolution, f"_bwd_{form}"), None)
+
+    @jax.jit
+    def run(*arrays):
+        return jax.vjp(plain, maps, kernel)[1](cotangent), backward(*arrays)
+
+    expected, gradients = run(maps, kernel, cotangent)
     for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -163,29 +168,60 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
 )
 def test_spatial_convolution(h, w, k):
     maps, kernel = normal((2, h, w, 2), 0), normal((k, k, 2, 1), 1)
-    cotangent = normal((2, h, w, 1), 2)
-    out = {}
-    for implementation in IMPLEMENTATIONS:
-        y, pullback = jax.vjp(
-            lambda m, k, i=implementation: functional.conv_spatial(
-                m, k, implementation=i
-            ),
-            maps,
-            kernel,
-        )
-        out[implementation] = (y, *pullback(cotangent))
-    chex.assert_trees_all_close(out["fast"], out["plain"], rtol=1e-5, atol=2e-5)
+    check_convolution(functional.conv_spatial, maps, kernel)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_channel_convolution(k):
+    s, kernel = normal((2, 5), 0), normal((k, 1, 1), 1)
+    for padding in functional.PADDINGS:
+        conv = partial(functional.conv_channels, padding=padding)
+        check_convolution(conv, s, kernel)
+
+
+def check_convolution(conv, maps, kernel):
+    """Fast is plain, in one program."""
+
+    @jax.jit
+    def run(maps, kernel):
+        results = []
+        for implementation in IMPLEMENTATIONS:
+            f = partial(conv, implementation=implementation)
+            y, pullback = jax.vjp(f, maps, kernel)
+            results.append((y, *pullback(jnp.cos(y))))
+        return results
+
+    fast, plain = run(maps, kernel)
+    chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=2e-5)
 
 
 def test_two_leading_axes_of_the_convolution():
     maps, kernel = normal((2, 3, 9, 10, 2), 0), normal((5, 5, 2, 1), 1)
     for implementation in IMPLEMENTATIONS:
-        y = functional.conv_spatial(maps, kernel, implementation=implementation)
-        for i in range(2):
-            each = functional.conv_spatial(
-                maps[i], kernel, implementation=implementation
-            )
-            np.testing.assert_allclose(y[i], each, atol=1e-5)
+        conv = partial(functional.conv_spatial, implementation=implementation)
+        y, each = jax.jit(lambda m, k, f=conv: (f(m, k), [f(a, k) for a in m]))(
+            maps, kernel
+        )
+        np.testing.assert_allclose(y, np.stack(each), atol=1e-5)
+
+
+def test_half_precision_volumes_sum_in_float32():
+    """Forty-nine slices of ones: half precision would stop counting."""
+    maps = jnp.ones((49, 1, 1, 1), jnp.bfloat16)
+    kernel = jnp.full((49, 1, 1, 1, 1), 10 + 1 / 16, jnp.bfloat16)
+    y = jax.jit(functional.conv_spatial)(maps, kernel)
+    expected = 49 * float(kernel[0, 0, 0, 0, 0])
+    assert y.dtype == jnp.bfloat16
+    # The middle slice alone sees all of the kernel.
+    assert abs(float(y[24, 0, 0, 0]) - expected) < expected / 256
+
+
+def test_half_precision_counts_valid_elements_exactly():
+    """257 ones: bfloat16 has no such number."""
+    x = jnp.ones((1, 20, 20, 4), jnp.bfloat16)
+    mask = (jnp.arange(400) < 257).reshape(1, 20, 20, 1)
+    mean = functional.squeeze_spatial(functional.apply_mask(x, mask), mask=mask)
+    np.testing.assert_allclose(mean, np.ones((1, 1, 1, 4)), rtol=1e-6)
 
 
 @both

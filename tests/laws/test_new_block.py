@@ -13,8 +13,8 @@ import flax_attn
 from flax_attn import blocks, functional
 from flax_attn.functional import checks
 from tests import cases, references
-from tests.blocks import test_blocks, test_shapes
 from tests.cases import normal, variables_for
+from tests.laws import test_axes, test_dtypes, test_masks, test_start, test_values
 from train import benchmark, cifar
 
 
@@ -24,8 +24,7 @@ class ScaledMean(blocks.Attention, kw_only=True):
     gates = {"channel_gate": "channel_gate"}
 
     def __call__(self, x, mask=None):
-        x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
-        x = functional.apply_mask(x, checks.check_mask(mask, x))
+        x, _ = self.validated(x, mask)
         return self.scaled(x, self.channel_gate(x, mask))
 
     @nn.compact
@@ -61,9 +60,9 @@ def shape_of(x):
     return (1,) * (x.ndim - 1) + (-1,)
 
 
-def reference(params, x):
+def reference(params, x, dims=2):
     kernel, bias = params["expand"]["kernel"][0], params["expand"]["bias"]
-    return x * references.sigmoid(x.mean((-3, -2), keepdims=True) * kernel + bias)
+    return x * references.sigmoid(references.average(x, dims) * kernel + bias)
 
 
 NEW = "scaled-mean"
@@ -85,22 +84,20 @@ def test_created_by_its_name():
 @pytest.mark.parametrize(
     "law",
     [
-        partial(
-            test_blocks.test_against_numpy_in_float64, shape=(2, 7, 4, 18), ratio=9
-        ),
-        test_blocks.test_leading_axes,
-        test_blocks.test_gradients_under_vmap_and_jit_and_remat,
-        test_blocks.test_result_dtype_is_linens,
-        test_blocks.test_identity_at_the_start,
-        partial(test_shapes.test_a_padded_map_gives_what_the_map_gives, dims=3),
+        partial(test_values.test_both_implementations_against_float64, kind="maps"),
+        partial(test_masks.test_padding_counts_for_nothing, dims=3),
+        test_axes.test_each_sample_is_on_its_own,
+        partial(test_dtypes.test_result_dtype_is_linens, implementation="fast"),
+        test_start.test_identity_that_can_learn,
+        test_start.test_sown_gates_multiply_back_to_the_output,
     ],
-    ids=["values", "axes", "transformations", "dtypes", "identity", "masks"],
+    ids=["values", "masks", "axes", "dtypes", "identity", "gates"],
 )
 def test_the_laws_take_it(law):
-    law(block=NEW, implementation="fast")
+    law(block=NEW)
 
 
-def test_trains_on_digits(tmp_path, capsys):
+def test_trains_on_digits(tmp_path, capsys, quick_compilations):
     arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"
     cifar.main([*arguments.split(), "480", "--workdir", str(tmp_path / "run")])
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -142,9 +139,12 @@ def test_insertion_checks_its_gates():
 
 def test_labeled():
     """Written in by hand, its parameters are the attention's to an optimizer."""
-    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW](name="block")])
+    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW]()])
     labels = flax_attn.parameter_labels(model, X)
-    assert set(jax.tree.leaves(labels["block"])) == {"attention", "attention_no_decay"}
+    assert set(jax.tree.leaves(labels["layers_1"])) == {
+        "attention",
+        "attention_no_decay",
+    }
 
 
 def test_inspected():

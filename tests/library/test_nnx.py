@@ -11,25 +11,26 @@ from flax import linen as nn
 from flax import nnx
 
 import flax_attn
+from flax_attn.blocks import BLOCKS
 from tests.cases import normal
 
-SOME = {
-    "eca": flax_attn.ECA,
-    "spatial": flax_attn.SpatialAttention,
-    "cbam": flax_attn.CBAM,
-    "bam": flax_attn.BAM,
-    "scse": flax_attn.scSE,
-}
 X = normal((4, 5, 4, 16), 1)
 
 
-@pytest.mark.parametrize("block", SOME)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_the_same_in_nnx(block):
-    linen = SOME[block]()
-    model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(X)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    expected = linen.apply({"params": params}, X)
-    np.testing.assert_allclose(model(X), expected, rtol=1e-6, atol=1e-6)
+    linen = BLOCKS[block]()
+
+    @nnx.jit
+    def run(x):
+        model = nnx.bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(x)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return model(x), linen.apply({"params": params}, x), params
+
+    y, expected, params = run(X)
+    shapes = jax.eval_shape(linen.init, jax.random.key(0), X)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_trains_with_an_nnx_optimizer():

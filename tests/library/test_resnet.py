@@ -7,14 +7,15 @@ import pytest
 from flax import linen as nn
 
 import flax_attn
-from flax_attn.resnet import ATTENTIONS, _mean_pool, cifar_resnet, imagenet_resnet
-from tests.cases import normal
-
-official_cbam = partial(
-    flax_attn.CBAM,
-    use_bias=True,
-    spatial_norm=partial(nn.BatchNorm, use_running_average=False, momentum=0.99),
+from flax_attn.resnet import (
+    ATTENTIONS,
+    BasicBlock,
+    ResNet,
+    _mean_pool,
+    cifar_resnet,
+    imagenet_resnet,
 )
+from tests.cases import normal, variables_for
 
 
 def count(model, size):
@@ -26,40 +27,16 @@ def count(model, size):
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def fixed_eca(*, name, dtype):
-    """Released ECA-Net weights: k = 3, 5, 5, 7 in the stages of a ResNet-50."""
-
-    class FixedECA(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            width = {256: 3, 512: 5, 1024: 5, 2048: 7}[x.shape[-1]]
-            return flax_attn.ECA(kernel_size=width, dtype=dtype)(x)
-
-    return FixedECA(name=name)
-
-
-# The base: torchvision's resnet50, 25,557,032. SE: the SENet code's SE-ResNet-50 has
-# biases. ECA: the paper's 80 parameters. CBAM: the official code's module.
-@pytest.mark.parametrize(
-    "attention, parameters",
-    [
-        (None, 25_557_032),
-        (partial(flax_attn.SE, use_bias=True), 28_088_024),
-        (flax_attn.SE, 28_071_976),
-        (fixed_eca, 25_557_112),
-        (flax_attn.ECA, 25_557_118),
-        (official_cbam, 28_089_624),
-    ],
-)
-def test_parameters_of_resnet_50(attention, parameters):
-    model = imagenet_resnet(50, num_classes=1000, attention=attention)
-    assert count(model, 64) == parameters
-
-
-# torchvision's resnet18, 34, 101 and 152.
+# torchvision's; with attention, see test_presets.py.
 @pytest.mark.parametrize(
     "depth, parameters",
-    [(18, 11_689_512), (34, 21_797_672), (101, 44_549_160), (152, 60_192_808)],
+    [
+        (18, 11_689_512),
+        (34, 21_797_672),
+        (50, 25_557_032),
+        (101, 44_549_160),
+        (152, 60_192_808),
+    ],
 )
 def test_parameters_of_the_imagenet_family(depth, parameters):
     assert count(imagenet_resnet(depth, num_classes=1000), 64) == parameters
@@ -97,7 +74,7 @@ def test_the_mean_pool_of_odd_maps_counts_what_is_there():
         (None, 0),
         (partial(flax_attn.SE, use_bias=True), 2_373),
         (flax_attn.ECA, 27),
-        (official_cbam, 3_273),
+        (flax_attn.presets.official_cbam(train=True), 3_273),
     ],
 )
 def test_parameters_of_resnet_20(attention, added):
@@ -152,32 +129,21 @@ def test_bfloat16(make, depth):
 def test_attention_stands_between_the_last_norm_and_the_addition():
     """With a gate of zero, only the shortcut is left."""
     zero = partial(flax_attn.SE, gate=jnp.zeros_like)
-    model = cifar_resnet(8, num_classes=10, attention=zero)
-    x = normal((1, 16, 16, 3), 0)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    model = ResNet(
+        (1,),
+        BasicBlock,
+        width=8,
+        imagenet_stem=False,
+        num_classes=2,
+        attention=zero,
+    )
+    x = normal((1, 8, 8, 3), 0)
+
+    variables = dict(variables_for(model, x))
+    # Variances among them.
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
     apply = partial(model.apply, capture_intermediates=True, mutable=True)
     _, state = jax.jit(apply)(variables, x)
     block = state["intermediates"]["stage1_block1"]["__call__"][0]
     stem = state["intermediates"]["norm_stem"]["__call__"][0]
     np.testing.assert_allclose(block, nn.relu(stem), atol=1e-6)
-
-
-def test_gradients_in_a_resnet_step_are_those_of_the_plain_blocks():
-    """Masks are true inside the largest program there is, with batch statistics."""
-    x = normal((8, 16, 16, 3), 0)
-    grads = []
-    for implementation in ("fast", "plain"):
-        attention = partial(flax_attn.CBAM, implementation=implementation)
-        model = cifar_resnet(8, num_classes=10, attention=attention)
-        variables = jax.jit(model.init)(jax.random.key(0), x)
-
-        def loss(params, model=model, variables=variables):
-            logits, _ = model.apply(
-                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
-            )
-            return (nn.log_softmax(logits) ** 2).mean()
-
-        grads.append(jax.jit(jax.grad(loss))(variables["params"]))
-    for fast, plain in zip(*map(jax.tree.leaves, grads), strict=True):
-        scale = max(np.abs(plain).max(), 1e-3)
-        np.testing.assert_allclose(fast / scale, plain / scale, rtol=0, atol=2e-4)

@@ -1,4 +1,8 @@
-"""Blocks as programs: exported once, for any batch, height and width."""
+"""Blocks as programs: exported once for any platform, batch, height and width.
+
+``test_transformations.py`` exports every block, with its gradient; here what is stored
+runs in a process that has neither this library nor flax.
+"""
 
 import subprocess
 import sys
@@ -9,16 +13,13 @@ import numpy as np
 import pytest
 from jax import export
 
-import flax_attn
-from tests.cases import BLOCKS, normal, variables_for
+from flax_attn.blocks import BLOCKS
+from tests.cases import REFERENCES, normal, variables_for
 
 SHAPES = ((1, 1, 1, 32), (2, 9, 13, 32), (3, 20, 40, 32))
-EXPORTED = {name: BLOCKS[name] for name in ("se", "cbam-conv")} | {
-    "bam": flax_attn.BAM,
-    "scse": flax_attn.scSE,
-}
+# Of each form of the arithmetic one.
+EXPORTED = ("se", "cbam-conv", "bam", "scse-max")
 
-# What runs it needs neither this library nor flax.
 LOADER = """
 import sys
 import jax, numpy as np
@@ -39,16 +40,20 @@ assert "flax_attn" not in sys.modules and "flax" not in sys.modules
 def test_in_a_fresh_process_at_three_sizes(environment, tmp_path):
     pytest.importorskip("flatbuffers")
     symbolic = export.symbolic_shape("b, h, w, 32")
-    for name, make in EXPORTED.items():
-        module = make()
+    for name in EXPORTED:
+        module = BLOCKS[name]()
         variables = variables_for(module, jnp.ones(SHAPES[0]))
+        params = jax.tree.map(np.float64, variables["params"])
         run = jax.jit(lambda x, m=module, v=variables: m.apply(v, x))
-        program = export.export(run)(jax.ShapeDtypeStruct(symbolic, jnp.float32))
+        # The forms for CPU and for the rest stand in one program.
+        program = export.export(run, platforms=("cpu", "cuda", "tpu"))(
+            jax.ShapeDtypeStruct(symbolic, jnp.float32)
+        )
         (tmp_path / f"{name}.bin").write_bytes(program.serialize())
         arrays = {}
         for i, shape in enumerate(SHAPES):
             arrays[f"x{i}"] = x = normal(shape, i)
-            arrays[f"y{i}"] = run(x)
+            arrays[f"y{i}"] = REFERENCES[name](params, np.float64(x))
         np.savez(tmp_path / f"{name}.npz", **arrays)
     result = subprocess.run(
         [sys.executable, "-c", LOADER, tmp_path, *EXPORTED],
@@ -58,17 +63,3 @@ def test_in_a_fresh_process_at_three_sizes(environment, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 3 * len(EXPORTED)
-
-
-def test_for_platforms_that_are_not_here():
-    """The forms for CPU and for the rest stand in one program."""
-    module = flax_attn.CBAM()
-    x = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 32"), jnp.float32)
-    variables = variables_for(module, jnp.ones(SHAPES[0]))
-    program = export.export(
-        jax.jit(lambda x: module.apply(variables, x)), platforms=("cpu", "cuda", "tpu")
-    )(x)
-    y = program.call(normal(SHAPES[1], 1))
-    np.testing.assert_allclose(
-        y, module.apply(variables, normal(SHAPES[1], 1)), rtol=1e-5, atol=1e-5
-    )

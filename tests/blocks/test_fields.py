@@ -1,0 +1,175 @@
+"""The blocks' own fields: what each changes, the parameters, and what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_attn import BAM, CBAM, ECA, SE, ChannelAttention, SpatialAttention, scSE
+from flax_attn.blocks import BLOCKS
+from tests.cases import assert_alike, fast_and_plain, normal, variables_for
+
+
+def tree(module, features=64):
+    x = jnp.ones((1, 4, 4, features))
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    return jax.tree.map(jnp.shape, variables["params"])
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_parameter_trees(use_bias):
+    def layers(**kernels):
+        return {
+            name: {"kernel": k} | ({"bias": k[-1:]} if use_bias else {})
+            for name, k in kernels.items()
+        }
+
+    mlp = layers(reduce=(64, 4), expand=(4, 64))
+    spatial = layers(conv=(7, 7, 2, 1))
+    conv = {"channel": layers(conv=(3, 1, 1)), "spatial": spatial}
+    b = {"use_bias": use_bias}
+    assert tree(SE(**b)) == tree(ChannelAttention(**b)) == mlp
+    assert tree(ECA(**b), 128) == layers(conv=(5, 1, 1))
+    assert tree(SpatialAttention(**b)) == spatial
+    assert tree(CBAM(**b)) == {"channel": mlp, "spatial": spatial}
+    assert tree(CBAM(excite="conv", **b)) == conv
+    small = CBAM(excite="conv", kernel_size=5, spatial_kernel_size=3, **b)
+    assert tree(small) == {
+        "channel": layers(conv=(5, 1, 1)),
+        "spatial": layers(conv=(3, 3, 2, 1)),
+    }
+
+
+def test_parameter_counts_of_the_papers():
+    """BAM: C/r (2 C + 9 C/r 2 + 2) and biases; scSE: C^2 + C."""
+
+    def count(module):
+        shapes = tree(module, 64)
+        return sum(map(np.prod, jax.tree.leaves(shapes, is_leaf=is_shape)))
+
+    def is_shape(node):
+        return isinstance(node, tuple)
+
+    c, h = 64, 4
+    weights = c * h + h * c + c * h + 9 * h * h + 9 * h * h + h
+    assert count(BAM()) == weights + (h + c + h + h + h + 1)
+    assert count(scSE()) == c * c + c
+
+
+def test_hidden_width_is_not_rounded():
+    for fields, width in (({"reduction": 9}, 6), ({"reduction": 16}, 3)):
+        assert tree(SE(**fields), 54)["reduce"]["kernel"] == (54, width)
+    params = tree(CBAM(hidden_features=5), 54)
+    assert params["channel"]["reduce"]["kernel"] == (54, 5)
+
+
+@pytest.mark.parametrize(
+    "module, shapes",
+    [
+        (
+            SE(hidden_features=lambda c: c // 5),
+            {"reduce": {"kernel": (20, 4)}, "expand": {"kernel": (4, 20)}},
+        ),
+        (ECA(kernel_size=lambda c: c - 9), {"conv": {"kernel": (11, 1, 1)}}),
+        (ECA(gamma=1, b=3), {"conv": {"kernel": (7, 1, 1)}}),
+    ],
+    ids=["hidden", "kernel", "rule"],
+)
+def test_widths_of_20_channels(module, shapes):
+    assert tree(module, 20) == shapes
+
+
+@pytest.mark.parametrize("width", [2.0, None, 0])
+def test_bad_widths_from_functions(width):
+    with pytest.raises(ValueError, match="`hidden_features`"):
+        tree(CBAM(hidden_features=lambda c: width))
+
+
+@pytest.mark.parametrize("block", ["channel-conv", "spatial"])
+@pytest.mark.parametrize("k", [1, 5, 9])
+def test_kernels_of_every_size(block, k):
+    x = normal((2, 8, 11, 12), k)
+    make = partial(BLOCKS[block], kernel_size=k)
+    variables = variables_for(make(), x)
+    assert variables["params"]["conv"]["kernel"].shape[0] == k
+    assert_alike(fast_and_plain(make)(variables, x, x))
+
+
+def test_fields_reach_the_computation():
+    """No option is ignored: each changes the output."""
+    x = normal((2, 6, 5, 16), 0)
+    conv = partial(ChannelAttention, excite="conv")
+    changes = [
+        (SE, {"pool": "max"}),
+        (SE, {"act": nn.gelu}),
+        (SE, {"gate": nn.hard_sigmoid}),
+        (ECA, {"pool": "max"}),
+        (ECA, {"padding": "circular"}),
+        (ECA, {"gate": nn.tanh}),
+        (conv, {"padding": "circular"}),
+        (CBAM, {"act": nn.gelu}),
+        (CBAM, {"gate": nn.hard_sigmoid}),
+        (BAM, {"act": nn.gelu}),
+        (BAM, {"dilation": 1}),
+        (BAM, {"gate": nn.hard_sigmoid}),
+        (scSE, {"act": nn.gelu}),
+        (scSE, {"combine": "max"}),
+        (scSE, {"gate": nn.hard_sigmoid}),
+    ]
+
+    @jax.jit
+    def run(x):
+        def output(module):
+            return module.apply(variables_for(module, x), x)
+
+        return [(output(make()), output(make(**fields))) for make, fields in changes]
+
+    for (_, fields), (before, after) in zip(changes, run(x), strict=True):
+        assert np.abs(after - before).max() > 1e-3, fields
+
+
+def test_initializers_and_their_dtype():
+    module = SE(
+        use_bias=True,
+        kernel_init=nn.initializers.ones,
+        bias_init=nn.initializers.constant(2.0),
+        param_dtype=jnp.bfloat16,
+    )
+    reduce = module.init(jax.random.key(0), jnp.ones((1, 2, 2, 16)))["params"]["reduce"]
+    assert reduce["kernel"].dtype == jnp.bfloat16
+    assert (reduce["kernel"] == 1).all() and (reduce["bias"] == 2).all()
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (SE(reduction=0), "`reduction` must be an integer of at least 1, got 0"),
+        (SE(reduction=-4), "`reduction` .* got -4"),
+        (CBAM(reduction=2.5), "`reduction` .* got 2.5"),
+        (BAM(reduction=0), "`reduction` must be an integer of at least 1"),
+        (SE(hidden_features=0), "`hidden_features` .* got 0"),
+        (SE(pool="mean"), '`pool` must be "avg" or "max", got \'mean\''),
+        (ECA(pool=None), "`pool` must be .* got None"),
+        (ECA(kernel_size=4), "`kernel_size` must be an odd .* got 4.* as 5"),
+        (ECA(kernel_size=-3), "`kernel_size` must be an odd .* got -3"),
+        (ECA(padding="same"), "`padding` must be .* got 'same'"),
+        (ECA(gamma=0), "`gamma` must not be 0"),
+        (ChannelAttention(excite="fc"), "`excite` must be .* got 'fc'"),
+        (CBAM(excite="FC"), "`excite` must be .* got 'FC'"),
+        (SpatialAttention(kernel_size=2), "`kernel_size` must be an odd"),
+        (CBAM(spatial_kernel_size=0), "`spatial_kernel_size` must be an odd"),
+        (CBAM(implementation="slow"), "`implementation` must be .* 'slow'"),
+        (BAM(dilation=0), "`dilation` must be an integer of at least 1"),
+        (scSE(combine="mul"), '`combine` must be "add" or "max"'),
+        (
+            ECA(identity_init=True, gate=nn.relu),
+            "`gate` must be 0.5 at 0, got 0.0",
+        ),
+    ],
+)
+def test_bad_fields(module, message):
+    with pytest.raises(ValueError, match=message):
+        tree(module)

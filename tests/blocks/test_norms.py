@@ -1,0 +1,131 @@
+"""Norms inside blocks: their place, the start as the identity, and masks."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_attn import BAM, CBAM, SpatialAttention
+from tests.cases import normal, variables_for
+
+CHANNELS = 20
+# Norms know no implementation, and this one compiles faster.
+PLAIN = {"implementation": "plain"}
+NORMS = {
+    "batch": partial(nn.BatchNorm, use_running_average=False, momentum=0.5),
+    "group": partial(nn.GroupNorm, num_groups=1),
+}
+
+
+def test_official_cbam_has_a_norm_and_no_bias_before_it():
+    module = CBAM(use_bias=True, spatial_norm=NORMS["batch"])
+    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((4, 6, 6, 16)))
+    assert jax.tree.map(jnp.shape, variables["params"]["spatial"]) == {
+        "conv": {"kernel": (7, 7, 2, 1)},
+        "norm": {"bias": (1,), "scale": (1,)},
+    }
+    assert variables["batch_stats"]["spatial"]["norm"]["mean"].shape == (1,)
+
+
+def test_norms_of_bam():
+    """One for each branch, over what each branch has: C values and one."""
+    module = BAM(norm=NORMS["batch"], **PLAIN)
+    x = normal((4, 5, 4, CHANNELS), 1)
+
+    @jax.jit
+    def run(key):
+        variables = module.init(key, x)
+        return variables, module.apply(variables, x, mutable=["batch_stats"])[1]
+
+    variables, state = run(jax.random.key(0))
+    means = {k: v["mean"].shape for k, v in variables["batch_stats"].items()}
+    assert means == {"channel_norm": (CHANNELS,), "spatial_norm": (1,)}
+    assert all(np.abs(m["mean"]).max() > 0 for m in state["batch_stats"].values())
+
+
+@pytest.mark.parametrize("block, field", [(CBAM, "spatial_norm"), (BAM, "norm")])
+def test_identity_with_a_norm_can_learn(block, field):
+    """Zeros before a norm would learn nothing, or all at once."""
+    module = block(identity_init=True, **{field: NORMS["batch"]}, **PLAIN)
+    x = normal((2, 5, 4, 32), 1)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+
+    @jax.jit
+    def run(params):
+        def output(params):
+            state = variables | {"params": params}
+            return module.apply(state, x, mutable=["batch_stats"])[0]
+
+        y, pullback = jax.vjp(output, params)
+        return y, *pullback(2 * y)
+
+    y, gradients = run(variables["params"])
+    np.testing.assert_array_equal(y, x)
+    scales = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(gradients)
+        if path[-1].key == "scale"
+    ]
+    assert scales and all(jnp.abs(leaf).max() > 1e-3 for leaf in scales)
+    stepped = jax.tree.map(lambda p, g: p - 1e-6 * g, variables["params"], gradients)
+    assert 0 < jnp.abs(run(stepped)[0] - x).max() < 0.01
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, partial(nn.LayerNorm, use_scale=False)])
+def test_identity_needs_a_norm_with_a_scale(norm):
+    module = SpatialAttention(identity_init=True, norm=norm)
+    with pytest.raises(ValueError, match="`norm` must have .* pass a norm such as"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
+
+
+# A row of BAM's channel branch has no spatial axes left to take statistics over.
+@pytest.mark.parametrize(
+    "block, norm",
+    [(SpatialAttention, "batch"), (SpatialAttention, "group"), (BAM, "batch")],
+)
+def test_a_row_of_nothing_before_a_norm(block, norm):
+    x = normal((3, 5, 4, CHANNELS), 1)
+    mask = np.ones(x.shape[:-1], bool)
+    mask[1] = False
+    module = block(norm=NORMS[norm], **PLAIN)
+    variables = variables_for(module, x)
+
+    def loss(params, x, mask):
+        y, state = module.apply(
+            variables | {"params": params}, x, mask, mutable=["batch_stats"]
+        )
+        return jnp.sum(y**2), (y, state)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, (y, state) = run(variables["params"], x, mask)
+    alone, (expected, kept) = run(variables["params"], x[::2], mask[::2])
+    chex.assert_trees_all_close(gradients, alone, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(state, kept, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(y[::2], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(y[1], 0)
+    # A batch of nothing leaves everything finite.
+    gradients, (y, state) = run(variables["params"], x, np.zeros_like(mask))
+    chex.assert_tree_all_finite((gradients, state))
+    np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_masked_statistics_of_the_norm(train):
+    x = normal((2, 5, 4, CHANNELS), 1)
+    pads = [(0, 0), (0, 2), (0, 3), (0, 0)]
+    padded = np.pad(x, pads, constant_values=1e6)
+    mask = padded[..., 0] != 1e6
+    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.5)
+    module = CBAM(spatial_norm=norm, **PLAIN)
+    variables = dict(variables_for(module, x))
+    statistics = {"mean": np.float32([0.25]), "var": np.float32([1.5])}
+    variables["batch_stats"] = {"spatial": {"norm": statistics}}
+    run = jax.jit(partial(module.apply, mutable=["batch_stats"]))
+    y, state = run(variables, x)
+    y_padded, state_padded = run(variables, padded, mask)
+    np.testing.assert_allclose(y_padded[:, :5, :4], y, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state_padded, state, rtol=1e-5, atol=1e-7)

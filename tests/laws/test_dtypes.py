@@ -1,0 +1,84 @@
+"""Every block in half precision, and the dtypes that come out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_attn.blocks import BLOCKS
+from tests.cases import IMPLEMENTATIONS, normal, variables_for
+
+blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+@blocks
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_result_dtype_is_linens(block, implementation):
+    def dtype_of(x, params, field):
+        module = BLOCKS[block](dtype=field, implementation=implementation)
+        x = jax.ShapeDtypeStruct((1, 4, 4, 16), x)
+        variables = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, params),
+            jax.eval_shape(module.init, jax.random.key(0), x),
+        )
+        apply = partial(module.apply, mutable=["intermediates"])
+        y, sown = jax.eval_shape(apply, variables, x)
+        gates = jax.tree.leaves(sown)
+        assert gates and all(gate.dtype == y.dtype for gate in gates)
+        return y.dtype
+
+    assert dtype_of("float32", "float32", None) == "float32"
+    assert dtype_of("bfloat16", "float32", None) == "float32"
+    assert dtype_of("bfloat16", "bfloat16", None) == "bfloat16"
+    assert dtype_of("float32", "float32", jnp.bfloat16) == "bfloat16"
+    assert dtype_of("float16", "float32", jnp.float16) == "float16"
+    assert dtype_of("float16", "float16", jnp.float32) == "float32"
+
+
+@blocks
+@pytest.mark.parametrize("dtype, atol", [("bfloat16", 0.1), ("float16", 0.0125)])
+def test_half_precision_is_near_float32(block, dtype, atol):
+    x = normal((2, 12, 11, 32), 0)
+    # Of one sign, or the sums over a map would cancel down to the rounding.
+    cotangent = np.abs(normal(x.shape, 1))
+    variables = variables_for(BLOCKS[block](), x)
+
+    def gradients(module, x, cotangent):
+        y, pullback = jax.vjp(module.apply, variables, x)
+        return y, *pullback(cotangent)
+
+    @jax.jit
+    def run(exact, half):
+        module = BLOCKS[block](implementation="plain")
+        halves = [
+            gradients(module.clone(dtype=dtype, implementation=i), *half)
+            for i in IMPLEMENTATIONS
+        ]
+        return gradients(module, *exact), halves
+
+    exact, halves = run(
+        (x, cotangent), (jnp.asarray(x, dtype), jnp.asarray(cotangent, dtype))
+    )
+    for half in halves:
+        assert half[0].dtype == half[2].dtype == dtype
+        for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
+            error = np.abs(np.asarray(a, np.float32) - b).mean()
+            # BAM has seven layers, not one.
+            limit = 2 * atol if block == "bam" else atol
+            assert error / max(np.abs(b).max(), 1) < limit
+
+
+@blocks
+def test_large_half_precision_maps_do_not_overflow(block):
+    make = partial(BLOCKS[block], dtype=jnp.float16)
+    x = jnp.full((1, 32, 32, 64), 300, jnp.float16)
+    variables = variables_for(make(), x)
+
+    @jax.jit
+    def run(x):
+        return [make(implementation=i).apply(variables, x) for i in IMPLEMENTATIONS]
+
+    for y in run(x):
+        assert jnp.isfinite(y).all() and jnp.abs(y).max() > 1

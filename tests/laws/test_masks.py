@@ -1,0 +1,68 @@
+"""Masks: what a padded map gives is what the map gives, whatever the padding."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from flax_attn.blocks import BLOCKS
+from tests.cases import (
+    assert_alike,
+    assert_exact,
+    fast_and_plain,
+    normal,
+    variables_for,
+)
+
+SIZES = {1: (9,), 2: (5, 4), 3: (3, 5, 4)}
+CHANNELS = 20
+blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+@blocks
+@pytest.mark.parametrize("dims", SIZES)
+def test_padding_counts_for_nothing(block, dims):
+    """NaN, which poisons all that it touches; a third row is nothing but padding."""
+    x = normal((2, *SIZES[dims], CHANNELS), 1)
+    pads = [(0, 1), *[(0, 2 + i) for i in range(dims)], (0, 0)]
+    padded = np.pad(x, pads, constant_values=np.nan)
+    mask = ~np.isnan(padded[..., 0])
+    valid = tuple(map(slice, x.shape[:-1]))
+    cotangent = normal(padded.shape, 2)  # Not zero outside: no output there has inputs.
+    make = partial(BLOCKS[block], spatial_dims=dims, use_bias=True)
+    variables = variables_for(make(), x)
+    results = fast_and_plain(make)(variables, padded, cotangent, mask)
+    assert_alike(results)
+    y, d_variables, d_x = results["fast"]
+    np.testing.assert_array_equal(y[~mask], 0)
+    np.testing.assert_array_equal(d_x[~mask], 0)
+    result = y[valid], d_variables, d_x[valid]
+    assert_exact(block, variables, x, cotangent[valid], result, dims)
+
+
+def test_one_mask_for_the_whole_batch():
+    x = normal((2, 5, 4, CHANNELS), 1)
+    module = BLOCKS["cbam"]()
+    run = jax.jit(partial(module.apply, variables_for(module, x)))
+    everywhere = np.ones((5, 4), bool)
+    np.testing.assert_allclose(run(x, everywhere), run(x), rtol=1e-6, atol=1e-6)
+    part = (np.arange(20) < 7).reshape(1, 5, 4)
+    for_each = np.broadcast_to(part, x.shape[:-1])
+    np.testing.assert_allclose(run(x, part), run(x, for_each), rtol=1e-6, atol=1e-6)
+    assert np.abs(run(x, part) - run(x)).max() > 0.1
+
+
+@blocks
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.ones((2, 5, 4)), "`mask` must be boolean"),
+        (np.ones((2, 5, 4, CHANNELS), bool), "drop the last axis"),
+        (np.ones((2, 5, 5), bool), "pad it as `x` is padded"),
+    ],
+)
+def test_bad_masks(block, mask, message):
+    x = np.ones((2, 5, 4, CHANNELS), np.float32)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(BLOCKS[block]().init, jax.random.key(0), x, mask)

@@ -1,0 +1,107 @@
+"""The values and gradients of every block, in both implementations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_attn.blocks import BLOCKS
+from tests.cases import (
+    IMPLEMENTATIONS,
+    REFERENCES,
+    assert_alike,
+    assert_exact,
+    fast_and_plain,
+    normal,
+    variables_for,
+)
+
+blocks = pytest.mark.parametrize("block", BLOCKS)
+# The shape, the number of spatial axes, and whether there are biases.
+KINDS = {
+    "maps": ((2, 9, 7, 36), 2, True),
+    "1x1": ((3, 1, 1, 20), 2, False),
+    "one channel": ((2, 5, 4, 1), 2, False),
+    "one element": ((1, 1, 1), 2, True),
+    "signals": ((2, 9, 20), 1, False),
+    "one signal": ((6, 20), 1, True),
+    "volumes": ((2, 3, 5, 4, 20), 3, False),
+}
+WITH_TIES = {
+    "after a ReLU": lambda x: np.maximum(x, 0),
+    "constant": lambda x: np.full_like(x, 0.7),
+    "zeros": np.zeros_like,
+}
+
+
+@blocks
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_implementations_against_float64(block, kind):
+    shape, dims, use_bias = KINDS[kind]
+    x, cotangent = normal(shape, 1), normal(shape, 2)
+    make = partial(BLOCKS[block], spatial_dims=dims, use_bias=use_bias)
+    variables = variables_for(make(), x)
+    run = fast_and_plain(make)
+    results = run(variables, x, cotangent)
+    assert_alike(results)
+    assert_exact(block, variables, x, cotangent, results["fast"], dims)
+    for change in WITH_TIES.values():
+        tied = change(x)
+        results = run(variables, tied, cotangent)
+        assert_alike(results)
+        assert_exact(block, variables, tied, cotangent, results["fast"], dims, True)
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@blocks
+def test_float64(block, x64):
+    make = partial(BLOCKS[block], param_dtype=jnp.float64)
+    x = np.float64(normal((1, 6, 5, 16), 0))
+    variables = jax.tree.map(np.float64, variables_for(make(), x))
+    expected = REFERENCES[block](variables["params"], x)
+
+    @jax.jit
+    def run(x):
+        return [make(implementation=i).apply(variables, x) for i in IMPLEMENTATIONS]
+
+    for y in run(x):
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, expected, rtol=1e-12)
+
+
+@blocks
+def test_forward_mode_by_the_plain_implementation(block):
+    x = normal((1, 3, 3, 4), 0)
+    variables = variables_for(BLOCKS[block](), x)
+
+    def f(x, implementation="plain"):
+        return BLOCKS[block](implementation=implementation).apply(variables, x)
+
+    @jax.jit
+    def derivatives(x):
+        hessian = jax.hessian(lambda x: (f(x) ** 2).sum())(x)
+        reverse = jax.jacrev(partial(f, implementation="fast"))(x)
+        return jax.jacfwd(f)(x), reverse, hessian
+
+    forward, reverse, hessian = derivatives(x)
+    np.testing.assert_allclose(forward, reverse, atol=1e-5)
+    hessian = hessian.reshape(x.size, x.size)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-4)
+    assert np.abs(hessian).max() > 0.1
+
+
+@blocks
+def test_the_fast_implementation_refuses_forward_mode(block):
+    module = BLOCKS[block]()
+    x = normal((1, 3, 3, 4), 0)
+    variables = variables_for(module, x)
+    with pytest.raises(TypeError, match='implementation="plain"'):
+        jax.jvp(partial(module.apply, variables), (x,), (x,))
