@@ -13,20 +13,9 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 import importlib
 from typing import Any
 
+from flax_attn import blocks, presets
 from flax_attn import inspect as inspect
-from flax_attn import presets
-from flax_attn.blocks import (
-    BAM,
-    BLOCKS,
-    CBAM,
-    ECA,
-    SE,
-    ChannelAttention,
-    ChannelsFirst,
-    SpatialAttention,
-    create,
-    scSE,
-)
+from flax_attn.blocks import *  # noqa: F403  (what its own list names)
 from flax_attn.cost import cost
 from flax_attn.functional import eca_kernel_size
 from flax_attn.insertion import assert_active, insert, merge, parameter_labels, sites
@@ -34,25 +23,16 @@ from flax_attn.insertion import assert_active, insert, merge, parameter_labels, 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BAM",
-    "BLOCKS",
-    "CBAM",
-    "ChannelAttention",
-    "ChannelsFirst",
-    "ECA",
-    "SE",
-    "SpatialAttention",
     "assert_active",
     "cost",
-    "create",
     "eca_kernel_size",
     "insert",
     "merge",
     "parameter_labels",
     "presets",
-    "scSE",
     "sites",
 ]
+__all__ += blocks.__all__
 
 
 def __getattr__(name: str) -> Any:

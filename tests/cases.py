@@ -8,26 +8,18 @@ import chex
 import jax
 import numpy as np
 
+from flax_attn import presets
 from flax_attn.blocks import BLOCKS
-from tests import references
+from tests.references import REFERENCES
 
 IMPLEMENTATIONS = ("fast", "plain")
 
-REFERENCES = {
-    "se": references.se,
-    "se-max": partial(references.se, squeeze=references.peak),
-    "eca": references.eca,
-    "channel": references.channel,
-    "channel-conv": partial(references.channel, excite=references.conv_along_channels),
-    "spatial": references.spatial,
-    "cbam": references.cbam,
-    "cbam-conv": partial(references.cbam, excite=references.conv_along_channels),
-    "bam": references.bam,
-    "scse": references.scse,
-    "scse-max": partial(references.scse, combine=np.maximum),
+# Of the others there are no weights to compare.
+ARTICLE = {
+    name: make
+    for name, make in BLOCKS.items()
+    if hasattr(presets, f"article_{name.replace('-', '_')}")
 }
-# The article has neither BAM nor scSE, so there are no weights of theirs to compare.
-ARTICLE = {n: make for n, make in BLOCKS.items() if not n.startswith(("bam", "scse"))}
 
 
 def normal(shape, seed):

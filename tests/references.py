@@ -4,6 +4,8 @@ Nothing of the library is imported. Arrays are (..., H, W, C), with ``dims`` spa
 axes; ``params`` are trees of arrays in the layout that flax gives them.
 """
 
+from functools import partial
+
 import numpy as np
 
 
@@ -88,3 +90,18 @@ def bam(params, x, dims=2, dilation=4):
 def scse(params, x, dims=2, combine=np.add):
     logits = x @ params["spatial"]["kernel"] + params["spatial"].get("bias", 0.0)
     return combine(se(params["channel"], x, dims), x * sigmoid(logits))
+
+
+REFERENCES = {
+    "se": se,
+    "se-max": partial(se, squeeze=peak),
+    "eca": eca,
+    "channel": channel,
+    "channel-conv": partial(channel, excite=conv_along_channels),
+    "spatial": spatial,
+    "cbam": cbam,
+    "cbam-conv": partial(cbam, excite=conv_along_channels),
+    "bam": bam,
+    "scse": scse,
+    "scse-max": partial(scse, combine=np.maximum),
+}
