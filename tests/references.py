@@ -58,6 +58,11 @@ def eca(params, x, dims=2):
     return x * sigmoid(conv_along_channels(params, average(x, dims)))
 
 
+def ese(params, x, dims=2):
+    layer = params["excite"]
+    return x * sigmoid(average(x, dims) @ layer["kernel"] + layer.get("bias", 0.0))
+
+
 def channel(params, x, dims=2, excite=mlp):
     logits = excite(params, average(x, dims)) + excite(params, peak(x, dims))
     return x * sigmoid(logits)
@@ -96,6 +101,7 @@ REFERENCES = {
     "se": se,
     "se-max": partial(se, squeeze=peak),
     "eca": eca,
+    "ese": ese,
     "channel": channel,
     "channel-conv": partial(channel, excite=conv_along_channels),
     "spatial": spatial,

@@ -11,6 +11,7 @@ from flax_attn.blocks.bam import BAM
 from flax_attn.blocks.base import Attention
 from flax_attn.blocks.cbam import CBAM
 from flax_attn.blocks.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks.ese import ESE
 from flax_attn.blocks.layout import ChannelsFirst
 from flax_attn.blocks.scse import scSE
 from flax_attn.blocks.spatial import SpatialAttention
@@ -23,6 +24,7 @@ __all__ = [
     "ChannelAttention",
     "ChannelsFirst",
     "ECA",
+    "ESE",
     "SE",
     "SpatialAttention",
     "create",
@@ -33,6 +35,7 @@ _blocks: dict[str, Callable[..., nn.Module]] = {
     "se": SE,
     "se-max": partial(SE, pool="max"),
     "eca": ECA,
+    "ese": ESE,
     "channel": ChannelAttention,
     "channel-conv": partial(ChannelAttention, excite="conv"),
     "spatial": SpatialAttention,

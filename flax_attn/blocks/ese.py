@@ -1,0 +1,59 @@
+"""The one-layer gate of VoVNetV2."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+
+from flax_attn.blocks.base import Attention
+from flax_attn.blocks.channel import ChannelBlock
+from flax_attn.functional import Array, Pool
+
+
+class ESE(ChannelBlock, kw_only=True):
+    """Effective Squeeze-Excitation, https://arxiv.org/abs/1911.06667, eq. 3.
+
+    Scales channel ``c`` of ``x`` by ``gate(excite(mean_hw(x)))[c]``, where ``excite``
+    is one layer C -> C, which loses nothing in a narrow one::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.ESE().init(jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'excite': {'kernel': (64, 64)}}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
+    ``intermediates/channel_gate``.
+
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
+    Attributes:
+      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: the released code and timm have a bias and the gate
+    ``nn.hard_sigmoid``; set ``use_bias=True, gate=nn.hard_sigmoid`` for them.
+
+    References: Lee, Park. CenterMask: Real-Time Anchor-Free Instance Segmentation.
+    https://arxiv.org/abs/1911.06667, 2019.
+    """
+
+    pool: Pool = "avg"
+
+    @nn.compact
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=_layer)
+
+
+def _layer(module: Attention, features: int) -> Callable[[Array], Array]:
+    return nn.Dense(
+        features,
+        use_bias=module.use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        precision=module.precision,
+        **module.last_layer(),
+        name="excite",
+    )
