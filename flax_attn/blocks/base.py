@@ -21,8 +21,16 @@ class Attention(nn.Module, kw_only=True):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
     A subclass adds its own fields, declares in ``gates`` what it sows, and is called
-    with a map and an optional boolean mask ``(..., H, W)``. All fields are
-    keyword-only. Those that every block has:
+    with a map and an optional boolean mask ``(..., H, W)``::
+
+      >>> class Energy(Attention, kw_only=True):
+      ...     def __call__(self, x, mask=None):
+      ...         x, _ = self.validated(x, mask)
+      ...         return self.scaled(x, self.gate_from(x**2))
+      >>> Energy().apply({}, jnp.zeros((4, 4, 8))).shape
+      (4, 4, 8)
+
+    All fields are keyword-only. Those that every block has:
 
     Attributes:
       gate: function from logits to the gate (default: nn.sigmoid).
@@ -43,6 +51,9 @@ class Attention(nn.Module, kw_only=True):
         ``(..., D, H, W, C)`` (default: 2).
       gates: of the class: the gates that it sows itself, the name of each by the
         method that sows it. Those of the blocks inside it are theirs to declare.
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
     """
 
     gates: ClassVar[Mapping[str, str]] = {}
