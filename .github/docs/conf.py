@@ -20,7 +20,8 @@ highlight_language = "none"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
-napoleon_use_ivar = True
+napoleon_attr_annotations = False
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 
 def _without_fields(
