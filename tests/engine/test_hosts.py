@@ -24,7 +24,7 @@ def start(workdir, environment, *arguments, devices=1):
 def start_two(workdir, environment, *arguments, devices=1):
     return [
         start(workdir, environment, *place, *arguments, devices=devices)
-        for place in processes.places(2)
+        for place in processes.process_options(2)
     ]
 
 

@@ -14,16 +14,25 @@ def test_networks_take_turns_and_are_compared_to_none(monkeypatch):
             for _ in range(2):
                 call()
                 steps.append(int(call.state.step))
-        return dict(zip(calls, (0.2, 0.3, 0.1), strict=True))
+        return dict(zip(calls, (0.2, 0.3), strict=True))
 
     monkeypatch.setattr(networks, "fastest", fastest)
     monkeypatch.setattr(networks, "BATCH", 4)
     make = partial(ResNet, (1,), BasicBlock, width=8, imagenet_stem=False)
     network = ("a network", make, 8, "float32")
-    rows = networks.measure_network(network, ["eca"], ["fast", "plain"], 5)
+    rows = networks.measure_network(network, ["eca"], ["fast"], 5)
     table = {row["block"]: (row["step_ms"], row["overhead_percent"]) for row in rows}
-    assert table.keys() == {"none", "eca fast", "eca plain"}
-    assert [round(ms) for ms, _ in table.values()] == [200, 300, 100]
-    assert [round(percent) for _, percent in table.values()] == [0, 50, -50]
+    assert table.keys() == {"none", "eca fast"}
+    assert [round(ms) for ms, _ in table.values()] == [200, 300]
+    assert [round(percent) for _, percent in table.values()] == [0, 50]
     # Each step starts from the state of the last one; the first one compiled.
-    assert steps == 3 * [2, 3]
+    assert steps == 2 * [2, 3]
+
+
+def test_variants():
+    """No block comes once, each block with each implementation."""
+    assert networks.variants(["eca", "se"], ["fast", "plain"]) == [
+        ("none", ""),
+        *(("eca", "fast"), ("eca", "plain")),
+        *(("se", "fast"), ("se", "plain")),
+    ]

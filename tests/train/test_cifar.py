@@ -81,10 +81,10 @@ def test_digits(tmp_path, environment, capsys):
     lines = result.stderr.replace("\r", "\n").splitlines()
     assert max(len(line) for line in lines if "/22" in line) <= 80
     # The same folder again: no step is left.
-    run = partial(run_here, capsys)
-    again = run(*arguments)
+    again = run_command(*arguments, environment=environment)
     assert again.returncode == 0 and "Resuming from step 22 of 22" in again.stderr
     assert again.stdout == result.stdout
+    run = partial(run_here, capsys)
     never = run(*arguments, "--resume", "never")
     assert never.returncode == 2 and "holds an earlier run" in never.stderr
     # Another configuration: the differences are named, and nothing is overwritten.

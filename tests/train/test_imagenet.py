@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import train.data
-from tests.processes import finish, metrics_of, places, run, start, wait_until
+from tests.processes import finish, metrics_of, process_options, run, start, wait_until
 from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
@@ -83,7 +83,7 @@ def test_killed_and_resumed(data_dir, environment, tmp_path):
     two = tmp_path / "two"
     both = [
         start(environment, "train.cifar", *small(data_dir, two), *place)
-        for place in places(2)
+        for place in process_options(2)
     ]
     for code, _, err in map(finish, both):
         assert code == 0, err
