@@ -1,4 +1,4 @@
-"""Commands in processes of their own, which some tests kill."""
+"""Commands in child processes, some of which the tests kill."""
 
 import socket
 import subprocess
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# For programs that run for moments: what counts is the time to compile. Not for blocks
-# with a maximum, whose gradient needs the code that users run: see `_kernels.py`.
+# For short runs, whose time is that of compilation. Not for blocks with a maximum: their
+# gradient needs optimized code.
 QUICK = "--xla_backend_optimization_level=0"
 
 
@@ -41,8 +41,8 @@ def complete(module, *arguments, environment=None, cwd=ROOT):
     )
 
 
-def places(count):
-    """The arguments by which each of ``count`` processes finds the others."""
+def process_options(count):
+    """The options that connect ``count`` processes, for each of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

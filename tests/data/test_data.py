@@ -124,7 +124,7 @@ def test_a_download(tiny, tmp_path, server):
 
 
 def test_other_addresses(tiny, tmp_path, server):
-    """They replace the known ones; neither name nor bytes depend on them."""
+    """They replace the known ones; the file name and the hash stay."""
     folder, address = server
     (folder / "b.zip").write_bytes(content := tar_bytes())
     (folder / "c").write_bytes(content[::-1])
@@ -138,7 +138,7 @@ def test_other_addresses(tiny, tmp_path, server):
 
 
 def test_a_download_that_fails(tiny, tmp_path, server):
-    """One line with what each address said, and the way out."""
+    """One line with the failure of each address, and what to pass instead."""
     folder, address = server
     (folder / "half").write_bytes((content := tar_bytes())[:5_000])
     archive = known(content, urls=(f"{address}/half", f"{address}/absent"))
@@ -155,7 +155,7 @@ def test_a_download_that_fails(tiny, tmp_path, server):
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://a/b", "tiny.tar.gz", ""])
-def test_addresses_of_other_kinds(tiny, tmp_path, url):
+def test_addresses_of_other_schemes(tiny, tmp_path, url):
     message = f"`data_url` must be .*, got {url!r}; pass another --data-url"
     with pytest.raises(data.DataError, match=message):
         data.load("tiny", tmp_path, ["http://127.0.0.1:9/", url])
@@ -252,7 +252,7 @@ def hostile(*members):
     ],
 )
 def test_a_hostile_archive(tiny, tmp_path, first, reason):
-    """As it would be if it were the published one: its size and digest are right."""
+    """Whose hash is that of the published one."""
     content = hostile(*first, GOOD["b.bin"], GOOD["t.bin"])
     tiny(known(content))
     (tmp_path / "tiny.tar.gz").write_bytes(content)
@@ -262,7 +262,7 @@ def test_a_hostile_archive(tiny, tmp_path, first, reason):
 
 
 def test_a_member_that_claims_to_be_huge(tiny, tmp_path):
-    """A terabyte that is not there is neither read nor made room for."""
+    """A terabyte that does not exist is neither read nor allocated."""
     info, _ = member("tiny-bin/a.bin", b"", size=10**12)
     content = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + A)
     tiny(known(content))
@@ -272,7 +272,7 @@ def test_a_member_that_claims_to_be_huge(tiny, tmp_path):
 
 
 def test_other_members_are_ignored(tiny, tmp_path):
-    """They are passed over, and nothing is ever unpacked to the disk."""
+    """And nothing is unpacked to the disk."""
     content = hostile(
         member("../escaped", b"!"),
         member(f"{tmp_path}/escaped", b"!"),
@@ -341,7 +341,7 @@ def test_digits():
     assert images.test_images.shape == (360, 32, 32, 3)
     assert images.train_images.dtype == np.uint8 and images.train_images.max() == 255
     assert set(images.test_labels) == set(range(10)) and not images.flip
-    # Every scan is in one part: the split loses and doubles none.
+    # Every scan is in exactly one part.
     total = np.concatenate([images.train_labels, images.test_labels])
     assert np.bincount(total).tolist() == [
         178,

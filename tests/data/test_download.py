@@ -1,4 +1,4 @@
-"""Downloads from a real server on loopback, whose paths say what it does."""
+"""Downloads from a server on loopback; the path selects its answer."""
 
 import hashlib
 import http.server
@@ -65,7 +65,7 @@ def httpd():
 
 @pytest.fixture
 def server(httpd, monkeypatch):
-    """Addresses on the server, which notes the paths that are asked for."""
+    """The server, which records the requested paths."""
     monkeypatch.setenv("no_proxy", "*")
     httpd.paths = []
     httpd.url = lambda path: f"http://127.0.0.1:{httpd.server_port}/{path}"
@@ -73,7 +73,7 @@ def server(httpd, monkeypatch):
 
 
 def fails(path, *urls):
-    """The one line that says why; nothing is left behind."""
+    """Returns the one line of the error; no file is left."""
     with pytest.raises(download.DownloadError) as error:
         download.fetch(urls, path, SHA256)
     message = str(error.value)
@@ -83,12 +83,12 @@ def fails(path, *urls):
 
 
 def is_alone(path):
-    """It is whole, and nothing is beside it."""
+    """It is complete, and the only file of its folder."""
     return path.read_bytes() == CONTENT and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("first", ["good", "moved"])
-def test_whole(server, tmp_path, capsys, first):
+def test_a_complete_download(server, tmp_path, capsys, first):
     path = tmp_path / "new" / "folder" / "target"
     download.fetch([server.url(first), server.url("404")], path, SHA256)
     assert is_alone(path) and "/404" not in server.paths
@@ -114,7 +114,7 @@ def test_whole(server, tmp_path, capsys, first):
         ("hangs-late", "timed out"),
     ],
 )
-def test_a_mirror_that_fails_is_left_for_the_next(
+def test_after_a_mirror_that_fails_the_next_is_tried(
     server, tmp_path, monkeypatch, answer, reason
 ):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", (1, 0.2))
@@ -125,7 +125,7 @@ def test_a_mirror_that_fails_is_left_for_the_next(
     assert server.paths == [f"/{answer}", f"/{answer}", "/good"] and is_alone(path)
 
 
-def test_nobody_listens(server, tmp_path):
+def test_a_server_that_does_not_listen(server, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/file"
     path = tmp_path / "target"

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_test_in_place_of_val(tmp_path):
     write(tmp_path, "train/a/1.png", "train/b/1.png", "test/b/2.png")
     found = folders.scan(tmp_path)
     assert found.test.names == ("b/2.png",) and found.test.labels.tolist() == [1]
-    # That of ImageNet is one heap without labels.
+    # ImageNet's test images have no labels.
     write(tmp_path, "val/a/3.png", "test/4.png")
     assert folders.scan(tmp_path).test.names == ("a/3.png",)
 
@@ -136,11 +137,11 @@ def test_test_in_place_of_val(tmp_path):
         (["train/a/1.png", "val/a/1.txt"], r"val/a holds no image"),
         (
             ["train/a/1.png", "val/a/1.png", "val/x/1.png", "val/y/1.png"],
-            r"val has 2 of 3 classes that train lacks, the first is 'x'; name",
+            r"val has 2 of 3 classes that train lacks, the first is 'x'; give",
         ),
     ],
 )
-def test_folders_laid_out_otherwise(tmp_path, paths, message):
+def test_folders_with_another_layout(tmp_path, paths, message):
     write(tmp_path, *paths)
     with pytest.raises(DataError, match=message) as error:
         folders.scan(tmp_path)
@@ -157,7 +158,7 @@ def test_no_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def stream(images):
-    """Two epochs and a bit."""
+    """Two epochs and three batches."""
     return take(images, 2 * STEPS_PER_EPOCH + 3)[0]
 
 
@@ -182,7 +183,7 @@ def test_an_epoch_shows_each_image_at_most_once(images, stream):
         assert (ids == np.arange(200)).sum() < 10
         assert len(set(epoch["label"][:30])) == 4
     assert (shown[0] == shown[1]).sum() < 10
-    # The three that are left over are others in the next epoch.
+    # The three dropped images are different ones in the next epoch.
     assert set(shown[0]) != set(shown[1])
 
 
@@ -197,7 +198,7 @@ def test_the_seed_decides(images, stream):
     other, _ = take(images, 2 * STEPS_PER_EPOCH, seed=4)
     shown, others = (identities(joined(s)["image"]) for s in (stream, other))
     assert (shown[: len(others)] == others).sum() < 20
-    # Nor does one seed's stream run an epoch ahead of another's.
+    # Nor is one seed's stream another's, shifted by an epoch.
     assert (shown[200:400] == others[:200]).sum() < 10
 
 
@@ -293,6 +294,63 @@ def test_resume_from_a_state_in_a_fresh_process(root, images, stream):
     assert not run.stderr
 
 
+# Damaged images.
+
+
+def damage(path, content):
+    good = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content(good))
+
+
+def test_damaged_images_are_named_and_left_out(root, images, tmp_path):
+    """Truncated, emptied, deleted, or not an image at all; in both parts."""
+    copy = tmp_path / "images"
+    shutil.copytree(root, copy)
+    found = folders.scan(copy)
+    bad = {
+        "train/Zebra/002.jpg": lambda good: good[: len(good) // 2],
+        "train/ant 9/000.png": lambda good: good[:-30],
+        "train/bär/001.JPEG": lambda good: b"",
+        "val/Zebra/003.PNG": None,
+        "val/bär/004.Jpg": lambda good: b"not an image",
+    }
+    for name, content in bad.items():
+        damage(copy / name, content)
+    intact, reasons = folders.without_damaged(found)
+    assert [
+        reason.split("' cannot be read as an image (")[0] for reason in reasons
+    ] == [f"'{copy / name}" for name in bad]
+    assert "truncated" in reasons[0] and "FileNotFoundError" in reasons[3]
+    for part, whole, count in (
+        (intact.train, found.train, 3),
+        (intact.test, found.test, 2),
+    ):
+        left = [
+            (name, label)
+            for name, label in zip(whole.names, whole.labels, strict=True)
+            if f"{whole.folder.name}/{name}" not in bad
+        ]
+        assert len(part) == len(whole) - count
+        assert list(zip(part.names, part.labels, strict=True)) == left
+        assert part.labels.dtype == np.int32 and part.folder == whole.folder
+    assert intact.class_names == found.class_names
+    assert len(take(intact, 25)[0]) == 25 and len(passes(intact)) == 4
+    same, reasons = folders.without_damaged(images)
+    assert reasons == [] and same.train.names == images.train.names
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_of_damaged_images_is_refused(part, tmp_path):
+    found = folder_of(tmp_path, *(Image.fromarray(noise(9, 9)) for _ in range(2)))
+    for path in (tmp_path / part / "a").iterdir():
+        damage(path, lambda good: good[:-30])
+    message = f"No image of the class folder {tmp_path / part / 'a'} can be read; repl"
+    with pytest.raises(DataError, match=re.escape(message)):
+        folders.without_damaged(found)
+
+
 # The pass over the test images.
 
 
@@ -340,11 +398,7 @@ def test_a_pass_shows_each_image_once(images, batch_size, process_count):
 def test_a_broken_file_stops_the_stream(tmp_path, num_threads, content, reason):
     found = folder_of(tmp_path, *(Image.fromarray(noise(30, 30)) for _ in range(6)))
     for part in "train", "val":
-        path = tmp_path / part / "a" / "004.png"
-        good = path.read_bytes()
-        path.unlink()
-        if content is not None:
-            path.write_bytes(content(good))
+        damage(tmp_path / part / "a" / "004.png", content)
     message = (
         rf"{re.escape(str(tmp_path))}/.*/a/004.png' cannot be read as .*\({reason}"
     )
@@ -354,7 +408,10 @@ def test_a_broken_file_stops_the_stream(tmp_path, num_threads, content, reason):
     ):
         with pytest.raises(DataError, match=message) as error:
             read()
-        assert "replace the file" in str(error.value) and "\n" not in str(error.value)
+        assert "\n" not in str(error.value)
+        assert "replace the file, or start a new run with --skip-dam" in str(
+            error.value
+        )
 
 
 @pytest.mark.parametrize(

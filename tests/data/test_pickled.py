@@ -1,4 +1,4 @@
-"""CIFAR's Python files: the same images as the binary ones, and nothing is run."""
+"""CIFAR's Python files: the same images as the binary ones; no code is run."""
 
 import dataclasses
 import hashlib
@@ -71,7 +71,7 @@ def test_an_archive(tiny, tmp_path):
 
 
 def test_python_2():
-    """What Python 2 wrote: strings that are bytes, and NumPy 1's module."""
+    """As written by Python 2: strings that are bytes, and NumPy 1's module."""
     content = (
         b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
         b"K\x00\x85U\x01btR(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\n(U\x02u1K\x00K\x01tR"
@@ -110,7 +110,7 @@ RECONSTRUCT = np.zeros(0).__reduce__()[0]
     ],
 )
 def test_a_hostile_pickle(tiny, tmp_path, monkeypatch, thing, reason):
-    """It is refused with what it asked for, which does not happen."""
+    """The error names what it asks for, which is not run."""
     monkeypatch.chdir(tmp_path)
     bad = batch_of(FILES["a.bin"], extra=thing)
     write_folder(tmp_path / "tiny-py", BATCHES | {"a": bad})

@@ -11,7 +11,7 @@ from train.data import folders, transforms
 
 
 def test_the_boxes_of_crops():
-    """Against the definition on a square, where a box is legal if both sides fit."""
+    """Against rejection sampling on a square: a box is valid if both sides fit."""
     side, count = 1000, 4000
     rng = np.random.default_rng(1)
     boxes = np.array([transforms.crop_box(side, side, rng) for _ in range(count)])
@@ -21,13 +21,13 @@ def test_the_boxes_of_crops():
     areas, aspects = w * h / side**2, w / h
     assert 0.079 < areas.min() < 0.085 and 0.95 < areas.max() <= 1
     assert 0.747 < aspects.min() < 0.755 and 1.325 < aspects.max() < 1.338
-    # Drawn at once, and those that fit kept.
+    # Rejection sampling.
     area = rng.uniform(0.08, 1, 4 * count)
     aspect = (16 / 9) ** rng.uniform(-0.5, 0.5, 4 * count)
     fits = area <= np.minimum(aspect, 1 / aspect)
     assert stats.ks_2samp(areas, area[fits]).pvalue > 0.01
     assert stats.ks_2samp(aspects, aspect[fits]).pvalue > 0.01
-    # The place is uniform in what is left, but that both ends are in it.
+    # The position is uniform, both ends included.
     for start, free in ((left, side - w), (top, side - h)):
         room = free > 20
         places = start[room] / free[room]
@@ -98,7 +98,7 @@ def test_each_image_is_flipped_independently(tmp_path):
 
 @pytest.mark.parametrize("width, height", [(37, 29), (24, 40), (16, 16), (7, 100)])
 def test_the_evaluation_transform(tmp_path, width, height):
-    """Resize the whole image, then cut out the center."""
+    """Resize the whole image, then crop the center."""
     pixels = noise(width, height)
     found = folder_of(tmp_path, Image.fromarray(pixels))
     short = 18  # 16 * 256 / 224 = 18.29
@@ -116,7 +116,7 @@ def test_thin_images(tmp_path):
     tall, wide = tall.reshape(5000, 1, 3), wide.reshape(1, 5000, 3)
     found = folder_of(tmp_path, *map(Image.fromarray, (tall, wide, tall[:1])))
     images = passes(found, batch_size=3)[0]["image"]
-    # An even length: the center lies between two pixels, and only they are seen.
+    # Even length: the center lies between two pixels, and only they contribute.
     pairs = tall[2499:2501, 0], wide[0, 2499:2501]
     for image, (low, high) in zip(images[:2], pairs, strict=True):
         low, high = np.minimum(low, high), np.maximum(low, high)
@@ -138,7 +138,7 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path, monkeypatch):
     this = threading.get_ident()
 
     def recorded(self, *args, **kwargs):
-        if threading.get_ident() == this:  # Not what an earlier test still prefetches.
+        if threading.get_ident() == this:  # Not in prefetching of an earlier test.
             sizes.append(self.size)
         return original(self, *args, **kwargs)
 
@@ -173,7 +173,7 @@ def saved(root, **pictures):
     return dict(zip(sorted(pictures), images, strict=False))
 
 
-def test_every_kind_of_file_becomes_rgb(tmp_path):
+def test_every_mode_becomes_rgb(tmp_path):
     color, gray = (200, 40, 120), 77
     flat = Image.new("RGB", (20, 20), color)
     deep = Image.fromarray(np.full((20, 20), gray * 256 + 200, np.uint16))

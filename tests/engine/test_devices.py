@@ -1,39 +1,31 @@
 """Several devices in one process: the same run as on one."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 
-from tests import processes, tiny_run
+from tests import tiny_run
 from train.data import inputs
-from train.engine import devices
+from train.engine import devices, loop
 from train.engine.config import Config, resolve
 
 
-def losses_of(environment, workdir, count):
+def losses_of(count):
     """The mean loss of an epoch's five steps, and that of the test images."""
-    code, _, err = processes.run(
-        environment,
-        *("tests.tiny_run", "--workdir", workdir, "--epochs", 1, "--devices", count),
-        *("--attention", "se"),
-        JAX_NUM_CPU_DEVICES="8",
-    )
-    assert code == 0, err
-    line = json.loads(processes.metrics_of(workdir))
+    config = Config(depth=8, batch_size=8, epochs=1, attention="se", devices=count)
+    (line,) = loop.train(config, tiny_run.images()).history
     return line["train_loss"], line["test_loss"], line["test_accuracy"]
 
 
 @pytest.fixture(scope="module")
-def alone(environment, tmp_path_factory):
-    return losses_of(environment, tmp_path_factory.mktemp("alone"), 1)
+def alone(tiny_network):
+    return losses_of(1)
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_the_same_losses_on_many_devices(count, alone, environment, tmp_path):
-    """With statistics of each share and not of the batch, they part at once."""
-    losses = losses_of(environment, tmp_path, count)
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 8])
+def test_the_same_losses_on_many_devices(count, alone):
+    """With the statistics of each shard, not of the batch, they differ at once."""
+    losses = losses_of(count)
     print(f"{count} devices: {losses}, one: {alone}")
     np.testing.assert_allclose(losses[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(losses[1], alone[1], rtol=1e-4)
@@ -41,7 +33,7 @@ def test_the_same_losses_on_many_devices(count, alone, environment, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_each_device_has_its_share(count):
+def test_each_device_has_its_shard(count):
     mesh = devices.make_mesh(count)
     fed = inputs.DeviceInputs(tiny_run.images(), resolve(Config(batch_size=8)), mesh)
     first = next(fed.train_batches(1, 0, 2))

@@ -1,4 +1,4 @@
-"""Two real processes that train together over loopback."""
+"""Two processes that train together over loopback."""
 
 import json
 import re
@@ -10,6 +10,8 @@ import pytest
 
 from tests import processes
 from tests.processes import metrics_of, wait_until
+from train.engine import devices
+from train.engine.config import Config
 
 
 def start(workdir, environment, *arguments, devices=1):
@@ -22,7 +24,7 @@ def start(workdir, environment, *arguments, devices=1):
 def start_two(workdir, environment, *arguments, devices=1):
     return [
         start(workdir, environment, *place, *arguments, devices=devices)
-        for place in processes.places(2)
+        for place in processes.process_options(2)
     ]
 
 
@@ -39,7 +41,7 @@ def alone(environment, tmp_path_factory):
 
 
 def assert_same_losses(workdir, alone):
-    """To 1e-5 while rounding has not grown; it does, from epoch to epoch."""
+    """To 1e-5 in the first epoch; the effect of rounding grows with the epochs."""
     lines = [json.loads(line) for line in metrics_of(workdir).splitlines()]
     assert [line["step"] for line in lines] == [line["step"] for line in alone]
     for mine, theirs, rtol in zip(lines, alone, (1e-5, 1e-3, 1e-2, 1e-1), strict=True):
@@ -49,8 +51,8 @@ def assert_same_losses(workdir, alone):
 
 
 @pytest.mark.long
-def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
-    """Stopped through one process, resumed by two of two devices each."""
+def test_two_processes_one_of_which_is_stopped(environment, alone, tmp_path):
+    """A signal to one stops both; two processes of two devices each resume."""
     both = start_two(tmp_path, environment, "--epochs", 4)
     wait_until(both[0], lambda: metrics_of(tmp_path))
     both[1].send_signal(signal.SIGTERM)
@@ -64,42 +66,38 @@ def test_two_processes_and_a_stop_of_one_of_them(environment, alone, tmp_path):
     assert f"Resuming from step {stopped[1]} of 20." in err
     assert "after 4 epochs" in out and "epoch" not in nothing + other
     assert_same_losses(tmp_path, alone)
-    # One process reads what the two have written; there is nothing left to do.
+    # One process restores the checkpoint of the two; no step is left.
     ((code, _, err),) = finish(start(tmp_path, environment, "--epochs", 4))
     assert code == 0 and "Resuming from step 20 of 20." in err, err
 
 
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_dies_ends_the_other(dies, environment, tmp_path):
-    """Within the time-out, and with what was saved still there."""
+    """Within the time-out."""
     both = start_two(tmp_path, environment, "--epochs", 10**4, "--peer-timeout", 10)
     wait_until(both[0], lambda: metrics_of(tmp_path).count("\n") >= 2)
     both[dies].kill()
     killed = time.monotonic()
     (code, _, err), _ = finish(both[1 - dies], both[dies])
     assert time.monotonic() - killed < 60
-    # Who notices first, the run or JAX's own watch, which aborts, is a matter of luck.
+    # Either the run or JAX's own heartbeat, which aborts, notices first.
     assert code in (3, -signal.SIGABRT), (code, err[-3000:])
     said = "another process of the run is gone" if code == 3 else "UNAVAILABLE"
     assert said in err
 
 
-def test_a_refused_folder_ends_all(environment, tmp_path):
+def test_a_refused_folder_ends_both_processes(environment, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     results = finish(*start_two(tmp_path, environment, "--peer-timeout", 10))
     assert results[0][0] == 2 and "holds an earlier run" in results[0][2]
     assert results[1][0] != 0
 
 
-def test_a_coordinator_that_is_not_there(environment, tmp_path):
-    ((code, _, err),) = finish(
-        start(
-            tmp_path / "run",
-            environment,
-            "--coordinator",
-            "127.0.0.1:1",
-            *("--num-processes", 2, "--process-id", 1, "--peer-timeout", 5),
-        )  # fmt: skip
+def test_a_coordinator_that_does_not_listen():
+    config = Config(
+        coordinator="127.0.0.1:1", num_processes=2, process_id=1, peer_timeout=1
     )
-    assert code == 2 and len(err.splitlines()) == 1, err
-    assert "`coordinator` must be HOST:PORT of process 0, got 127.0.0.1:1" in err
+    message = "`coordinator` must be HOST:PORT of process 0, got 127.0.0.1:1, where"
+    with pytest.raises(ValueError, match=message) as error:
+        devices.join(config)
+    assert "\n" not in str(error.value)

@@ -1,6 +1,7 @@
 """Training on folders of images, from the command line."""
 
 import json
+import shutil
 import signal
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 import train.data
-from tests.processes import finish, metrics_of, places, run, start, wait_until
+from tests.processes import finish, metrics_of, process_options, run, start, wait_until
 from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
@@ -61,9 +62,9 @@ def small(data_dir, workdir):
 
 @pytest.mark.long
 def test_killed_and_resumed(data_dir, environment, tmp_path):
-    """The same images and crops again: the end is that of a run nobody touched.
+    """The same images and crops again, and so the same end as without an interrupt.
 
-    And so is the first epoch of two processes, each of which reads its own rows.
+    The first epoch of two processes, each of which reads its own rows, is the same too.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, _, err = run(environment, "train.cifar", *small(data_dir, whole))
@@ -82,7 +83,7 @@ def test_killed_and_resumed(data_dir, environment, tmp_path):
     two = tmp_path / "two"
     both = [
         start(environment, "train.cifar", *small(data_dir, two), *place)
-        for place in places(2)
+        for place in process_options(2)
     ]
     for code, _, err in map(finish, both):
         assert code == 0, err
@@ -114,6 +115,35 @@ def test_bad_arguments(arguments, message, data_dir, tmp_path, capsys):
     assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+def test_damaged_images_are_left_out(data_dir, tmp_path, capsys):
+    """Named and counted before the rest of the command line is refused."""
+    copy = tmp_path / "images"
+    shutil.copytree(data_dir, copy)
+    for name in ("train/class0/0004.png", "val/class1/0001.png"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit) as stop:
+        imagenet.main(
+            [*("--data-dir", str(copy)), *("--workdir", str(tmp_path / "run"))]
+            + ["--skip-damaged", "--batch-size", "200"]
+        )
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    first, second, count, last = (
+        line for line in lines if "checking" not in line and line.strip()
+    )
+    for line, name in (
+        (first, "train/class0/0004.png"),
+        (second, "val/class1/0001.png"),
+    ):
+        assert line.startswith(
+            f"Left out: '{copy / name}' cannot be read as an image ("
+        )
+        assert "truncated" in line
+    assert count == "2 of 230 images are damaged and left out."
+    assert "`batch_size` must be at most the 199 training images" in last
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     monkeypatch.delitem(sys.modules, "train.data.folders")
@@ -122,8 +152,7 @@ def test_without_the_extra(monkeypatch):
         loop.load(resolve(Config(loader="grain")))
 
 
-def test_images_that_are_gone(data_dir, tmp_path):
-    """A position in other images is no position."""
+def test_a_position_in_other_images_is_refused(data_dir):
     config = resolve(Config(loader="grain", batch_size=20, image_size=16))
     images = folders.scan(data_dir)
     fed = stream.FolderInputs(images, config, devices.make_mesh(1))

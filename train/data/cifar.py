@@ -17,7 +17,7 @@ from train.data import download, pickled
 
 
 class DataError(Exception):
-    """The data cannot be loaded; the message is one line that says the way out."""
+    """The data cannot be loaded; the message is one line that says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +30,17 @@ class ImageSet:
     test_labels: np.ndarray
     num_classes: int
     flip: bool
-    """Whether a flipped image still shows the same thing."""
+    """Whether a flipped image still belongs to its class."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive: where it is, its digest, and what it holds."""
+    """A published archive: its addresses, its hash and its contents."""
 
     name: str
-    """Its file name in the data folder, whatever its address."""
+    """Its file name in the data folder."""
     urls: tuple[str, ...]
-    """Its mirrors, in the order in which they are tried."""
+    """Its mirrors, in the order they are tried."""
     sha256: str
     folder: str
     train_files: tuple[str, ...]
@@ -52,7 +52,7 @@ class Archive:
     label_bytes: int
     """Bytes before the pixels of a record; the last one is the label."""
     pickled_labels: tuple[bytes, ...] = ()
-    """Where the files are pickles, the keys of their labels, in the order above."""
+    """If the files are pickles, the keys of their labels, in the order of the bytes."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -65,6 +65,8 @@ class Archive:
         return records * (self.label_bytes + 3072)
 
 
+# The SHA-256 of the binary archives are those in MLDatasets.jl and GoMLX, those of the
+# Python archives those in Keras (`keras.datasets.cifar10`, `cifar100`).
 ARCHIVES = {
     "cifar10": Archive(
         name="cifar-10-binary.tar.gz",
@@ -96,7 +98,7 @@ ARCHIVES = {
     ),
 }
 
-# The same images as pickles, which torchvision and Keras leave on disk.
+# The same images as pickles, which torchvision and Keras download.
 PYTHON_ARCHIVES = {
     "cifar10": dataclasses.replace(
         ARCHIVES["cifar10"],

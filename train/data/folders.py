@@ -1,29 +1,32 @@
-"""Image folders read through Grain, for sets that no device and no memory holds.
+"""Image folders read through Grain, for data sets too large for memory.
 
 The layout is ``FOLDER/train/CLASS/IMAGE`` and ``FOLDER/val/CLASS/IMAGE``, or ``test``
-in place of ``val``; of both it is ``val``, since the ``test`` of ImageNet has no
-labels. Images are the files that end in .jpg, .jpeg or .png in any case; other files
-are ignored and counted, hidden files and folders ignored.
+in place of ``val``; if both exist, ``val`` is used, since ImageNet's ``test`` has no
+labels. Images are files that end in .jpg, .jpeg or .png, in any case; other files are
+ignored and counted; hidden files and folders are ignored.
 
-Only this file knows Grain, and nothing that runs without it imports this file.
+Only this file imports Grain, and nothing that runs without Grain imports this file.
 """
 
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from train.data.cifar import DataError
+from train.engine import devices
 
 try:
     import grain
     from PIL import Image
 
-    from train.data.transforms import center_box, crop_box, cut
+    from train.data.transforms import center_box, crop, crop_box
 except ImportError as error:
     raise ImportError(
         f'Image folders need the extra `grain`: pip install -e ".[grain]" ({error}).'
@@ -31,7 +34,7 @@ except ImportError as error:
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE"
-# A thread makes a whole batch, so more of them also hold more memory.
+# Each thread holds a whole batch in memory.
 MAX_THREADS = 16
 
 
@@ -52,14 +55,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """The images of both parts, none of them read yet."""
+    """The images of both parts; no file has been read."""
 
     train: Part
     test: Part
     class_names: tuple[str, ...]
     """The class folders of the training part, sorted."""
     ignored: int
-    """How many visible files in class folders are no images by their names."""
+    """The number of visible files in class folders without an image suffix."""
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +73,7 @@ class FolderImages:
 def scan(data_dir: Path) -> FolderImages:
     """Lists the images below ``data_dir``.
 
-    A class may lack test images, but no class folder may be empty.
+    A class may have no folder of test images, but no class folder may be empty.
 
     Raises:
       DataError: the folder does not have the layout above.
@@ -97,14 +100,63 @@ def scan(data_dir: Path) -> FolderImages:
     if unknown:
         raise DataError(
             f"{data_dir / test_name} has {len(unknown)} of {len(test_classes)} classes "
-            f"that train lacks, the first is {unknown[0]!r}; name the class folders of "
-            "both alike."
+            f"that train lacks, the first is {unknown[0]!r}; give the class folders of "
+            "both the same names."
         )
     train, ignored = _part(data_dir / "train", labels)
     test, ignored_test = _part(
         data_dir / test_name, {name: labels[name] for name in test_classes}
     )
     return FolderImages(train, test, tuple(class_names), ignored + ignored_test)
+
+
+def without_damaged(images: FolderImages) -> tuple[FolderImages, list[str]]:
+    """Reads every image once and leaves out those that cannot be read.
+
+    Returns:
+      The other images, and for each damaged one a line with its path and the reason.
+
+    Raises:
+      DataError: no image of a class folder can be read.
+    """
+    train, damaged_train = _intact(images.train, images.class_names)
+    test, damaged_test = _intact(images.test, images.class_names)
+    intact = dataclasses.replace(images, train=train, test=test)
+    return intact, damaged_train + damaged_test
+
+
+def _intact(part: Part, class_names: tuple[str, ...]) -> tuple[Part, list[str]]:
+    # A thread pool that ends at once on Ctrl-C; Pillow decodes without the GIL.
+    with ThreadPool(_default_threads()) as pool:
+        errors = list(
+            tqdm(
+                pool.imap(partial(_damage, part), range(len(part)), chunksize=16),
+                total=len(part),
+                desc=f"checking {part.folder.name}",
+                unit="image",
+                mininterval=1,
+                leave=False,
+                disable=not devices.is_main(),
+            )
+        )
+    intact = [i for i, error in enumerate(errors) if error is None]
+    labels = part.labels[intact]
+    for label in np.setdiff1d(part.labels, labels):
+        raise DataError(
+            f"No image of the class folder {part.folder / class_names[label]} can be "
+            "read; replace its images, or delete the folder."
+        )
+    names = tuple(part.names[i] for i in intact)
+    return Part(part.folder, names, labels), [error for error in errors if error]
+
+
+def _damage(part: Part, index: int) -> str | None:
+    """Why the image cannot be read, or None; one pixel suffices, which is fast."""
+    try:
+        _test_example(part, 1, index)
+    except _DamagedImage as error:
+        return error.reason
+    return None
 
 
 def _part(folder: Path, classes: Mapping[str, int]) -> tuple[Part, int]:
@@ -116,7 +168,7 @@ def _part(folder: Path, classes: Mapping[str, int]) -> tuple[Part, int]:
         if inner:
             raise DataError(
                 f"The class folder {folder / name} holds the folder {inner[0]!r}; move "
-                "its images up beside it, or delete it."
+                "its images up into the class folder, or delete it."
             )
         images = [file for file in files if file.lower().endswith(SUFFIXES)]
         if not images:
@@ -159,30 +211,30 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """The endless training batches of one process.
 
-    An epoch is ``len(images.train) // batch_size`` batches; the images left over,
-    different ones in each epoch, are dropped. The order is a function of the seed and
-    the epoch, the crop and the flip of an image of the seed, the epoch and its position
-    in it. So the rows of the processes, concatenated, are the same batch for any number
-    of processes, provided that all of them see the same files.
+    An epoch has ``len(images.train) // batch_size`` batches; the remaining images,
+    different ones in each epoch, are dropped. The order depends on the seed and the
+    epoch; the crop and the flip of an image, on the seed, the epoch and its position.
+    So the concatenated rows of all processes are the same batch for any number of
+    processes, provided that all of them see the same files.
 
-    ``get_state()`` is a dict of JSON types. ``set_state()`` resumes exactly there, with
-    any number of processes and threads; the images, ``batch_size`` and ``seed`` must be
-    those of the state. ``close()`` ends the threads.
+    ``get_state()`` returns a dict of JSON types. ``set_state()`` resumes exactly there,
+    with any number of processes and threads; the images, ``batch_size`` and ``seed``
+    must be the same. ``close()`` ends the threads.
 
     Args:
       images: what to read.
       batch_size: images per batch of all processes together.
       image_size: height and width of the crops, in pixels.
       seed: of the order and the crops, at least 0.
-      process_index: which rows to read.
+      process_index: of this process, which reads its rows of each batch.
       process_count: how many processes share a batch.
-      num_threads: how many batches are made at a time, and how many wait at most; 0
-        makes each on demand (default: one for each core, at most 16).
+      num_threads: how many batches are made in parallel and prefetched; 0 makes each on
+        demand (default: one per core, at most 16).
 
     Returns:
       An iterator over ``{"image": (B, image_size, image_size, 3) uint8, "label": (B,)
       int32}`` with ``B = batch_size // process_count``. It raises ``DataError`` for a
-      broken file.
+      damaged file.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -193,8 +245,7 @@ def train_batches(
             f"`batch_size` must be at most the {len(images.train):,} training images "
             f"in {images.train.folder}, got {batch_size:,}."
         )
-    # Grain shuffles by seed + epoch: seed 1 itself would begin with the second epoch of
-    # seed 0.
+    # Grain shuffles by seed + epoch, so the orders of seeds 0 and 1 would overlap.
     order_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     steps_per_epoch = len(images.train) // batch_size
     return _iterator(
@@ -218,21 +269,21 @@ def evaluation_batches(
 ) -> grain.DatasetIterator:
     """One pass over the test images of one process, in order, each image once.
 
-    The short side becomes ``round(image_size * 256 / 224)`` pixels, of which the center
+    The short side is resized to ``round(image_size * 256 / 224)`` pixels and the center
     is cropped. The last batch is padded with black images of weight 0, so that all
-    batches have one shape and all processes the same number of them.
+    batches have the same shape and all processes have the same number of batches.
 
     Args:
       images: what to read.
       batch_size: images per batch of all processes together.
       image_size: height and width of the result, in pixels.
-      process_index: which rows to read.
+      process_index: of this process.
       process_count: how many processes share a batch.
       num_threads: as for ``train_batches``.
 
     Returns:
-      An iterator over what ``train_batches`` has and ``"weight": (B,) float32``, 1 for
-      an image and 0 for padding.
+      An iterator over dicts as of ``train_batches``, with ``"weight": (B,) float32``, 1
+      for an image and 0 for padding. It raises ``DataError`` for a damaged file.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -274,13 +325,17 @@ def _iterator(
     batches: grain.MapDataset, num_threads: int | None
 ) -> grain.DatasetIterator:
     if num_threads is None:
-        num_threads = min(os.cpu_count() or 1, MAX_THREADS)
-    # The elements that Grain prefetches are batches, so that its state is the number of
-    # batches taken, which does not depend on the number of processes.
+        num_threads = _default_threads()
+    # Grain prefetches whole batches, so its state is the number of batches taken, which
+    # does not depend on the number of processes.
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=num_threads
     )
     return iter(batches.to_iter_dataset(options))
+
+
+def _default_threads() -> int:
+    return min(os.cpu_count() or 1, MAX_THREADS)
 
 
 def _train_example(
@@ -289,8 +344,8 @@ def _train_example(
     flip = rng.random() < 0.5
 
     def pixels(file: Image.Image) -> np.ndarray:
-        crop = cut(file, crop_box(*file.size, rng), size)
-        return crop[:, ::-1] if flip else crop
+        image = crop(file, crop_box(*file.size, rng), size)
+        return image[:, ::-1] if flip else image
 
     return {"image": _read(part, index, pixels), "label": part.labels[index]}
 
@@ -304,7 +359,7 @@ def _test_example(part: Part, size: int, index: int) -> dict[str, Any]:
         }
 
     def pixels(file: Image.Image) -> np.ndarray:
-        return cut(file, center_box(*file.size, size), size)
+        return crop(file, center_box(*file.size, size), size)
 
     return {
         "image": _read(part, index, pixels),
@@ -320,9 +375,16 @@ def _read(
     try:
         with Image.open(path) as file:
             return pixels(file)
-    # Damaged files make Pillow raise errors of many kinds.
+    # Damaged files make Pillow raise errors of many types.
     except Exception as error:
-        raise DataError(
-            f"{str(path)!r} cannot be read as an image ({type(error).__name__}: "
-            f"{error}); replace the file, or delete it and start a new run."
-        ) from error
+        raise _DamagedImage(path, error) from error
+
+
+class _DamagedImage(DataError):
+    def __init__(self, path: Path, error: Exception) -> None:
+        kind = type(error).__name__
+        self.reason = f"{str(path)!r} cannot be read as an image ({kind}: {error})"
+        super().__init__(
+            f"{self.reason}; replace the file, or start a new run with --skip-damaged, "
+            "which leaves out all images that cannot be read."
+        )

@@ -100,7 +100,7 @@ class DeviceInputs:
             self.steps_per_epoch, -1
         )
         for start in range(done, self.steps_per_epoch, size):
-            yield devices.share(order[start : start + size], self.mesh, axis=1)
+            yield devices.shard(order[start : start + size], self.mesh, axis=1)
 
     def batch(
         self, data: DeviceData, item: jax.Array, key: jax.Array
@@ -115,7 +115,7 @@ class DeviceInputs:
             indices = np.arange(start, start + self.batch_size, dtype=np.int32)
             weights = (indices < self.test_size).astype(np.float32)
             indices = np.minimum(indices, self.test_size - 1)
-            yield devices.share((indices, weights), self.mesh, axis=0)
+            yield devices.shard((indices, weights), self.mesh, axis=0)
 
     def test_batch(
         self, data: DeviceData, item: jax.Array

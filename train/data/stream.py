@@ -61,7 +61,7 @@ class FolderInputs:
             steps = min(size, self.steps_per_epoch - start)
             batches = [next(self.batches) for _ in range(steps)]
             stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
-            yield devices.join_shares(stacked, self.mesh, axis=1)
+            yield devices.join_shards(stacked, self.mesh, axis=1)
 
     def batch(
         self, data: Scale, item: dict[str, jax.Array], key: jax.Array
@@ -74,7 +74,7 @@ class FolderInputs:
         batches = folders.evaluation_batches(self.images, **self.options)
         try:
             for item in batches:
-                item = devices.join_shares(item, self.mesh, axis=0)
+                item = devices.join_shards(item, self.mesh, axis=0)
                 yield item, item.pop("weight")
         finally:
             batches.close()

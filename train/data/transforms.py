@@ -1,8 +1,8 @@
-"""Crops of images: the boxes of training and evaluation, and their pixels.
+"""Image transforms: crop boxes for training and evaluation, and their pixels.
 
-Every image becomes RGB: transparency is dropped, of 16 bits the upper eight stay. The
-orientation in EXIF is not applied, as in torchvision's ImageFolder, so that results
-compare.
+All images become RGB: transparency is dropped, 16-bit gray keeps its upper 8 bits. The
+EXIF orientation is ignored, as in torchvision's ImageFolder, so that results are
+comparable.
 """
 
 import math
@@ -10,17 +10,17 @@ import math
 import numpy as np
 from PIL import Image
 
-# Szegedy et al., Going deeper with convolutions, 2014, arXiv 1409.4842, section 6, as
-# every later ImageNet recipe has it: this range of areas and of width / height.
+# Ranges of area and of width / height: Szegedy et al., Going deeper with convolutions,
+# 2014, arXiv 1409.4842, section 6; standard in ImageNet recipes since.
 AREAS = (0.08, 1.0)
 ASPECTS = (3 / 4, 4 / 3)
-TRIES = 10
-# The usual evaluation of ResNets, that of torchvision's first published weights: 224
-# pixels from the center of an image whose short side was resized to 256.
+MAX_DRAWS = 10
+# The standard evaluation of ResNets, as for torchvision's first published weights: the
+# center 224 pixels of an image whose short side is resized to 256.
 SHORT_SIDE = 256 / 224
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 while that leaves this many pixels for each
-# one that is wanted, so that the filter still decides what the result looks like.
-DRAFT = 2
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many pixels
+# for each output pixel, so that the resize filter still determines the result.
+DRAFT_PIXELS = 2
 
 
 def crop_box(
@@ -28,12 +28,13 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Draws ``(left, top, right, bottom)`` of a random-resized crop, in pixels.
 
-    The area is uniform in 8 % to 100 % of the image, the aspect log-uniform in 3/4 to
-    4/3, the position uniform. A box that does not fit is drawn again; after ten draws
-    it is the largest centered box whose aspect is legal, or as near as pixels allow.
+    The area is uniform in 8 % to 100 % of the image, the aspect ratio log-uniform in
+    3/4 to 4/3, the position uniform. A box that does not fit is drawn again; after ten
+    draws, the box is the largest centered one with an aspect ratio in that range, up to
+    rounding.
     """
     log_aspects = math.log(ASPECTS[0]), math.log(ASPECTS[1])
-    for _ in range(TRIES):
+    for _ in range(MAX_DRAWS):
         area = width * height * rng.uniform(*AREAS)
         aspect = math.exp(rng.uniform(*log_aspects))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -49,8 +50,8 @@ def crop_box(
 def center_box(width: int, height: int, size: int) -> tuple[float, float, float, float]:
     """Returns ``(left, top, right, bottom)`` of the evaluation's crop, in pixels.
 
-    It is what a centered crop of ``size`` shows once the short side has been resized to
-    ``round(size * 256 / 224)`` and the long side in proportion, rounded down.
+    It equals a center crop of ``size`` after resizing the short side to ``round(size *
+    256 / 224)`` and the long side in proportion, rounded down.
     """
     short = round(size * SHORT_SIDE)
     w = short * width // min(width, height)
@@ -64,21 +65,21 @@ def center_box(width: int, height: int, size: int) -> tuple[float, float, float,
     )
 
 
-def cut(
+def crop(
     file: Image.Image, box: tuple[float, float, float, float], size: int
 ) -> np.ndarray:
-    """The part ``box`` of an opened file as ``(size, size, 3)`` uint8.
+    """The region ``box`` of an open image file as ``(size, size, 3)`` uint8.
 
-    The filter is Pillow's bilinear one, a triangle as wide as the pixels of the result.
-    It sees what lies beyond the box, as if the whole image were resized and then cut.
+    The filter is Pillow's antialiased bilinear one. It includes pixels around the box,
+    as if the whole image were resized and then cropped.
     """
     width, height = file.size
     left, top, right, bottom = box
-    spare = min(right - left, bottom - top) / size / DRAFT
-    if spare > 1:
-        file.draft(None, (int(width / spare), int(height / spare)))
+    reduction = min(right - left, bottom - top) / size / DRAFT_PIXELS
+    if reduction > 1:
+        file.draft(None, (int(width / reduction), int(height / reduction)))
     x, y = file.size[0] / width, file.size[1] / height
-    # Pillow refuses a box that rounding pushes over the edge.
+    # Pillow rejects a box that rounding moves past the edge.
     edges = min(right * x, file.size[0]), min(bottom * y, file.size[1])
     scaled = (left * x, top * y, *edges)
     resized = _rgb(file).resize((size, size), Image.Resampling.BILINEAR, scaled)
@@ -87,9 +88,9 @@ def cut(
 
 def _rgb(file: Image.Image) -> Image.Image:
     if file.mode.startswith("I"):
-        # Gray of 16 bits: Pillow would clip it at 255, which makes it white.
+        # 16-bit gray, which Pillow would clip to white.
         return Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGB")
     if file.mode == "P":
-        # Straight to RGB, Pillow would warn of a palette's transparency.
+        # Directly to RGB, Pillow would warn about the palette's transparency.
         return file.convert("RGBA").convert("RGB")
     return file.convert("RGB")

@@ -95,8 +95,11 @@ class Config:
     data_dir: Path = Path("~/.cache/flax_attn")
     """Where the CIFAR archive or its unpacked folder is, binary or Python, or is
     downloaded to; for folders of images, what holds train/ and val/."""
+    skip_damaged: bool = False
+    """For folders of images: read all of them first, then name, count and leave out
+    those that cannot be read; by default the first one that is met ends the run."""
     data_url: tuple[str, ...] = ()
-    """Addresses of the CIFAR archive to try instead of the published one."""
+    """Addresses of the CIFAR archive to try instead of the published ones."""
     workdir: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")
     ] = None
@@ -228,6 +231,11 @@ def _check_loader(config: Config) -> None:
             "`dataset` folder and `loader` grain go together, got "
             f"{config.dataset} and {config.loader}; pass --loader grain alone for "
             "folders of images."
+        )
+    if config.dataset != "folder" and config.skip_damaged:
+        raise ValueError(
+            f"`skip_damaged` is for folders of images, got dataset {config.dataset}; "
+            "leave out --skip-damaged, or pass --loader grain."
         )
     if config.dataset != "folder" and config.image_size != IMAGE_SIZES["cifar"]:
         raise ValueError(

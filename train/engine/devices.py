@@ -1,8 +1,8 @@
-"""Which devices and processes train together, and how arrays lie on them.
+"""The devices and processes of a run, and the sharding of its arrays.
 
-Data parallelism: every device holds all of the state and a share of each batch. The
-mesh is an ``Auto`` one, so that XLA finds the communication; statistics of a batch, in
-BatchNorm too, are those of the whole batch.
+Data parallelism: the state is replicated on every device and each batch is sharded.
+The mesh axis is ``Auto``, so XLA inserts the communication, and the batch statistics
+of BatchNorm are those of the whole batch.
 """
 
 import json
@@ -27,15 +27,15 @@ T = TypeVar("T")
 
 
 def join(config: Config) -> None:
-    """Joins the other processes of the run, before any device is used.
+    """Connects to the other processes of the run; call it before using a device.
 
     Raises:
-      ValueError: the coordinator cannot be reached, or refuses the options.
+      ValueError: the coordinator cannot be reached or rejects the options.
     """
     if config.coordinator is None and not _in_cluster():
         return
     if config.coordinator is not None and config.process_id:
-        _wait_for(config.coordinator, config.peer_timeout)
+        _wait_for_coordinator(config.coordinator, config.peer_timeout)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -51,20 +51,20 @@ def join(config: Config) -> None:
         ) from error
 
 
-def _wait_for(coordinator: str, seconds: int) -> None:
-    """Waits until something listens at the address; JAX itself would abort the process.
+def _wait_for_coordinator(coordinator: str, seconds: int) -> None:
+    """Waits until the coordinator listens; JAX would abort the process instead.
 
     Raises:
-      ValueError: nothing does.
+      ValueError: it does not listen within ``seconds``.
     """
     host, _, port = coordinator.rpartition(":")
-    end = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=seconds).close()
             return
         except (OSError, ValueError) as error:
-            if time.monotonic() > end or isinstance(error, ValueError):
+            if time.monotonic() > deadline or isinstance(error, ValueError):
                 raise ValueError(
                     f"`coordinator` must be HOST:PORT of process 0, got {coordinator}, "
                     f"where nothing listens ({error}); start that process too, or "
@@ -74,23 +74,23 @@ def _wait_for(coordinator: str, seconds: int) -> None:
 
 
 def _in_cluster() -> bool:
-    """Whether a launcher that JAX knows has started several processes."""
+    """Whether a launcher known to JAX started several processes."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return "," in hosts or any(int(os.environ.get(name, 1)) > 1 for name in counts)
 
 
 def make_mesh(count: int | None = None) -> Mesh:
-    """A mesh of one axis over the first ``count`` devices, by default all of them.
+    """A one-axis mesh over the first ``count`` devices (default: all).
 
     Raises:
-      ValueError: there are fewer.
+      ValueError: there are fewer devices.
     """
     devices = jax.devices()
     if count is not None and count > len(devices):
         raise ValueError(
-            f"`devices` must be at most {len(devices)}, what {jax.default_backend()} "
-            f"has, got {count}."
+            f"`devices` must be at most {len(devices)}, the number of "
+            f"{jax.default_backend()} devices, got {count}; pass a smaller --devices."
         )
     devices = devices[:count]
     return jax.make_mesh(
@@ -99,7 +99,7 @@ def make_mesh(count: int | None = None) -> Mesh:
 
 
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
-    """Raises ``ValueError`` for a batch that the devices cannot share evenly."""
+    """Raises ``ValueError`` for a batch that the devices cannot divide evenly."""
     if batch_size % mesh.size:
         below = batch_size // mesh.size * mesh.size
         nearest = min(
@@ -113,29 +113,29 @@ def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """All of an array on each device."""
+    """The whole array on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """A share of an array's ``axis`` on each device."""
+def sharded(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """An equal shard along ``axis`` on each device."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a tree, the same in every process, whole on each device."""
+    """Copies a tree, equal in all processes, to each device."""
     return jax.tree.map(lambda a: _place(a, replicated(mesh)), tree)
 
 
-def share(tree: Any, mesh: Mesh, axis: int) -> Any:
-    """Splits arrays, the same in every process, over the devices."""
-    return jax.tree.map(lambda a: _place(a, split(mesh, axis)), tree)
+def shard(tree: Any, mesh: Mesh, axis: int) -> Any:
+    """Shards arrays, equal in all processes, along ``axis`` over the devices."""
+    return jax.tree.map(lambda a: _place(a, sharded(mesh, axis)), tree)
 
 
-def join_shares(tree: Any, mesh: Mesh, axis: int) -> Any:
-    """Makes one array of what each process has of it along ``axis``."""
+def join_shards(tree: Any, mesh: Mesh, axis: int) -> Any:
+    """Global arrays from the shards that each process holds along ``axis``."""
     return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(split(mesh, axis), a), tree
+        lambda a: jax.make_array_from_process_local_data(sharded(mesh, axis), a), tree
     )
 
 
@@ -145,25 +145,25 @@ def _place(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def to_host(tree: Any) -> Any:
-    """Copies a replicated tree into memory that no later step writes to."""
+    """Copies a replicated tree to host memory, safe from donation by later steps."""
     return jax.tree.map(np.array, tree)
 
 
 def is_main() -> bool:
-    """Whether this process writes files and shows bars."""
+    """Whether this is the main process, which writes files and shows progress."""
     return jax.process_index() == 0
 
 
 def log(line: str) -> None:
-    """Prints a line where a bar may be."""
+    """Prints a line to standard error without breaking a progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """What ``action`` returns in the main process, and None in the others.
+    """Runs ``action`` in the main process; returns its result there, else None.
 
     Raises:
-      ValueError: in the others, where ``action`` raised in the main process.
+      ValueError: in the other processes, if ``action`` raised in the main one.
     """
     result, error = None, None
     if is_main():
@@ -171,44 +171,44 @@ def on_main(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as raised:
             error = raised
-    if highest(int(error is not None)):
-        raise error or ValueError("The main process has stopped; its message says why.")
+    if max_over_processes(int(error is not None)):
+        raise error or ValueError("The main process stopped; see its message.")
     return result
 
 
-def from_main(
+def broadcast_from_main(
     found: tuple[Any, dict[str, Any]] | None, template: Any
 ) -> tuple[Any, dict[str, Any]] | None:
-    """What the main process found, in every process.
+    """Returns the main process's ``found`` in every process.
 
     Args:
-      found: arrays in the shape of ``template`` and a record of JSON types, or None;
-        looked at in the main process alone.
-      template: a tree of arrays, in every process.
+      found: arrays shaped like ``template`` and a record of JSON types, or None; read
+        in the main process only.
+      template: a tree of arrays, needed in every process.
     """
     if jax.process_count() == 1:
         return found
     text = b"" if found is None else json.dumps(found[1]).encode()
-    size = highest(len(text))
+    size = max_over_processes(len(text))
     if not size:
         return None
-    letters = np.zeros(size, np.uint8)
+    encoded = np.zeros(size, np.uint8)
     if found is not None:
-        letters[:] = np.frombuffer(text, np.uint8)
+        encoded[:] = np.frombuffer(text, np.uint8)
         template = found[0]
-    tree, letters = multihost_utils.broadcast_one_to_all((template, letters))
-    return jax.tree.map(np.array, tree), json.loads(np.asarray(letters).tobytes())
+    tree, encoded = multihost_utils.broadcast_one_to_all((template, encoded))
+    return jax.tree.map(np.array, tree), json.loads(np.asarray(encoded).tobytes())
 
 
-def highest(value: int) -> int:
-    """The highest of the values that the processes pass."""
+def max_over_processes(value: int) -> int:
+    """The maximum of ``value`` over all processes."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def describe() -> str:
-    """What this runs on, in one line."""
+    """The device, Python and jax of this process, in one line."""
     device = jax.devices()[0]
     what = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     return f"{what}, Python {platform.python_version()}, jax {jax.__version__}"

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, metrics, and checkpoints to resume from."""
+"""The training loop: epochs of steps, metrics and checkpoints."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ __all__ = [
     "validate",
 ]
 
-# Fits 80 columns without a bar.
+# Without the bar itself, so that a line fits in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
@@ -71,23 +71,23 @@ STATE_ADVICE = (
 
 
 class _Stop(Exception):
-    """Leaves the epoch after a signal."""
+    """Ends the epoch after a signal."""
 
 
 def train(config: Config, images: Images, folder: Path | None = None) -> Run:
-    """Trains as ``config`` says, or resumes that run, and returns the result.
+    """Trains ``config``, or resumes its run, and returns the result.
 
     Args:
       config: what to train; its ``workdir`` is ignored.
-      images: what to train and evaluate on.
-      folder: where metrics.jsonl, timing.jsonl, run.json and checkpoints go, and where
-        a run of the same configuration is resumed; None to write nothing.
+      images: to train and evaluate on.
+      folder: of metrics.jsonl, timing.jsonl, run.json and checkpoints; a run of the
+        same configuration in it is resumed. None writes nothing.
 
     Raises:
       ValueError: the configuration cannot be trained, or ``folder`` holds another run.
       CheckpointError: all checkpoints in the folder are damaged.
       FloatingPointError: the loss, a parameter or a batch statistic is not finite.
-      Interrupted: a signal stopped the run, which is saved.
+      Interrupted: a signal stopped the run, whose state is saved.
     """
     config = validate(config)
     check_batch(config, images)
@@ -104,10 +104,10 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
 
 
 class Training:
-    """One run: its programs, its progress and its folder."""
+    """One run: its compiled steps, its progress and its folder."""
 
     def __init__(self, config: Resolved, inputs: Inputs) -> None:
-        """Makes the model, its first state and the jitted steps."""
+        """Makes the model, its initial state and the jitted steps."""
         self.config, self.inputs, self.epochs = config, inputs, config.epochs
         self.schedule = make_schedule(
             config, inputs.steps_per_epoch, self.epochs * inputs.steps_per_epoch
@@ -116,7 +116,7 @@ class Training:
         self.model = make_model(config, inputs.num_classes)
         if devices.is_main():
             devices.log(headline(config, self.model, inputs))
-        # The keys of parameters, order (see `DeviceInputs`) and augmentation.
+        # The second key is that of the order of images: see `DeviceInputs`.
         init_key, _, augment_key = jax.random.split(self.key, 3)
         self.augment_key = devices.replicate(
             jax.random.key_data(augment_key), inputs.mesh
@@ -137,14 +137,14 @@ class Training:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """The number of completed steps."""
         progress = self.progress
         return len(progress.history) * self.inputs.steps_per_epoch + len(
             progress.losses
         )
 
     def run(self) -> Run:
-        """Trains until the last epoch is done."""
+        """Trains until the last epoch is complete."""
         progress = self.progress
         try:
             while len(progress.history) < self.epochs:
@@ -201,7 +201,7 @@ class Training:
     def _time(
         self, epoch: int, steps: int, seconds: float, start: float
     ) -> dict[str, Any]:
-        """A line of timing.jsonl, apart from the metrics, which are reproducible."""
+        """A line of timing.jsonl, separate from the reproducible metrics."""
         first, self.compiled = not self.compiled, True
         images = steps * self.config.batch_size
         return {
@@ -216,7 +216,7 @@ class Training:
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
         """Runs the remaining steps of the epoch.
 
-        The metrics of a call are fetched when the next one is under way, so that the
+        The metrics of a call are fetched after the next call is dispatched, so that the
         device never waits for the host.
         """
         progress, inputs = self.progress, self.inputs
@@ -231,19 +231,19 @@ class Training:
             bar.set_postfix(loss=f"{loss[-1]:.4f}", refresh=False)
             bar.update(len(loss))
 
-        before = None
+        pending = None
         for item in inputs.train_batches(epoch, len(progress.losses), size):
             progress.state, metrics = self.train_steps(
                 progress.state, inputs.data, self.augment_key, item
             )
-            if before is not None:
-                fetch(before)
-            before = metrics
+            if pending is not None:
+                fetch(pending)
+            pending = metrics
             if self._stop_requested():
                 fetch(metrics)
                 raise _Stop
-        if before is not None:
-            fetch(before)
+        if pending is not None:
+            fetch(pending)
 
     def _check_finite(self, epoch: int, loss: np.ndarray, finite: np.ndarray) -> None:
         """Raises ``FloatingPointError`` for the first step that is not finite."""
@@ -261,22 +261,20 @@ class Training:
             STATE_ADVICE,
         )
 
-    def _not_finite(self, what: str, advice: str) -> FloatingPointError:
+    def _not_finite(self, problem: str, advice: str) -> FloatingPointError:
         newest = self._newest()
         last_good = f"The {newest}." if newest else "There is no checkpoint."
-        return FloatingPointError(f"{what}; training stopped. {last_good} {advice}")
+        return FloatingPointError(f"{problem}; training stopped. {last_good} {advice}")
 
     def _stop_requested(self) -> bool:
-        return devices.highest(interrupt.requested() or 0) > 0
+        return devices.max_over_processes(interrupt.requested() or 0) > 0
 
     def _check_stop(self) -> None:
         if self._stop_requested():
             raise _Stop
 
-    # The folder.
-
     def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Resumes the run in ``folder``, and writes to it until ``stack`` ends."""
+        """Resumes the run in ``folder``; writes to it until ``stack`` is closed."""
         template = devices.to_host(self._tree())
 
         def begin() -> tuple[Any, dict[str, Any]] | None:
@@ -291,7 +289,7 @@ class Training:
             workdir.write(folder / workdir.RUN, text)
             return found
 
-        found = devices.from_main(devices.on_main(begin), template)
+        found = devices.broadcast_from_main(devices.on_main(begin), template)
         if devices.is_main():
             devices.log(f"Writing to {folder}.")
         if found is not None:
@@ -318,7 +316,7 @@ class Training:
         return saved_tree(self.progress.state, self.key)
 
     def _save(self) -> None:
-        """Begins to save all of the progress; it must be finite."""
+        """Starts to save the progress; raises if it is not finite."""
         if self.folder is None and jax.process_count() == 1:
             return
         tree = devices.to_host(self._tree())
@@ -336,7 +334,7 @@ class Training:
                 "timing": progress.timing,
                 "position": self.inputs.position(),
             }
-            # A copy, since the lists grow while this is being written.
+            # A copy, since the lists grow while Orbax writes.
             self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
 
     def _write_metrics(self) -> None:
@@ -352,17 +350,17 @@ class Training:
             )
 
     def _stopped(self) -> interrupt.Interrupted:
-        """Saves; the exception says where."""
-        which = signal.Signals(devices.highest(interrupt.requested() or 0))
+        """Saves; returns the exception that says where."""
+        which = signal.Signals(devices.max_over_processes(interrupt.requested() or 0))
         self._save()
         where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
         newest = self._newest()
         if newest is None:
-            return interrupt.Interrupted(which, f"{where}nothing is saved here.")
+            return interrupt.Interrupted(which, f"{where}nothing is saved.")
         return interrupt.Interrupted(which, f"{where}the {newest}.")
 
     def _newest(self) -> str | None:
-        """Where the newest checkpoint is, once the current save is complete."""
+        """Where the newest checkpoint is; waits for the current save."""
         if self.checkpoints is None:
             return None
         self.checkpoints.wait()

@@ -49,8 +49,21 @@ def load(config: Resolved) -> Images:
         except ImportError as error:  # Grain is an extra; the message names it.
             raise data.DataError(str(error)) from error
 
-        return folders.scan(config.data_dir)
+        images = folders.scan(config.data_dir)
+        return _without_damaged(images) if config.skip_damaged else images
     return data.load(config.dataset, config.data_dir, config.data_url)
+
+
+def _without_damaged(images: "FolderImages") -> "FolderImages":
+    from train.data import folders
+
+    found = len(images.train) + len(images.test)
+    images, damaged = folders.without_damaged(images)
+    if devices.is_main():
+        for reason in damaged:
+            devices.log(f"Left out: {reason}.")
+        devices.log(f"{len(damaged):,} of {found:,} images are damaged and left out.")
+    return images
 
 
 def make_inputs(config: Resolved, images: Images, mesh: Mesh) -> Inputs:

@@ -43,7 +43,7 @@ def make_train_steps(
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(key), state.step)
         images, labels = inputs.batch(data, item, step_key)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
+        images = lax.with_sharding_constraint(images, devices.sharded(inputs.mesh))
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             logits, updates = state.apply_fn(
@@ -92,7 +92,7 @@ def make_evaluate(
         sums: jax.Array, state: TrainState, data: Any, item: Any, weights: jax.Array
     ) -> jax.Array:
         images, labels = inputs.test_batch(data, item)
-        images = lax.with_sharding_constraint(images, devices.split(inputs.mesh))
+        images = lax.with_sharding_constraint(images, devices.sharded(inputs.mesh))
         logits = state.apply_fn(variables_of(state), images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = (logits.argmax(-1) == labels).astype(jnp.float32)

@@ -78,7 +78,7 @@ class _Step:
     def __init__(self, state: TrainState, inputs: DeviceInputs) -> None:
         self.state, self.data = state, inputs.data
         self.key = jax.random.key_data(jax.random.key(1))
-        self.indices = devices.share(
+        self.indices = devices.shard(
             np.arange(BATCH, dtype=np.int32)[None], inputs.mesh, axis=1
         )
         self.train_steps = make_train_steps(Config(), inputs)
