@@ -1,0 +1,83 @@
+"""Arrays of NumPy from trees of JAX's, PyTorch's and NumPy's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from flax.traverse_util import flatten_dict
+
+Arrays = dict[str, np.ndarray]
+
+
+def flat_arrays(field: str, state: Mapping[str, Any]) -> Arrays:
+    """The arrays of a dict or a tree by their joined keys."""
+    return {key: to_numpy(key, value) for key, value in leaves_of(field, state).items()}
+
+
+def leaves_of(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"`{field}` must be a dict, got {type(tree).__name__}; pass a state dict, "
+            "such as model.state_dict(), or variables."
+        )
+    leaves = flatten_dict(dict(tree))
+    if other := [key for path in leaves for key in path if not isinstance(key, str)]:
+        raise ValueError(
+            f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
+            "dict or the variables alone."
+        )
+    # Out of the boxes of partitioned parameters, as `merge` takes them.
+    return {"/".join(path): meta.unbox(value) for path, value in leaves.items()}
+
+
+def to_numpy(key: str, value: Any) -> np.ndarray:
+    """``value`` in NumPy, bit for bit."""
+    if hasattr(value, "detach"):
+        return _array_of_tensor(key, value)
+    try:
+        array = np.asarray(value)
+    # Random keys, JAX arrays that are deleted or on other hosts, and ragged lists.
+    except (TypeError, RuntimeError, ValueError) as error:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(
+            f"`{key}` must be an array whose numbers NumPy can read, got {got} "
+            f"({error}); pass a copy in NumPy, or leave it out."
+        ) from error
+    if array.dtype.kind in "OSU":
+        raise ValueError(
+            f"`{key}` must be an array, got {type(value).__name__}; pass the state "
+            "dict or the variables alone."
+        )
+    return array
+
+
+def _array_of_tensor(key: str, tensor: Any) -> np.ndarray:
+    import torch
+
+    try:
+        if tensor.dtype == torch.bfloat16:
+            bits = tensor.detach().view(torch.int16)
+            return bits.numpy(force=True).view(jnp.bfloat16)
+        return tensor.numpy(force=True)
+    except (TypeError, RuntimeError) as error:
+        if tensor.is_meta:
+            way = "load its numbers first"
+        elif tensor.is_quantized:
+            way = "pass its .dequantize()"
+        elif tensor.layout != torch.strided:
+            way = "pass its .to_dense()"
+        else:
+            way = "pass its .float()"
+        raise ValueError(
+            f"`{key}` must be a dense tensor of a dtype that NumPy has, got "
+            f"{tensor.dtype}, {tensor.layout}, device {tensor.device}; {way}."
+        ) from error
+
+
+def holds_numbers(value: Any) -> bool:
+    if hasattr(value, "detach"):
+        return not value.is_meta
+    return isinstance(value, np.ndarray | jax.Array)

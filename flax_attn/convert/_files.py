@@ -1,0 +1,180 @@
+"""Weight files: safetensors both ways, and PyTorch's, which are only read."""
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flax_attn.convert._arrays import Arrays, flat_arrays, to_numpy
+
+TORCH_SUFFIXES = (".pth", ".pt")
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a file of arrays.
+
+    Args:
+      path: a ``.pth`` or ``.pt`` file is read by PyTorch 2.6 or newer with
+        ``weights_only=True``; any other is safetensors.
+
+    Returns:
+      A dict from keys to NumPy arrays. Keys with slashes, those of Flax files, become
+      a tree, so that a Flax file gives variables.
+
+    Raises:
+      ValueError: the file is damaged, or holds anything else than arrays by name, or
+        arrays that NumPy has no like of, such as those of float8.
+      OSError: the file cannot be opened.
+      ImportError: safetensors, or PyTorch for its files, is not installed.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"`path` must be a file, got {path}.")
+    # Opened here, for the usual errors where that fails.
+    with path.open("rb"):
+        arrays = (
+            _load_torch(path)
+            if path.suffix in TORCH_SUFFIXES
+            else _load_safetensors(path)
+        )
+    trees = {key[: slash.start()] for key in arrays for slash in re.finditer("/", key)}
+    if clash := sorted(trees & arrays.keys()):
+        raise ValueError(f"{path} holds {clash[0]!r} both as an array and as a tree.")
+    return unflatten_dict(arrays, sep="/")
+
+
+def save(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a state dict or variables as safetensors, all of it or nothing.
+
+    Args:
+      path: the file. Its name must not end in ``.pth`` or ``.pt``.
+      state: a dict or a tree of arrays; the keys of a tree are joined by slashes.
+      overwrite: whether a file of that name may go (default: False).
+
+    Raises:
+      ValueError: for a name or a dtype that safetensors does not have, or that
+        ``load`` could not read.
+      FileExistsError: the file exists and ``overwrite`` is False.
+      OSError: the file cannot be written.
+      ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    safetensors = _safetensors()
+    # safetensors reads memory as it lies there, whatever the strides are.
+    flat = {
+        key: np.array(x, order="C") for key, x in flat_arrays("state", state).items()
+    }
+    for key, array in flat.items():
+        # safetensors would write these, and not read them.
+        if array.dtype.name.startswith(("float8", "float4")):
+            raise ValueError(
+                f"`{key}` must be of a dtype that NumPy has, got {array.dtype}; pass "
+                "its .astype(np.float32)."
+            )
+    try:
+        data = safetensors.numpy.save(flat)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+    # Not by safetensors.numpy.save_file, whose files are for their owner's eyes alone.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    if path.suffix in TORCH_SUFFIXES:
+        raise ValueError(
+            f"{path} would be safetensors, which `{path.suffix}` is not; name it "
+            "*.safetensors."
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists; `overwrite=True` (--overwrite) replaces it."
+        )
+
+
+def _load_safetensors(path: Path) -> Arrays:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {key: _read(file, key, path) for key in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file, or is not all there ({error})."
+        ) from error
+
+
+def _read(file: Any, key: str, path: Path) -> np.ndarray:
+    try:
+        return file.get_tensor(key)
+    # Which safetensors raises for a dtype that it does not find in NumPy.
+    except AttributeError as error:
+        raise ValueError(
+            f"`{path}: {key}` must be of a dtype that NumPy has, got "
+            f"{file.get_slice(key).get_dtype()}; save its .float() with "
+            "safetensors.torch.save_file."
+        ) from error
+
+
+def _load_torch(path: Path) -> Arrays:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} needs PyTorch: pip install torch. Or save the state dict with "
+            f"safetensors.torch.save_file where PyTorch is installed ({error})."
+        ) from error
+    # https://github.com/advisories/GHSA-53q9-r3pm-6pq6: before, `weights_only` did not
+    # keep code from running.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ImportError(
+            f"{path} needs PyTorch 2.6 or newer, which loads no code, got "
+            f"{torch.__version__}."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # What a damaged file raises is nowhere said.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than arrays, which might be code and is "
+            "not loaded. Save the state dict alone, best with "
+            f"safetensors.torch.save_file ({type(error).__name__})."
+        ) from error
+    others = [type(state).__name__]
+    if isinstance(state, Mapping):
+        rest = {key: x for key, x in state.items() if not torch.is_tensor(x)}
+        others = [f"{key} ({type(x).__name__})" for key, x in rest.items()]
+    if others:
+        raise ValueError(
+            f"{path} must hold a dict of tensors, got {', '.join(others)}; save the "
+            "state dict alone."
+        )
+    return {
+        str(key): to_numpy(f"{path}: {key}", tensor) for key, tensor in state.items()
+    }
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f"Weight files need safetensors: pip install safetensors ({error})."
+        ) from error
+    return safetensors

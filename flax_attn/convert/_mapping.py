@@ -1,0 +1,298 @@
+"""State dicts to variables and back, by the rules, with all that does not fit."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flax_attn.convert._arrays import (
+    Arrays,
+    flat_arrays,
+    holds_numbers,
+    leaves_of,
+    to_numpy,
+)
+from flax_attn.convert._report import ConversionError, Report
+from flax_attn.convert._rules import (
+    BLOCK_RULES,
+    BlockIndex,
+    Naming,
+    Rule,
+    Side,
+    fits,
+    join_key,
+    residual_rules,
+    shape_text,
+    split_key,
+    top_rules,
+)
+from flax_attn.functional import checks
+
+
+def to_flax(
+    state: Mapping[str, Any],
+    *,
+    naming: Naming = "timm",
+    like: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """Turns a PyTorch state dict into Flax variables.
+
+    Kernels are transposed, BatchNorm's statistics go to ``batch_stats``,
+    ``num_batches_tracked`` is dropped, and the spatial kernel's inputs become
+    [max, mean]. No bit of a number changes::
+
+      >>> import jax, numpy as np
+      >>> from flax_attn import convert
+      >>> state = {
+      ...     "fc1.weight": np.ones((4, 64, 1, 1)),
+      ...     "fc2.weight": np.ones((64, 4, 1, 1)),
+      ... }
+      >>> jax.tree.map(np.shape, convert.to_flax(state))
+      {'params': {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}}
+
+    Args:
+      state: from dotted keys to NumPy, JAX or PyTorch arrays.
+      naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
+      like: variables, or what ``jax.eval_shape`` gives for ``init``: the paths and
+        shapes of the result. Without it nobody knows which modules are missing, a
+        module must have its weight, a norm its statistics too, and the shapes are
+        checked as far as a name tells them (default: None).
+      strict: whether to raise for what does not fit. If not, it is printed and left
+        out, and what is missing is taken from ``like`` if that holds arrays
+        (default: True).
+
+    Returns:
+      A tree of NumPy arrays, copies, with the dtypes of ``state``; what is taken from
+      ``like`` has its dtypes.
+
+    Raises:
+      ConversionError: keys are unused, missing, of the wrong shape or lead to the same
+        place; or nothing fits, whatever ``strict`` is.
+      ValueError: ``naming`` is not one of the three, an argument is no dict with
+        strings for keys, or a value is not an array that NumPy can hold.
+    """
+    arrays = _convert(state, "torch", naming=naming, like=like, strict=strict)
+    return unflatten_dict(arrays, sep="/")
+
+
+def to_torch(
+    variables: Mapping[str, Any],
+    *,
+    naming: Naming = "timm",
+    like: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> Arrays:
+    """Turns Flax variables into a PyTorch state dict; undoes ``to_flax``.
+
+    ``num_batches_tracked`` is not written: ``load_state_dict`` does without::
+
+      >>> import jax, numpy as np
+      >>> from flax_attn import convert
+      >>> variables = {"params": {"conv": {"kernel": np.ones((3, 1, 1))}}}
+      >>> jax.tree.map(np.shape, convert.to_torch(variables))
+      {'conv.weight': (1, 1, 3)}
+
+    Args:
+      variables: the collections ``params`` and, where there is a BatchNorm,
+        ``batch_stats``.
+      naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
+      like: a state dict with the keys and shapes of the result, such as
+        ``model.state_dict()`` (default: None).
+      strict: as in ``to_flax`` (default: True).
+
+    Returns:
+      A dict of NumPy arrays, copies, with the dtypes of ``variables``; what is taken
+      from ``like`` has its dtypes.
+
+    Raises:
+      ConversionError: as in ``to_flax``.
+      ValueError: as in ``to_flax``.
+    """
+    return _convert(variables, "flax", naming=naming, like=like, strict=strict)
+
+
+def _convert(
+    state: Mapping[str, Any],
+    source: Side,
+    *,
+    naming: Naming,
+    like: Mapping[str, Any] | None,
+    strict: bool,
+) -> Arrays:
+    checks.check_choice("naming", naming, tuple(BLOCK_RULES))
+    report = Report()
+    flat = flat_arrays("state" if source == "torch" else "variables", state)
+    moved = _translate(flat, source, naming, report)
+    template = {} if like is None else _template(like, source)
+    if like is not None:
+        moved = _compare(moved, template, report)
+    if not moved:
+        report.headline = _nothing_fits(flat, source, naming)
+        raise ConversionError(report)
+    report.headline = f"Not all keys fit (naming {naming!r})."
+    if report and strict:
+        report.headline += " `strict=False` (--lenient) converts the rest."
+        raise ConversionError(report)
+    if report:
+        print(report)
+    # Of all others in `like` the shape is enough, and some have nothing else.
+    kept = {
+        key: np.array(to_numpy(key, x))
+        for key, x in template.items()
+        if key not in moved and holds_numbers(x)
+    }
+    return kept | {key: array for key, (_, array) in moved.items()}
+
+
+def _translate(
+    state: Arrays, source: Side, naming: Naming, report: Report
+) -> dict[str, tuple[str, np.ndarray]]:
+    """From new keys to old keys and new arrays, by the rules alone."""
+    moved: dict[str, tuple[str, np.ndarray]] = {}
+    target: Side = "flax" if source == "torch" else "torch"
+    for (block, module), keys in _modules(state, source, report).items():
+        arrays = {leaf: state[key] for leaf, key in keys.items()}
+        rule = _choose(block, module, arrays, source, naming)
+        if rule is not None:
+            report.missing += _absent(rule, block, arrays, source)
+        for leaf, key in keys.items():
+            line = f"{key} {state[key].shape}"
+            if rule is None or leaf not in rule.kind.targets(source):
+                report.unused.append(line)
+                continue
+            new_leaf = rule.kind.targets(source)[leaf]
+            if new_leaf is None:
+                continue
+            expected = rule.kind.shape(leaf, arrays, source)
+            new_key = join_key(target, block, getattr(rule, target), new_leaf)
+            if not fits(state[key].shape, expected):
+                report.misshapen.append(f"{line}: expected {shape_text(expected)}")
+            elif new_key in moved:
+                report.repeated.append(f"{line}: {moved[new_key][0]} gives {new_key}")
+            else:
+                moved[new_key] = key, rule.kind.move(state[key], target)
+    return moved
+
+
+def _absent(rule: Rule, block: BlockIndex, arrays: Arrays, source: Side) -> list[str]:
+    """What a module lacks of which other arrays are there."""
+    if not arrays.keys() & rule.kind.targets(source).keys():
+        return []
+    module = getattr(rule, source)
+    return [
+        f"{join_key(source, block, module, leaf)} "
+        + shape_text(rule.kind.shape(leaf, arrays, source))
+        for leaf in rule.kind.needed(source)
+        if leaf not in arrays
+    ]
+
+
+def _modules(
+    state: Arrays, source: Side, report: Report
+) -> dict[tuple[BlockIndex, str], dict[str, str]]:
+    """The keys by module, then by the name of the array in it."""
+    modules: dict[tuple[BlockIndex, str], dict[str, str]] = {}
+    for key, array in state.items():
+        if (parts := split_key(source, key)) is None:
+            report.unused.append(f"{key} {array.shape}")
+        else:
+            block, module, leaf = parts
+            modules.setdefault((block, module), {})[leaf] = key
+    return modules
+
+
+def _choose(
+    block: BlockIndex, module: str, arrays: Arrays, source: Side, naming: Naming
+) -> Rule | None:
+    """The rule for a module: by its name, and among namesakes by the shapes."""
+    rules = residual_rules(source, naming) if block else top_rules(source, naming)
+    rules = [rule for rule in rules if getattr(rule, source) == module]
+    # The weight has the most axes; a norm without one has statistics of its shape.
+    shape = max((array.shape for array in arrays.values()), key=len)
+    axes = [rule for rule in rules if len(rule.kind.shapes[source]) == len(shape)]
+    fit = [rule for rule in axes if fits(shape, rule.kind.shapes[source])]
+    return next(iter(fit + axes + rules), None)
+
+
+def _compare(
+    moved: dict[str, tuple[str, np.ndarray]], template: dict[str, Any], report: Report
+) -> dict[str, tuple[str, np.ndarray]]:
+    """What of ``moved`` has a place in ``template``, and the shape of that."""
+    fit = {}
+    for new_key, (key, array) in moved.items():
+        line = f"{key} as {new_key} {array.shape}"
+        if new_key not in template:
+            report.unused.append(line)
+        elif array.shape != (shape := tuple(template[new_key].shape)):
+            report.misshapen.append(f"{line}: expected {shape}")
+        else:
+            fit[new_key] = key, array
+    # Instead of what the rules alone find missing: a norm may do without a scale.
+    gone = [key for key in template if key not in moved]
+    report.missing = [f"{key} {tuple(template[key].shape)}" for key in gone]
+    return fit
+
+
+def _template(like: Mapping[str, Any], source: Side) -> dict[str, Any]:
+    template = leaves_of("like", like)
+    for key, value in template.items():
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"`like` must hold arrays or shapes, got {value!r} at {key!r}; pass "
+                "variables, a state dict, or what jax.eval_shape gives."
+            )
+    if source == "torch" and template and not any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be Flax variables, with the collection `params`, got the key "
+            f"{next(iter(template))!r}; pass those of `init`, or what jax.eval_shape "
+            "gives for it."
+        )
+    if source == "flax" and any(map(_is_ours, template)):
+        raise ValueError(
+            "`like` must be a state dict, got the key "
+            f"{next(filter(_is_ours, template))!r}; pass model.state_dict()."
+        )
+    return {k: x for k, x in template.items() if not k.endswith(".num_batches_tracked")}
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith(("params/", "batch_stats/"))
+
+
+def _nothing_fits(state: Arrays, source: Side, naming: Naming) -> str:
+    if not state:
+        return "There is nothing to convert: no arrays."
+    dotted = [key for key in state if "." in key]
+    if source == "torch" and not dotted and all("/" in key for key in state):
+        return "These are Flax variables already; use `to_torch` (--to torch)."
+    if source == "flax" and not any(map(_is_ours, state)):
+        if dotted:
+            return "These are not Flax variables; use `to_flax` (--to flax)."
+        return (
+            "The collection is missing; pass {'params': ...}, with 'batch_stats' where "
+            "there is a BatchNorm."
+        )
+    hint = "another model, or another naming."
+    if source == "torch":
+        if outer := [key.partition("/")[0] for key in dotted if "/" in key]:
+            hint = f"they lie in a dict within the dict; pass state[{outer[0]!r}]."
+        elif prefix := _prefix(state, naming):
+            hint = f"all start with {prefix!r}; strip it, as key.removeprefix does."
+    return f"No key fits (naming {naming!r}): {hint}"
+
+
+def _prefix(state: Arrays, naming: Naming) -> str:
+    """What all keys start with and without which some fit; empty if there is none."""
+    first = next(iter(state))
+    # Nothing comes first: keys that fit as they are do not fit the template alone.
+    for end in [0, *(dot.end() for dot in re.finditer(r"\.", first))]:
+        prefix = first[:end]
+        if not all(key.startswith(prefix) for key in state):
+            break
+        bare = {key.removeprefix(prefix): array for key, array in state.items()}
+        if _translate(bare, "torch", naming, Report()):
+            return prefix
+    return ""

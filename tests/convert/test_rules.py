@@ -1,0 +1,164 @@
+"""Every rule: names, layouts and order of inputs, by state dicts in NumPy."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from flax_attn import convert
+from tests.convert.states import NORM_LEAVES, assert_same, norm_state, numbers
+
+
+def norm(torch, flax):
+    """The rules of a BatchNorm."""
+    return {
+        f"{torch}.{leaf}": (place.format(flax), (3,), lambda w: w)
+        for leaf, place in NORM_LEAVES.items()
+    }
+
+
+def conv(torch, flax):
+    move = partial(np.einsum, "oihw->hwio")
+    return {f"{torch}.weight": (f"params/{flax}/kernel", (4, 3, 2, 5), move)}
+
+
+def dense(torch, flax, *, axes=()):
+    shape = (2, 3, *axes)
+    return {
+        f"{torch}.weight": (
+            f"params/{flax}/kernel",
+            shape,
+            lambda w: np.einsum("oi->io", w.reshape(2, 3)),
+        ),
+        f"{torch}.bias": (f"params/{flax}/bias", (2,), lambda w: w),
+    }
+
+
+def along(torch, flax):
+    return {
+        f"{torch}.weight": (
+            f"params/{flax}/kernel",
+            (1, 1, 3),
+            lambda w: w.reshape(3, 1, 1),
+        )
+    }
+
+
+def spatial(torch, flax, order):
+    def move(w):
+        return np.stack([w[0, order[0]], w[0, order[1]]], axis=-1)[..., None]
+
+    return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 2, 3, 5), move)}
+
+
+def timm(torch, flax):
+    """The rules of timm's blocks in a module ``torch``."""
+    return [
+        dense(f"{torch}fc1", f"{flax}reduce", axes=(1, 1))
+        | dense(f"{torch}fc2", f"{flax}expand", axes=(1, 1)),
+        along(f"{torch}conv", f"{flax}conv"),
+        spatial(f"{torch}conv.conv", f"{flax}conv", (1, 0))
+        | norm(f"{torch}conv.bn", f"{flax}norm"),
+        dense(f"{torch}channel.fc1", f"{flax}channel/reduce", axes=(1, 1))
+        | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
+        | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
+        | norm(f"{torch}spatial.conv.bn", f"{flax}spatial/norm"),
+    ]
+
+
+def article(torch, flax):
+    both = f"{torch}channel_attention_block.", f"{flax}channel/"
+    half = spatial(
+        f"{torch}spatial_attention_block.conv", f"{flax}spatial/conv", (0, 1)
+    )
+    return [
+        dense(f"{torch}fc_layers.0", f"{flax}reduce")
+        | dense(f"{torch}fc_layers.2", f"{flax}expand"),
+        along(f"{torch}conv", f"{flax}conv"),
+        spatial(f"{torch}conv", f"{flax}conv", (0, 1)),
+        dense(f"{both[0]}fc_layers.0", f"{both[1]}reduce")
+        | dense(f"{both[0]}fc_layers.2", f"{both[1]}expand")
+        | half,
+        along(f"{both[0]}conv", f"{both[1]}conv") | half,
+    ]
+
+
+COMMON = [
+    conv("conv1", "conv_stem") | norm("bn1", "norm_stem") | dense("fc", "head"),
+    *(
+        conv(f"layer{i}.{j}.conv{k}", f"stage{i}_block{j + 1}/conv{k}")
+        | norm(f"layer{i}.{j}.bn{k}", f"stage{i}_block{j + 1}/norm{k}")
+        for i, j, k in [(1, 0, 1), (4, 2, 2), (3, 22, 3), (2, 9, 1)]
+    ),
+    conv("layer2.0.downsample.0", "stage2_block1/conv_shortcut")
+    | norm("layer2.0.downsample.1", "stage2_block1/norm_shortcut"),
+]
+RULES = {
+    "timm": [
+        *COMMON,
+        *timm("", ""),
+        *timm("layer3.1.se.", "stage3_block2/attention/"),
+        conv("conv1.0", "conv_stem1")
+        | norm("conv1.1", "norm_stem1")
+        | conv("conv1.3", "conv_stem2")
+        | norm("conv1.4", "norm_stem2")
+        | conv("conv1.6", "conv_stem3"),
+        conv("layer1.0.downsample.1", "stage1_block1/conv_pooled_shortcut")
+        | norm("layer1.0.downsample.2", "stage1_block1/norm_pooled_shortcut"),
+    ],
+    "torchvision": [*COMMON, timm("", "")[0]],
+    "article": [
+        *COMMON,
+        *article("", ""),
+        *article("layer3.1.attention.", "stage3_block2/attention/"),
+    ],
+}
+ALIASES = [
+    dense("linear", "head"),
+    conv("layer2.0.shortcut.0", "stage2_block1/conv_shortcut")
+    | norm("layer2.0.shortcut.1", "stage2_block1/norm_shortcut"),
+]
+SPECIFIED = [
+    pytest.param(naming, rules, id=f"{naming}-{next(iter(rules))}")
+    for naming, all_rules in RULES.items()
+    for rules in all_rules
+]
+
+
+@pytest.mark.parametrize("naming, rules", SPECIFIED)
+def test_every_rule_in_both_directions(naming, rules):
+    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
+    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
+    variables = convert.to_flax(state, naming=naming)
+    assert_same(variables, expected)
+    assert_same(convert.to_torch(variables, naming=naming), state)
+
+
+@pytest.mark.parametrize("naming", RULES)
+@pytest.mark.parametrize("rules", ALIASES)
+def test_names_that_are_read_and_not_written(naming, rules):
+    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
+    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
+    variables = convert.to_flax(state, naming=naming)
+    assert_same(variables, expected)
+    assert not state.keys() & convert.to_torch(variables, naming=naming).keys()
+
+
+def test_the_spatial_kernel_of_timm_is_swapped_and_that_of_the_article_is_not():
+    mean, maximum = np.full((3, 3), 1.0), np.full((3, 3), 2.0)
+    timm = {"spatial.conv.conv.weight": np.stack([mean, maximum])[None]}
+    kernel = convert.to_flax(timm)["params"]["spatial"]["conv"]["kernel"]
+    assert kernel[0, 0].tolist() == [[2], [1]]
+    article = {"conv.weight": np.stack([maximum, mean])[None]}
+    kernel = convert.to_flax(article, naming="article")["params"]["conv"]["kernel"]
+    assert kernel[0, 0].tolist() == [[2], [1]]
+
+
+def test_counters_are_dropped_where_a_norm_has_them():
+    state = norm_state("bn1") | {"bn1.num_batches_tracked": np.array(7)}
+    assert_same(convert.to_torch(convert.to_flax(state)), norm_state("bn1"))
+    with pytest.raises(convert.ConversionError, match="num_batches_tracked") as error:
+        convert.to_flax(state | {"conv1.num_batches_tracked": np.array(7)})
+    assert error.value.report.unused == ["conv1.num_batches_tracked ()"]
+    like = state | {"bn1.num_batches_tracked": np.array(7)}
+    convert.to_torch(convert.to_flax(state), like=like)
