@@ -19,10 +19,7 @@ if importlib.util.find_spec("torch") is None:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """For the processes that tests start; what one compiles, the next one reads.
-
-    Add ``XLA_FLAGS=""`` for blocks with a maximum.
-    """
+    """For the processes that tests start; what one compiles, the next one reads."""
     cache = tmp_path_factory.getbasetemp() / "compiled"
     if "PYTEST_XDIST_WORKER" in os.environ:  # Which has a folder in the session's.
         cache = tmp_path_factory.getbasetemp().parent / "compiled"

@@ -247,7 +247,7 @@ def test_a_comparison_that_really_trains(environment, tmp_path):
     work = tmp_path / "work"
     arguments = ("--attentions", "none", "cbam", "--seeds", 0, "--workdir", work)
     arguments += ("--dataset", "digits", "--depth", 8, "--epochs", 1)
-    result = run(*arguments, environment=environment | {"XLA_FLAGS": ""})
+    result = run(*arguments, environment=environment)
     assert result.returncode == 0, result.stderr
     blocks = json.loads((work / "report.json").read_text())["blocks"]
     assert [block["attention"] for block in blocks] == ["none", "cbam"]
@@ -266,7 +266,7 @@ def test_a_comparison_that_really_trains(environment, tmp_path):
     report = (work / "report.md").read_bytes()
     before = {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")}
     (work / "cbam-seed0" / "gates.npz").unlink()  # And adds what is missing.
-    again = run(*arguments, environment=environment | {"XLA_FLAGS": ""})
+    again = run(*arguments, environment=environment)
     assert again.returncode == 0, again.stderr
     assert {p: p.read_bytes() for p in work.glob("*-seed0/*.jsonl")} == before
     assert (work / "report.md").read_bytes() == report
