@@ -25,7 +25,18 @@ from flax_attn.resnet import (
 from tests.cases import normal
 from tests.laws.test_programs import Program, distances, perturbed
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
+# A decision is what a compiler could make twice, and these blocks make every kind.
+DECIDING = ("se-max", "cbam", "scse-max")
+
+
+def long_unless(quick):
+    return () if quick else pytest.mark.long
+
+
+blocks = pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=long_unless(block in DECIDING)) for block in BLOCKS],
+)
 TOLERANCE = 1e-3
 
 
@@ -116,6 +127,7 @@ PUBLISHED = {
     "ResNet-8": partial(cifar_resnet, 8),
     "ResNet-18": partial(imagenet_resnet, 18),
 }
+QUICK = {("basic", "se-max"), ("bottleneck", "cbam")}
 NETWORKS = SMALL | PUBLISHED
 SHAPES = {"basic": (4, 14, 11, 3), "bottleneck": (2, 37, 45, 3)}
 SHAPES |= {"ResNet-8": (4, 28, 22, 3), "ResNet-18": (2, 75, 91, 3)}
@@ -127,9 +139,7 @@ SHAPES |= {"ResNet-8": (4, 28, 22, 3), "ResNet-18": (2, 75, 91, 3)}
         pytest.param(
             network,
             block,
-            marks=()
-            if network in SMALL and block in ("cbam", "se-max")
-            else pytest.mark.long,
+            marks=long_unless((network, block) in QUICK),
         )
         for network in NETWORKS
         for block in BLOCKS

@@ -26,8 +26,8 @@ def arrays(block, **fields):
 
 
 MESHES = {
-    "batch": ((4,), ("data",), jax.P("data")),
     "space": ((2, 4), ("data", "space"), jax.P("data", None, "space")),
+    "batch": ((4,), ("data",), jax.P("data")),
     "channels": ((2, 4), ("data", "model"), jax.P("data", None, None, "model")),
     "one device": ((1,), ("data",), jax.P("data")),
 }
@@ -38,9 +38,11 @@ MESHES = {
 def test_explicit_meshes(block, implementation):
     module, variables, x, cotangent = arrays(block, implementation=implementation)
     expected = forward_and_gradients(module, variables, x, cotangent)
-    for name, (shape, names, spec) in MESHES.items():
-        if block == "bam" and name in ("space", "channels"):
-            continue  # Flax's own convolution, which BAM has inside, refuses these.
+    # Flax's own convolution, which BAM has inside, refuses the others.
+    possible = ["batch", "one device"] if block == "bam" else list(MESHES)
+    # The plain form is XLA's to partition; one mesh shows that it is allowed to.
+    for name in possible if implementation == "fast" else possible[:1]:
+        shape, names, spec = MESHES[name]
         mesh = jax.make_mesh(
             shape,
             names,
