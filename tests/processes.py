@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# For short runs, whose time is that of compilation. Not for blocks with a maximum: their
+# For short runs, whose time is that of compilation. Not for blocks with a maximum, whose
 # gradient needs optimized code.
 QUICK = "--xla_backend_optimization_level=0"
 
