@@ -1,11 +1,11 @@
 """``python -m train.benchmark``: what the blocks cost, in copies of the feature map.
 
-The blocks do almost no arithmetic; what they cost is passes over memory. So every time
-is divided by that of ``copy``, ``x * 1.0001`` on the same array in the same run. The
-contenders take turns in random order, and the fastest of many rounds counts: a busy
-machine can only add time.
+The cost of the blocks is memory traffic, not arithmetic. So every time is divided by
+that of ``copy``, ``x * 1.0001`` on the same array in the same run. The contenders take
+turns in random order, and the fastest of many rounds counts: a busy machine can only
+add time.
 
-Exit codes: 0 measured, 2 the command line is bad, 130 interrupted after printing what
+Exit codes: 0 measured, 2 invalid command line, 130 interrupted after printing what
 was measured.
 """
 
@@ -191,7 +191,7 @@ def _compiled_rows(options: Options, topology: str) -> Iterator[dict[str, Any]]:
 def _cases(
     blocks: Sequence[str], shapes: Sequence[Any], dtypes: Sequence[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Every block, shape and dtype, with a bar that names the one under way."""
+    """Every block, shape and dtype, with a progress bar."""
     from tqdm.auto import tqdm
 
     from train.study.timing import check_interrupt

@@ -4,8 +4,8 @@ Trains every block with every seed under one recipe and reports the accuracy aft
 last epoch. After an interrupt, the same command resumes. The report is made from all
 runs in the workdir, so that none can be left out of it.
 
-Exit codes: 0 done, 1 a run diverged, 2 the command line, the data or a log is bad, 130
-and 143 stopped by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 a run diverged, 2 invalid command line, data or log, 130 and 143
+stopped by SIGINT and SIGTERM.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ PROG = "train.compare"
 class Recipe(Config):
     """The options that all runs share."""
 
-    # These three are what is compared; see `Options.attentions`.
+    # The comparison sets these; see `Options.attentions`.
     attention: tyro.conf.Suppress[str] = BASELINE
     init: tyro.conf.Suppress[Literal["default", "identity"]] = "default"
     preset: tyro.conf.Suppress[str | None] = None
@@ -112,7 +112,7 @@ def _train(options: Options) -> bool:
                 run = loop.train(config, images, folder)
                 gates.save_gates(folder, run, images)
             except FloatingPointError as error:
-                # That is a result about this block; the others still have theirs.
+                # A result for this block; the other runs go on.
                 bar.write(f"{PROG}: {name}: {error}", file=sys.stderr)
                 all_finite = False
             except interrupt.Interrupted as error:
@@ -125,7 +125,7 @@ def _train(options: Options) -> bool:
 def compiled_once(cache: Path) -> Iterator[None]:
     """Makes JAX keep compiled programs in ``cache``, since all seeds share them.
 
-    A cache that JAX already has is left as it is.
+    A cache that is already configured stays in use.
     """
     import jax
 

@@ -2,9 +2,9 @@
 
 RUN is a workdir of ``train.cifar`` whose block has a spatial gate. The picture shows
 test images and, beside them, the spatial gates of each stage's last block, from the
-last checkpoint: alone, and as what they leave of the image.
+last checkpoint: alone, and applied to the image.
 
-Exit codes: 0 drawn, 2 the command line, the data or the workdir is bad.
+Exit codes: 0 drawn, 2 invalid command line, data or workdir.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ def draw(
 
     Args:
         run: workdir of train.cifar.
-        out: the picture to write; its ending names the format.
-        data_dir: where the images are that it was trained on.
+        out: the picture to write; its suffix selects the format.
+        data_dir: folder of the images it was trained on.
         images: how many images to show, at least 1; at most a batch.
         limits: gates with the darkest and the lightest color; by default the lowest
             and the highest of each block.

@@ -2,7 +2,7 @@
 
 Each RUN is a workdir of ``train.cifar`` or its metrics.jsonl.
 
-Exit codes: 0 drawn, 2 the command line or a run is bad.
+Exit codes: 0 drawn, 2 invalid command line or run.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ DRAWN = {"epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy"}
 
 
 def name_of(run: Path) -> str:
-    """The name of a run in a picture: that of its folder."""
+    """The label of a run: the name of its folder."""
     run = run.resolve()
     return run.name if run.is_dir() else run.parent.name
 
@@ -31,7 +31,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's metrics.jsonl.
 
     Raises:
-      ValueError: there is no such file, it has another content, or no epoch is done.
+      ValueError: the file is missing, malformed or without a finished epoch.
     """
     path = run / METRICS if run.is_dir() else run
     try:
@@ -57,7 +57,7 @@ def draw(
 
     Args:
         runs: workdirs of train.cifar, at least one.
-        out: the picture to write; its ending names the format.
+        out: the picture to write; its suffix selects the format.
     """
     if not runs:
         raise ValueError(

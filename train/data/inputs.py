@@ -22,7 +22,7 @@ PAD = 4
 
 
 class Inputs(Protocol):
-    """A training part and a test part, cut into batches."""
+    """A training part and a test part, in batches."""
 
     mesh: Mesh
     steps_per_epoch: int

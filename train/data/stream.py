@@ -13,7 +13,7 @@ from train.data.inputs import check_batch_size, normalize
 from train.engine import devices
 from train.engine.config import Resolved
 
-# Of ImageNet's training images, red, green and blue, as torchvision and timm have them.
+# Of ImageNet's training images (R, G, B), as in torchvision and timm.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -32,7 +32,7 @@ class FolderInputs:
     def __init__(
         self, images: folders.FolderImages, config: Resolved, mesh: Mesh
     ) -> None:
-        """Starts to read.
+        """Starts the threads that read.
 
         Raises:
           ValueError: the images do not fill a batch.

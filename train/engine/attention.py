@@ -1,4 +1,4 @@
-"""The attention of a run: a block of the library or a published variant, and its start.
+"""The attention of a run: a block or a published variant, and its initialization.
 
 A comparison writes both in one name: ``se``, ``se+identity``, ``timm_cbam+identity``.
 """
@@ -16,7 +16,7 @@ ModuleDef = Callable[..., Any]
 
 
 def _fits_any_network(preset: Any) -> bool:
-    """Whether it needs nothing but ``train``; ``official_eca`` needs widths."""
+    """Whether it takes only ``train``; ``official_eca`` needs widths."""
     return (
         isinstance(preset, partial) or "train" in inspect.signature(preset).parameters
     )
@@ -28,7 +28,7 @@ PRESETS = tuple(
 
 
 def make_attention(config: Config, *, train: bool) -> ModuleDef | None:
-    """What makes the attention of each residual block; None for a plain network.
+    """The factory of the attention of each residual block; None without attention.
 
     Args:
       config: of the run.
@@ -44,7 +44,7 @@ def make_attention(config: Config, *, train: bool) -> ModuleDef | None:
 
 
 def check_attention(config: Config) -> None:
-    """Raises ``ValueError`` for an attention that does not exist or cannot start so."""
+    """Raises ``ValueError`` for an unknown attention, or an ``init`` it cannot have."""
     check_choice("attention", config.attention, ATTENTIONS)
     if config.preset is not None:
         check_choice("preset", config.preset, PRESETS)

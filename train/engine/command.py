@@ -1,7 +1,7 @@
-"""From what goes wrong in a command to a line on standard error and an exit code.
+"""Maps the errors of a command to one line on standard error and an exit code.
 
-0 done, 1 the training diverged, 2 the command line, the data or the workdir is bad,
-3 another process of the run is gone, 130 and 143 stopped by SIGINT and SIGTERM.
+0 done, 1 the training diverged, 2 invalid command line, data or workdir, 3 another
+process of the run is gone, 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from typing import NoReturn
 
 @contextlib.contextmanager
 def exit_codes(prog: str) -> Iterator[None]:
-    """Ends the process with one line and the exit code for an error that users meet.
+    """Ends the process with one line and an exit code for an expected error.
 
-    Other errors are bugs and keep their traceback. Nothing is imported before there is
-    an error, so that ``--help`` answers at once.
+    Other errors are bugs and keep their traceback. Imports wait for an error, so that
+    ``--help`` is fast.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def _stop_for(prog: str, error: Exception) -> None:
             file=sys.stderr,
             flush=True,
         )
-        # An orderly end would wait for the one that is gone, and abort.
+        # A normal exit would wait for the dead process, and abort.
         os._exit(3)
 
 

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass, read by the command line and by the loop."""
+"""The configuration of a run: one dataclass for the command line and the loop."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 DTYPES = ("float32", "bfloat16")
-# (epochs, batch size) where the user names none: small sets want small batches.
+# Default (epochs, batch size); small data sets need small batches.
 DEFAULTS = {
     "cifar10": (100, 128),
     "cifar100": (100, 128),
@@ -21,12 +21,12 @@ FAMILIES = ("cifar", "imagenet")
 IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
 RESUMES = ("auto", "never")
 INITS = ("default", "identity")
-# What a block's name ends in where it starts as the identity.
+# The suffix of a block's name if it is initialized as the identity.
 IDENTITY = "+identity"
 
 
 def one_of(names: Callable[[], Iterable[str]]) -> Any:
-    """An option with the choices ``names()``, which only its command line asks for."""
+    """An option with the choices ``names()``, evaluated only by the command line."""
     return tyro.conf.arg(
         constructor_factory=lambda: tyro.extras.literal_type_from_choices(names()),
         help_behavior_hint=_default_hint,
@@ -38,7 +38,7 @@ def _default_hint(default: str) -> str:
     return "" if name == "None" else f"(default: {name})"
 
 
-# The text of these options says what happens without them.
+# The help text of these options describes their default.
 _OptionalInt = Annotated[
     int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")
 ]
@@ -59,8 +59,8 @@ class Config:
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
     loader: Annotated[str, one_of(lambda: LOADERS)] = "device"
-    """Where the images are: device (all of them on it) or grain (read from folders as
-    training goes; needs the extra grain)."""
+    """Where the images are: device (all in device memory) or grain (read from folders
+    during training; needs the extra grain)."""
     family: Annotated[str, one_of(lambda: FAMILIES)] = "cifar"
     """Which residual networks: cifar (6n+2 layers, small images) or imagenet."""
     depth: int = 20
@@ -105,7 +105,7 @@ class Config:
     ] = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
     resume: Annotated[str, one_of(lambda: RESUMES)] = "auto"
-    """What to do with a workdir that holds this very run: resume it (auto) or refuse
+    """What to do with a workdir that holds this run already: resume it (auto) or refuse
     (never)."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
@@ -117,15 +117,15 @@ class Config:
         str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")
     ] = None
     """HOST:PORT of the first of several processes; the same for all of them. Where a
-    cluster (Slurm, Open MPI, a TPU pod) starts the processes, it and the next two are
-    found out."""
+    cluster (Slurm, Open MPI, a TPU pod) starts the processes, this option and the
+    next two are detected."""
     num_processes: _OptionalInt = None
     """How many processes train together."""
     process_id: _OptionalInt = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     peer_timeout: int = 100
-    """Seconds of silence after which another process counts as dead, which ends the
-    run."""
+    """Seconds without contact after which another process counts as dead, which ends
+    the run."""
 
     @property
     def block(self) -> str:
@@ -143,7 +143,7 @@ def block_name(fields: Mapping[str, Any]) -> str:
     return name + IDENTITY if fields.get("init") == "identity" else name
 
 
-# What may differ between a run and its continuation: where and how, not what.
+# Fields that may differ when a run is resumed: they do not change its result.
 NOT_RECIPE = frozenset(
     {
         *("steps_per_call", "data_dir", "data_url", "workdir", "resume"),
@@ -155,7 +155,7 @@ NOT_RECIPE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Resolved(Config):
-    """A configuration with nothing left open that decides the result."""
+    """A configuration whose result-relevant fields are all set."""
 
     dataset: str = "cifar10"
     image_size: int = IMAGE_SIZES["cifar"]
@@ -164,9 +164,9 @@ class Resolved(Config):
 
 
 def resolve(config: Config) -> Resolved:
-    """Returns ``config`` with what depends on the data set or the family filled in.
+    """Fills in the defaults that depend on the data set or the family.
 
-    An unknown one, which ``check_fields`` refuses, gets CIFAR-10's lengths.
+    An unknown data set, which ``check_fields`` refuses, gets those of CIFAR-10.
     """
     dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
     epochs, batch_size = DEFAULTS.get(dataset, DEFAULTS["cifar10"])
@@ -183,19 +183,19 @@ def resolve(config: Config) -> Resolved:
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """What decides the result of a run, of JSON types; two runs of it are the same."""
+    """The fields that determine the result of a run, as JSON types."""
     fields = dataclasses.asdict(resolve(config))
     return {name: value for name, value in fields.items() if name not in NOT_RECIPE}
 
 
 def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded recipe, in which a field that came later has its default."""
+    """A recorded recipe, with the defaults of fields added since."""
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     return {n: d for n, d in defaults.items() if n not in NOT_RECIPE} | dict(recipe)
 
 
 def check_fields(config: Resolved) -> None:
-    """Raises ``ValueError``, with one line that says the way out, for a bad field."""
+    """Raises ``ValueError`` for an invalid field; one line says what to pass."""
     for field, names in (
         ("dataset", DEFAULTS),
         ("loader", LOADERS),
@@ -210,7 +210,7 @@ def check_fields(config: Resolved) -> None:
         check_count(field, getattr(config, field))
     for field in ("checkpoint_every", "keep", "devices", "num_processes"):
         check_count(field, getattr(config, field))
-    # Less would take a process for dead that is only busy.
+    # A busy process may be silent for a few seconds.
     check_count("peer_timeout", config.peer_timeout, least=5)
     for field in ("learning_rate", "warmup_epochs", "weight_decay"):
         value = getattr(config, field)
@@ -245,7 +245,7 @@ def _check_loader(config: Config) -> None:
 
 
 def _check_processes(config: Config) -> None:
-    """The three that name a process come together, or not at all."""
+    """The three options of a process are given together or not at all."""
     fields = ("coordinator", "num_processes", "process_id")
     missing = [field for field in fields if getattr(config, field) is None]
     if 0 < len(missing) < len(fields):
@@ -261,13 +261,13 @@ def _check_processes(config: Config) -> None:
             )
         if config.devices is not None and config.num_processes > 1:
             raise ValueError(
-                "`devices` cannot be chosen for several processes, which share all "
-                f"they have, got {config.devices}; leave --devices out."
+                "`devices` must be unset for several processes, which use all their "
+                f"devices, got {config.devices}; leave --devices out."
             )
 
 
 def check_count(field: str, value: int | None, least: int = 1) -> None:
-    """Raises ``ValueError`` for a number below ``least``; None is none."""
+    """Raises ``ValueError`` for a number below ``least``; None passes."""
     if value is not None and value < least:
         raise ValueError(f"`{field}` must be at least {least}, got {value}.")
 

@@ -1,4 +1,4 @@
-"""What a configuration asks for: network, schedule, optimizer and first state."""
+"""Network, schedule, optimizer and initial state of a configuration."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,9 +22,9 @@ class TrainState(train_state.TrainState):
 
 
 def make_model(config: Config, num_classes: int, *, train: bool = False) -> nn.Module:
-    """The network that ``config`` asks for, to evaluate or to train.
+    """The network of ``config``, for evaluation or training.
 
-    Both have the same variables; they differ in a normalization inside a preset.
+    Both have the same variables; only a normalization inside a preset differs.
     """
     make = cifar_resnet if config.family == "cifar" else imagenet_resnet
     return make(
@@ -36,7 +36,7 @@ def make_model(config: Config, num_classes: int, *, train: bool = False) -> nn.M
 
 
 def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
-    """``apply`` of the network, in which ``train`` reaches the attention too."""
+    """``apply`` of the network, which passes ``train`` to the attention too."""
     models = {
         train: make_model(config, num_classes, train=train) for train in (False, True)
     }
@@ -57,7 +57,7 @@ def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Sch
         warmup_steps=int(min(config.warmup_epochs * steps_per_epoch, total / 10)),
         decay_steps=total,
     )
-    # Optax divides the step, an integer, which strict dtype promotion refuses.
+    # Optax divides the integer step, which strict dtype promotion refuses.
     return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
@@ -79,7 +79,7 @@ def kernel_mask(params: Any) -> Any:
 
 
 def count_parameters(params: Any) -> tuple[int, int]:
-    """How many parameters there are, and how many of them are attention."""
+    """The number of parameters, and how many of them are attention."""
     sizes = [
         (leaf.size, any(part.key == "attention" for part in path))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -94,7 +94,7 @@ def make_state(
     image_size: int,
     apply: Callable[..., Any] | None = None,
 ) -> TrainState:
-    """The state before the first step, which is applied by ``apply`` or the model."""
+    """The state before the first step; ``apply`` defaults to that of the model."""
     init = jax.jit(partial(model.init, train=True))
     variables = init(key, jnp.zeros((1, image_size, image_size, 3)))
     return TrainState.create(
@@ -106,7 +106,7 @@ def make_state(
 
 
 def variables_of(state: TrainState) -> dict[str, Any]:
-    """The variables that the network is applied with."""
+    """The variables to apply the network with."""
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 

@@ -13,7 +13,7 @@ from train.engine.model import TrainState, count_parameters, variables_of
 
 
 def headline(config: Resolved, model: nn.Module, inputs: Inputs) -> str:
-    """What is about to be trained and on what, in one line; nothing is compiled."""
+    """The device and the network in one line; nothing is compiled."""
     image = jnp.zeros((1, inputs.image_size, inputs.image_size, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     total, attention = count_parameters(shapes["params"])
@@ -43,7 +43,7 @@ class Run:
         return variables_of(self.state)
 
     def summary(self) -> str:
-        """What was trained and how well it did, in one line."""
+        """The network and its test accuracy, in one line."""
         config, last = self.config, self.history[-1]
         total, attention = count_parameters(self.state.params)
         minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
@@ -58,11 +58,11 @@ class Run:
 
 @dataclasses.dataclass
 class Progress:
-    """What the rest of a run depends on, beside its configuration."""
+    """The state of a run on which its remaining steps depend."""
 
     state: TrainState
     losses: list[float] = dataclasses.field(default_factory=list)
-    """Of the steps of the epoch under way."""
+    """Of the completed steps of the current epoch."""
     accuracies: list[float] = dataclasses.field(default_factory=list)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)

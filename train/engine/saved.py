@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how to read it without training."""
+"""The content of a checkpoint, and how to read it without training."""
 
 import contextlib
 from pathlib import Path
@@ -30,11 +30,11 @@ def last_saved(
 
     Args:
       config: of the run.
-      inputs: of the run; only their sizes are used.
+      inputs: of the run; only their shapes are used.
       folder: its workdir.
 
     Raises:
-      ValueError: there is no checkpoint, or another process trains there.
+      ValueError: there is no checkpoint, or another process uses the folder.
       CheckpointError: all of them are damaged.
     """
     model, shapes = saved_shapes(config, inputs)
@@ -54,7 +54,7 @@ def last_saved(
 
 
 def saved_shapes(config: Resolved, inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that ``config`` asks for, and the shapes of what a checkpoint holds."""
+    """The model of ``config``, and the shapes of its checkpoint."""
     model = make_model(config, inputs.num_classes)
     total = config.epochs * inputs.steps_per_epoch
     optimizer = make_optimizer(
@@ -69,7 +69,7 @@ def saved_shapes(config: Resolved, inputs: Inputs) -> tuple[nn.Module, dict[str,
 
 
 def saved_tree(state: TrainState, key: jax.Array) -> dict[str, Any]:
-    """What of a run a checkpoint holds, beside its record."""
+    """The arrays of a checkpoint."""
     return {
         "step": state.step,
         "params": state.params,

@@ -1,4 +1,4 @@
-"""Before the first step: validates the configuration and loads the images."""
+"""Validates the configuration and loads the images before the first step."""
 
 from typing import TYPE_CHECKING, Union
 
@@ -19,7 +19,7 @@ Images = Union[ImageSet, "FolderImages"]
 
 
 def validate(config: Config) -> Resolved:
-    """The configuration with nothing left open; raises ``ValueError`` for a bad one."""
+    """Resolves the configuration; raises ``ValueError`` for an invalid one."""
     config = resolve(config)
     check_fields(config)
     check_attention(config)
@@ -38,7 +38,7 @@ def check_batch(config: Resolved, images: Images) -> None:
 
 
 def load(config: Resolved) -> Images:
-    """The images that ``config`` names.
+    """Loads the images of ``config``.
 
     Raises:
       DataError: they cannot be loaded.
@@ -67,7 +67,7 @@ def _without_damaged(images: "FolderImages") -> "FolderImages":
 
 
 def make_inputs(config: Resolved, images: Images, mesh: Mesh) -> Inputs:
-    """What feeds the loop ``images``."""
+    """The inputs of the loop over ``images``."""
     if isinstance(images, ImageSet):
         return DeviceInputs(images, config, mesh)
     from train.data.stream import FolderInputs

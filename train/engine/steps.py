@@ -15,12 +15,12 @@ from train.engine import devices
 from train.engine.config import Config, Resolved
 from train.engine.model import TrainState, variables_of
 
-# Long enough to hide the dispatch of a call, short enough for a bar that moves.
+# Large enough to hide the dispatch of a call, small enough for a responsive bar.
 MAX_STEPS_PER_CALL = 100
 
 
 class Metrics(NamedTuple):
-    """What a call of several steps reports; the first axis is that of the steps."""
+    """The metrics of a call; the first axis is that of its steps."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -81,10 +81,10 @@ def make_train_steps(
 def make_evaluate(
     inputs: Inputs,
 ) -> Callable[[TrainState, Callable[[], None]], tuple[float, float]]:
-    """Returns what maps a state to its mean loss and accuracy over the test part.
+    """Returns ``(state, between) -> (mean loss, accuracy)`` over the test part.
 
-    Each image counts once. The second argument is called between batches; what it
-    raises ends the evaluation.
+    Each image counts once. ``between`` is called after each batch and may raise to end
+    the evaluation.
     """
 
     @partial(jax.jit, out_shardings=devices.replicated(inputs.mesh))
@@ -112,24 +112,24 @@ def make_evaluate(
 
 
 def checked(state: TrainState) -> dict[str, Any]:
-    """What must be finite after every step; ``Metrics.finite`` has its leaves' order.
+    """The arrays that must be finite after every step, in the order of their leaves.
 
-    The optimizer's state is left out: what is not finite in it reaches the parameters
-    in the same step.
+    The optimizer's state is not among them: a value that is not finite reaches the
+    parameters in the same step.
     """
     return variables_of(state)
 
 
 def steps_per_call(config: Resolved, steps_per_epoch: int) -> int:
-    """How many steps one call runs: what was asked for, or what suits the backend."""
+    """The number of steps per call: that of ``config``, or one for the backend."""
     if config.steps_per_call is not None:
         return min(config.steps_per_call, steps_per_epoch)
-    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path; images that
-    # are read as training goes would all have to be there before the first step.
+    # On CPU, a convolution's gradient inside a loop leaves XLA's fast path. Images read
+    # during training would all have to be read before the first step.
     if jax.default_backend() == "cpu" or config.loader == "grain":
         return 1
-    # A divisor, so that one program serves all calls of an epoch; where there is none
-    # of some length, the last call is shorter.
+    # A divisor, so that one program serves all calls of an epoch; without one that is
+    # large enough, the last call is shorter.
     divisor = max(
         n for n in range(1, MAX_STEPS_PER_CALL + 1) if steps_per_epoch % n == 0
     )

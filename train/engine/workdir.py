@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, its lock, and its atomic writes."""
+"""The folder of a run: its run.json, its lock and atomic writes."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def choose(config: Resolved) -> Path:
-    """The folder that was asked for, or a new one under runs/."""
+    """The folder of ``--workdir``, or a new one under runs/."""
     if config.workdir is not None:
         return config.workdir
     now = time.strftime("%Y%m%d-%H%M%S")
@@ -31,7 +31,7 @@ def choose(config: Resolved) -> Path:
 
 
 def check_resumable(workdir: Path, config: Resolved) -> None:
-    """Raises ``ValueError`` unless ``config`` may begin, or resume, in ``workdir``.
+    """Raises ``ValueError`` unless ``config`` may start or resume in ``workdir``.
 
     Nothing is written.
     """
@@ -64,7 +64,7 @@ def check_resumable(workdir: Path, config: Resolved) -> None:
     if config.resume == "never":
         raise ValueError(
             f"`workdir` {workdir} holds an earlier run; pass another --workdir, or "
-            "--resume auto to continue it."
+            "--resume auto to resume it."
         )
 
 
@@ -92,7 +92,7 @@ def locked(workdir: Path, config: Resolved) -> Iterator[None]:
             "another --workdir."
         ) from error
     try:
-        # Again: the process that held the lock may have started another run.
+        # Again, since the previous holder may have started another run.
         check_resumable(workdir, config)
         yield
     finally:
@@ -100,7 +100,7 @@ def locked(workdir: Path, config: Resolved) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader sees the old one or the new one."""
+    """Replaces a file atomically: a reader sees the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w") as file:
@@ -119,14 +119,14 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def describe(config: Resolved, parameters: int, attention: int, machine: str) -> str:
-    """The text of run.json: what is trained, and with what."""
+    """The text of run.json: configuration, sizes, machine and versions."""
     packages = ("flax-attn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     versions = {"python": platform.python_version()}
     for name in packages:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = "not installed"  # Run from a checkout.
+            versions[name] = "not installed"  # A checkout that is not installed.
     fields = {
         "config": config_lib.recipe(config),
         "parameters": parameters,

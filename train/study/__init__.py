@@ -1,1 +1,1 @@
-"""What several runs say: statistics, tables and plots."""
+"""Statistics, tables and plots of runs, and benchmarks."""

@@ -36,7 +36,7 @@ class Stem(nn.Module):
     Attributes:
       features: number of channels of the result.
       dtype: dtype of the computation.
-      attention: the block behind, or None.
+      attention: the block applied to the result, or None.
     """
 
     features: int
@@ -67,9 +67,9 @@ def measure_block(
       block: a name in ``flax_attn.blocks.BLOCKS``.
       shape: of the feature map, (N, H, W, C).
       dtype: of the map and the computation.
-      against: beside the fast implementation, ``"plain"`` and ``"torch"``.
+      against: contenders to the fast implementation: ``"plain"``, ``"torch"``.
       rounds: turns of each contender.
-      inside: whether to time the JAX contenders behind a ``Stem`` too.
+      inside: whether to time the JAX contenders after a ``Stem`` too.
 
     Yields:
       A row for each contender. The times and the temporaries of forward + backward are
@@ -125,7 +125,7 @@ def measure_block(
 
 
 def _maps(shape: Shape, dtype: str) -> tuple[jax.Array, jax.Array]:
-    """A random feature map and a cotangent of it."""
+    """A random feature map and a random cotangent."""
     keys = jax.random.split(jax.random.key(1))
     x, cotangent = (jax.random.normal(key, shape, dtype) for key in keys)
     return x, cotangent
@@ -134,7 +134,7 @@ def _maps(shape: Shape, dtype: str) -> tuple[jax.Array, jax.Array]:
 def _compile(
     apply: Any, variables: Any, x: jax.Array, cotangent: jax.Array
 ) -> tuple[Any, Any, float]:
-    """The forward program, that with all gradients, and the seconds of the latter."""
+    """The forward program, the one with all gradients, and the latter's seconds."""
     forward = jax.jit(apply).lower(variables, x).compile()
     start = time.perf_counter()
     lowered = jax.jit(with_gradients(apply)).lower(variables, x, cotangent)
@@ -146,7 +146,7 @@ def _stem_calls(
 ) -> dict[str, Call]:
     """Both programs of a ``Stem``, from C / 16 channels to the feature map.
 
-    From more, the convolution would take so long that its noise hides the block.
+    With more, the noise of the convolution would hide the block.
     """
     n, h, w, features = shape
     x, _ = _maps((n, h, w, max(features // 16, 1)), dtype)

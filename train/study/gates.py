@@ -1,6 +1,6 @@
 """Spatial gates of trained networks: which blocks have them, and a picture.
 
-The imports of jax are inside the functions, so that commands answer before it is there.
+jax is imported inside the functions, so that commands start fast.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def has_spatial_gate(name: str) -> bool:
     config = Config(**attention_fields(name))
     try:
         check_attention(config)
-    except ValueError:  # A block that is no longer there.
+    except ValueError:  # A block of another version.
         return False
     make = make_attention(config, train=False)
     if make is None:
@@ -77,7 +77,7 @@ def spatial_gates(
     gates: dict[str, np.ndarray] = {}
     if model.attention is not None:
         read = jax.jit(partial(inspect.attention_maps, model))
-        # The variables may lie on several devices; for a few images one will do.
+        # The variables may be on several devices; a few images need only one.
         maps = read(devices.to_host(variables), normalized)
         last = [f"stage{i}_block{blocks}" for i, blocks in enumerate(model.stages, 1)]
         for path, gate in maps.items():
@@ -100,7 +100,7 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     with contextlib.closing(inputs):
         shown, gates = spatial_gates(run.model, run.variables, inputs)
     arrays: dict[str, Any] = gates | {"images": shown}
-    # Under its name only when it is whole, since an existing file is kept.
+    # Renamed when complete, since an existing file is kept.
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.savez(file, **arrays)
@@ -163,12 +163,12 @@ def plot(
 
 
 def is_constant(gate: "np.ndarray") -> bool:
-    """Whether the spread of a gate over its image means nothing."""
+    """Whether a gate varies too little over its image to mean anything."""
     return float(gate.max() - gate.min()) < LEAST_SPREAD
 
 
 def _own_limits(maps: "np.ndarray") -> tuple[float, float]:
-    """The lowest and the highest gate, apart enough for colors between."""
+    """The lowest and the highest gate, widened to a minimal range of colors."""
     low, high = float(maps.min()), float(maps.max())
     margin = max(LEAST_SPREAD - (high - low), 0) / 2
     return low - margin, high + margin
@@ -177,9 +177,9 @@ def _own_limits(maps: "np.ndarray") -> tuple[float, float]:
 def fade(
     image: "np.ndarray", gate: "np.ndarray", limits: tuple[float, float]
 ) -> "np.ndarray":
-    """The image under its gate: whole where it is open, gray where it is closed.
+    """The image under its gate: unchanged where it is open, gray where it is closed.
 
-    A constant gate says nothing of where the network attends, so all is gray::
+    A constant gate does not show where the network attends, so all is gray::
 
       >>> import numpy as np
       >>> image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
@@ -191,7 +191,7 @@ def fade(
     Args:
       image: ``(H, W, 3)`` uint8.
       gate: ``(h, w)``.
-      limits: gates that leave nothing and all of the image.
+      limits: the gates that hide and show the image completely.
 
     Returns:
       ``(H, W, 3)`` uint8.
@@ -202,7 +202,7 @@ def fade(
     share = np.clip((gate.astype(np.float64) - low) / (high - low), 0, 1)
     if is_constant(gate):
         share = np.zeros_like(share)
-    # Each pixel has the gate that its center lies in, as the gate is drawn alone.
+    # Each pixel gets the gate at its center, as in the plot of the gate.
     at = [
         np.arange(size) * cells // size
         for size, cells in zip(image.shape, gate.shape, strict=False)

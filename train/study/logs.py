@@ -1,4 +1,4 @@
-"""The files of runs, read back; needs no jax."""
+"""Reads the files of runs, without jax."""
 
 import dataclasses
 import json
@@ -61,8 +61,8 @@ class Log:
     def step_seconds(self, *, compiled: bool) -> float | None:
         """The median step time over the epochs that compile, or over the others.
 
-        None where there is no such epoch; one that was resumed after its last step
-        counts as none, since it has no step of its own.
+        None without such an epoch. An epoch resumed after its last step does not count,
+        since it has no step to time.
         """
         steps = [
             line["step_seconds"]

@@ -73,7 +73,7 @@ def measure_network(
 
 
 class _Step:
-    """A training step to be called again and again: each takes the last one's state."""
+    """A training step that starts from the state of the previous call."""
 
     def __init__(self, state: TrainState, inputs: DeviceInputs) -> None:
         self.state, self.data = state, inputs.data
@@ -96,8 +96,8 @@ def _noise(size: int) -> ImageSet:
 
 
 class DescribedInputs(DeviceInputs):
-    """Inputs of which only shapes and dtypes are known, to compile a step for."""
+    """Inputs without arrays, to compile a step for their shapes and dtypes."""
 
     def __init__(self, mesh: Mesh) -> None:
-        """Names the devices, which need not exist here."""
+        """Takes the devices, which need not exist on this machine."""
         self.mesh, self.flip = mesh, True

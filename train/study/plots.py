@@ -49,7 +49,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure
 
 
 def _limit_losses(axis: "Axes") -> None:
-    """Leaves out of the axis what would flatten the rest, and says so."""
+    """Clips outliers that would flatten the other curves, and says so."""
     losses = np.concatenate([line.get_ydata() for line in axis.lines])
     shown = losses[losses <= WORST_LOSS]
     if 0 < len(shown) < len(losses):
@@ -83,7 +83,7 @@ def plot_cost(blocks: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draws accuracy against step time, the blocks of ``train.compare``'s report.
 
     A bar reaches one standard deviation over seeds up and down. The names are in the
-    legend, where they are legible however close the points.
+    legend, so that close points do not overlap them.
     """
     figure = new_figure(7, 4)
     axis = figure.subplots()
@@ -143,7 +143,7 @@ def plot_bands(
 
 
 def _label_epochs(axis: "Axes") -> None:
-    """Whole numbers alone, of which there may be one."""
+    """Integer ticks, also for a single epoch."""
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,7 +1,6 @@
-"""The report of ``train.compare`` from its logs: words, tables and figures.
+"""The report of ``train.compare`` from its logs: text, tables and figures.
 
-It needs jax only to tell whether a block without a picture of its gates should have
-one.
+It needs jax only to decide whether a block without a gates picture should have one.
 """
 
 import json
@@ -30,7 +29,7 @@ time is the median over epochs, then over seeds."""
 
 
 def verdict(block: Mapping[str, Any]) -> str:
-    """What the difference to the baseline shows, and what it does not, in words."""
+    """A sentence on what the difference to the baseline shows and what it does not."""
     name, difference = block["attention"], block["difference"]
     if difference is None:
         return (
@@ -69,7 +68,7 @@ def table(summary: Mapping[str, Any], *, markdown: bool = False) -> str:
     if not summary["blocks"]:
         return "No run is finished."
     rows = [_row(block) for block in summary["blocks"]]
-    if not markdown:  # Of 80 to 100 columns a terminal has none to spare.
+    if not markdown:  # To fit in 100 columns.
         rows = [{k: v for k, v in row.items() if k != MILLIONS} for row in rows]
     return format_table(rows, markdown=markdown)
 
@@ -99,7 +98,7 @@ def _range(low: float, high: float) -> str:
 
 
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What the table does not show, a line for each."""
+    """Remarks on what the table does not show, one line each."""
     lines = [
         verdict(block) for block in summary["blocks"] if block["attention"] != BASELINE
     ]
@@ -135,7 +134,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
-    """The report: ``summary`` in words, tables and the figures beside it."""
+    """The report in Markdown, with links to the figures in its folder."""
     recipe = summary["recipe"]
     gates = {
         block["attention"]: block["gates_seed"]
@@ -207,7 +206,7 @@ def _table_of_runs(blocks: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _notable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say how long and on what, and those that are not the default."""
+    """The main fields of a recipe, and those that differ from the default."""
     same = ("dataset", "loader", "family")
     default = config_lib.recipe(Config(**{k: recipe[k] for k in same}))
     always = ("dataset", "depth", "epochs", "batch_size")

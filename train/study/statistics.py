@@ -1,4 +1,4 @@
-"""The numbers of a comparison: means over seeds and paired differences."""
+"""Statistics of a comparison: means over seeds and paired differences."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,8 @@ NO_SPREAD = 1e-9
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of a mean by Student's t, or None without any spread.
 
-    One value has no spread. Several that are equal, as accuracies over few test images
-    may be, have none either: an interval without width would claim certainty.
+    That is for one value, and for equal ones, as accuracies over few test images may
+    be: an interval of width 0 would claim certainty.
     """
     if len(values) < 2 or max(values) - min(values) < NO_SPREAD:
         return None
@@ -34,9 +34,9 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 def paired_difference(
     values: Mapping[int, float], base: Mapping[int, float]
 ) -> dict[str, Any] | None:
-    """The mean of ``values`` less ``base`` over the seeds of both, and its interval.
+    """The mean of ``values - base`` over their common seeds, and its interval.
 
-    None where they have no seed in common.
+    None without a common seed.
     """
     differences = {
         seed: values[seed] - value for seed, value in base.items() if seed in values
@@ -116,8 +116,8 @@ def _summarize_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]
 def _step_time(runs: Sequence[Log]) -> tuple[float | None, bool]:
     """The median of the runs' step times, and whether compilation is in it.
 
-    It is only if every epoch of every run compiled; otherwise runs of which every epoch
-    did, being interrupted in each, are left out.
+    Runs that compiled in every epoch, since each was interrupted, are left out unless
+    all runs did.
     """
     for compiled in (False, True):
         times = [log.step_seconds(compiled=compiled) for log in runs]

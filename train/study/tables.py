@@ -14,9 +14,9 @@ def format_table(rows: Sequence[Mapping[str, Any]], *, markdown: bool = False) -
         eca     -
 
     Args:
-      rows: at least one, all with the same keys; of the values, floats are shown with
-        two digits, sequences as a shape is, and None as a dash.
-      markdown: whether the table is one of Markdown (default: False).
+      rows: at least one, all with the same keys. Floats are shown with two digits,
+        sequences as shapes such as 2x14x14, None as a dash.
+      markdown: whether to format for Markdown (default: False).
     """
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

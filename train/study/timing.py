@@ -1,4 +1,4 @@
-"""Timing in turns, and an interrupt that waits for the end of one."""
+"""Timing in turns, with interrupts between turns only."""
 
 import math
 import random
@@ -17,7 +17,7 @@ _interrupted = threading.Event()
 
 
 def fastest(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """Seconds of each call: the least of ``rounds`` turns, after one to warm up."""
+    """Seconds of each call: the minimum over ``rounds`` turns, after a warm-up."""
     for call in calls.values():
         _take_turn(call)
     best = dict.fromkeys(calls, math.inf)

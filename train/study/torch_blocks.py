@@ -1,6 +1,6 @@
 """The article's blocks in PyTorch, NCHW, for ``train.benchmark --against torch``.
 
-PyTorch is imported when one is made.
+PyTorch is imported when a block is made.
 """
 
 import math
@@ -101,7 +101,7 @@ def make_calls(
 ) -> Iterator[tuple[str, Call, Call, float]]:
     """Yields PyTorch eager and compiled, in the better of its two memory formats.
 
-    Each as its name, the forward call, that with all gradients, and the seconds to
+    Each as its name, the forward call, the call with all gradients, and the seconds to
     compile both.
     """
     import torch

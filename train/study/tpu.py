@@ -1,4 +1,4 @@
-"""Programs compiled for a TPU that need not exist: bytes, temporaries, seconds.
+"""Bytes, temporaries and compile times for a TPU, which need not be present.
 
 The compiler is libtpu's, of the extra ``tpu-aot``.
 """
@@ -47,7 +47,7 @@ def open_topology(name: str) -> jax.Device:
             "install the extra tpu-aot (pip install -e '.[tpu-aot]') in an environment "
             "of its own."
         )
-    # Only the compiler is wanted: libtpu and jax would look for a TPU here.
+    # Only the compiler is needed: libtpu and jax would search for a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     jax.config.update("jax_platforms", "cpu")
     try:
