@@ -29,6 +29,7 @@ checkpoints and what ``flax_attn.convert`` reads go in as they are::
 
 Gates are sown as ``nnx.Intermediate`` where ``nnx.capture`` asks for them;
 ``attention_maps`` reads them in every version of Flax. A call draws no random numbers.
+``insert`` puts blocks into a model that somebody else wrote.
 """
 
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from flax_attn.blocks import BLOCKS as _LINEN
 from flax_attn.nnx._blocks import Attention, Layer, native
 from flax_attn.nnx._gates import attention_maps
+from flax_attn.nnx._insertion import attention_params, insert
 from flax_attn.nnx._variables import from_linen, to_linen
 
 BLOCKS: Mapping[str, Any] = MappingProxyType(
@@ -57,8 +59,10 @@ __all__ = [  # noqa: PLE0604 - The blocks are those of the registry.
     "BLOCKS",
     "Layer",
     "attention_maps",
+    "attention_params",
     "create",
     "from_linen",
+    "insert",
     "native",
     "to_linen",
 ]

@@ -149,7 +149,7 @@ def native(make: Callable[..., nn.Module]) -> Any:
 
 
 @cache
-def _class_of(block: type[blocks.Attention]) -> type[Attention]:
+def _class_of(block: Any) -> type[Attention]:
     return type(
         block.__name__,
         (Attention,),

@@ -58,7 +58,7 @@ def from_linen(module: nnx.Module, variables: Mapping[str, Any]) -> None:
         if shape != variable[...].shape:
             raise ValueError(
                 f"`variables` must have the shapes of `module`, got {shape} for "
-                f"{variable[...].shape} at {'/'.join(path)}; make both with the same fields."
+                f"{variable[...].shape} at {'/'.join(path)}; use the same fields."
             )
     for path, variable in own.items():
         # Not `variable[...] =`, which keeps the dtype.
