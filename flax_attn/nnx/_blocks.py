@@ -36,16 +36,6 @@ class Layer(nnx.Module):
                 value = to_nnx_var("params", value)
             setattr(self, name, value)
 
-    def params(self) -> dict[str, Any]:
-        """The arrays of all parameters but a norm's, as Linen nests them."""
-        values: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Layer):
-                values[name] = value.params()
-            elif isinstance(value, nnx.Param):
-                values[name] = value[...]
-        return values
-
 
 class Attention(Layer):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
@@ -100,7 +90,7 @@ class Attention(Layer):
                 f"`x` must have {self.features} channels on its last axis, got shape "
                 f"{shape}; make the block with features={shape[-1]}."
             )
-        variables = {"params": self.params()}
+        variables = {"params": _params(self)}
         linen = _with_norms(self.linen, lambda norm: self._at(norm.path))
         y: Any
         if not (self.sow_gates or hasattr(self, "__captures__")):
@@ -117,6 +107,13 @@ class Attention(Layer):
         for name in path:
             module = getattr(module, name)
         return module
+
+
+def modules(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
+    """All modules in ``model`` by their paths, itself too; those nearer first."""
+    nodes = nnx.iter_graph(model)  # Flax 0.11 has no nnx.iter_modules.
+    found = [(path, node) for path, node in nodes if isinstance(node, nnx.Module)]
+    return dict(sorted(found, key=lambda item: len(item[0])))
 
 
 def native(make: Callable[..., nn.Module]) -> Any:
@@ -145,7 +142,8 @@ def native(make: Callable[..., nn.Module]) -> Any:
             "`make` must be a subclass of flax_attn.blocks.Attention, got "
             f"{make!r}; pass the class itself, such as flax_attn.SE."
         )
-    return _class_of(make)
+    block: Any = make
+    return _class_of(block)
 
 
 @cache
@@ -187,6 +185,17 @@ def _signature(block: type[blocks.Attention]) -> inspect.Signature:
             *fields,
         ]
     )
+
+
+def _params(layer: Layer) -> dict[str, Any]:
+    """The arrays of all parameters but a norm's, as Linen nests them."""
+    values: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Layer):
+            values[name] = _params(value)
+        elif isinstance(value, nnx.Param):
+            values[name] = value[...]
+    return values
 
 
 def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str, Any]:

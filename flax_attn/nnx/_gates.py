@@ -6,7 +6,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_attn.functional import Array
-from flax_attn.nnx._blocks import Attention
+from flax_attn.nnx._blocks import Attention, modules
 
 
 def attention_maps(
@@ -44,7 +44,7 @@ def attention_maps(
     """
     model = nnx.clone(model)
     nnx.pop(model, nnx.Intermediate)
-    roots = [path for path, m in nnx.iter_modules(model) if isinstance(m, Attention)]
+    roots = [path for path, m in modules(model).items() if isinstance(m, Attention)]
     if hasattr(nnx, "capture"):
         _, state = nnx.capture(model, nnx.Intermediate)(x, *args, **kwargs)
     else:

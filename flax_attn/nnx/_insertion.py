@@ -7,10 +7,10 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from flax_attn.insertion import Select, Site, Sites
+from flax_attn.insertion import Site, Sites
 from flax_attn.insertion._insert import _described, _is_map, _most_axes, _selector
 from flax_attn.insertion._trees import listed
-from flax_attn.nnx._blocks import Attention
+from flax_attn.nnx._blocks import Attention, modules
 
 Path = tuple[Any, ...]
 
@@ -85,11 +85,11 @@ def insert(
             "'attention'."
         )
     select = _select(where)
-    modules = dict(_submodules(model))
-    chosen = {path for path, m in modules.items() if select(m, _joined(path))}
+    inside = dict(_submodules(model))
+    chosen = {path for path, m in inside.items() if select(m, _joined(path))}
     outputs = _outputs(model, chosen, args, kwargs)
     if not outputs:
-        seen = (f"{_joined(path)} ({type(m).__name__})" for path, m in modules.items())
+        seen = (f"{_joined(path)} ({type(m).__name__})" for path, m in inside.items())
         raise ValueError(
             f"`where` must select a submodule that {type(model).__name__} calls, got "
             f"{where!r}; its submodules are {listed(seen)}."
@@ -98,7 +98,7 @@ def insert(
     axes = _most_axes((args, kwargs))
     made: dict[Path, tuple[nnx.Module, Site]] = {}
     for path, y in outputs.items():
-        module = modules[path]
+        module = inside[path]
         site = f"{_joined(path)} ({type(module).__name__})"
         if hasattr(module, name):
             raise ValueError(
@@ -107,7 +107,7 @@ def insert(
             )
         block = attention(y.shape[-1], rngs=rngs, **fields)
         dims = block.linen.spatial_dims if isinstance(block, Attention) else None
-        if dims == y.ndim - 1 and axes != y.ndim:
+        if dims is not None and dims == y.ndim - 1 and axes != y.ndim:
             raise ValueError(
                 f"`attention` with spatial_dims={dims} would read the batch axis of "
                 f"{y.shape}, the output of {site}, as a spatial axis; pass "
@@ -116,7 +116,7 @@ def insert(
         size = sum(a.size for a in jax.tree.leaves(nnx.state(block, nnx.Param)))
         made[path] = block, Site(_joined(path), type(module).__name__, y.shape, size)
     for path, (block, _) in made.items():
-        module = modules[path]
+        module = inside[path]
         setattr(module, name, block)
         _become(module, _attended(type(module), name))
     return Sites(site for _, site in made.values())
@@ -148,7 +148,7 @@ def attention_params(model: nnx.Module) -> Any:
       ValueError: there is no attention in ``model``.
     """
     roots = []
-    for path, module in nnx.iter_modules(model):
+    for path, module in modules(model).items():
         if isinstance(module, Attention):
             roots.append(path)
         roots += [(*path, name) for name in getattr(module, "_attention_names", ())]
@@ -164,7 +164,7 @@ def attention_params(model: nnx.Module) -> Any:
     return nnx.All(nnx.Param, inside)
 
 
-def _select(where: Any) -> Select:
+def _select(where: Any) -> Callable[[Any, str], bool]:
     if not isinstance(where, type | tuple):
         return _selector(where)
     kinds = where if isinstance(where, tuple) else (where,)
@@ -180,9 +180,8 @@ def _select(where: Any) -> Select:
 
 def _submodules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
     """All modules in ``model`` but itself and those of attention."""
-    found = sorted(nnx.iter_modules(model), key=lambda item: len(item[0]))
     closed: list[Path] = []
-    for path, module in found:
+    for path, module in modules(model).items():
         if any(path[: len(root)] == root for root in closed):
             continue
         if isinstance(module, Attention):
@@ -197,7 +196,7 @@ def _outputs(model: nnx.Module, chosen: set[Path], args: Any, kwargs: Any) -> An
     """The maps that the chosen submodules return, in the order of their calls."""
     probe = nnx.clone(model)
     outputs: dict[Path, jax.ShapeDtypeStruct] = {}
-    for path, module in list(nnx.iter_modules(probe)):
+    for path, module in modules(probe).items():
         if path in chosen:
             _become(module, _recording(type(module), path, _shapes(module), outputs))
     nnx.eval_shape(

@@ -64,15 +64,17 @@ def layer(module, i):
 
 
 @every_block
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"use_bias": True, "implementation": "plain"}, {"dtype": jnp.bfloat16}],
-    ids=["defaults", "plain", "bfloat16"],
+    ("fields", "mask"),
+    [
+        ({}, None),
+        ({"use_bias": True, "implementation": "plain"}, MASK),
+        ({"dtype": jnp.bfloat16}, MASK),
+    ],
+    ids=["whole", "plain, masked", "bfloat16, masked"],
 )
-def test_outputs_and_gradients_are_those_of_linen(name, masked, fields):
+def test_outputs_and_gradients_are_those_of_linen(name, fields, mask):
     block, linen, variables = pair(name, **fields)
-    mask = MASK if masked else None
 
     @nnx.jit
     def native(block, x):
@@ -249,9 +251,9 @@ def test_orbax(name, tmp_path):
 
 
 @with_norm
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_batch_norm_follows_the_mode(name, masked):
-    field, mask = norm_field(name), MASK if masked else None
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_batch_norm_follows_the_mode(name, mask):
+    field = norm_field(name)
     norm = partial(nn.BatchNorm, momentum=0.9, use_running_average=False)
     train, evaluate = (
         blocks.BLOCKS[name](**{field: partial(norm, use_running_average=mode)})
