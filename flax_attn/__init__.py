@@ -36,7 +36,8 @@ __all__ += blocks.__all__
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is asked for, so that `python -m flax_attn.convert` is the first.
-    if name == "convert":
-        return importlib.import_module("flax_attn.convert")
+    # Imported when asked for: `python -m flax_attn.convert` is to be the first, and
+    # importing Flax NNX takes time.
+    if name in ("convert", "nnx"):
+        return importlib.import_module(f"flax_attn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

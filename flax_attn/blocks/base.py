@@ -132,7 +132,7 @@ class Attention(nn.Module, kw_only=True):
         # What has nothing valid is normalized as it is, since the mean of nothing is
         # NaN: a row, or for statistics of the batch, the whole of it.
         axes = tuple(range(-1 - self.spatial_dims, -1))
-        shared = isinstance(module, nn.BatchNorm)
+        shared = hasattr(module, "use_running_average")
         valid = mask.any(None if shared else axes, keepdims=True)
         return module(x, mask=mask | ~valid)
 

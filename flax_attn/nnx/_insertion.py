@@ -1,0 +1,262 @@
+"""Attention in an NNX model that somebody else wrote, without changing its code."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from flax_attn.insertion import Site, Sites
+from flax_attn.insertion._insert import _described, _is_map, _most_axes, _selector
+from flax_attn.insertion._trees import listed
+from flax_attn.nnx._blocks import Attention, modules
+
+Path = tuple[Any, ...]
+
+
+def insert(
+    model: nnx.Module,
+    attention: Callable[..., nnx.Module],
+    where: Any,
+    *args: Any,
+    rngs: nnx.Rngs,
+    init: Literal["identity"] | None = None,
+    name: str = "attention",
+    **kwargs: Any,
+) -> Sites:
+    """Puts ``attention`` after the submodules of ``model`` that ``where`` selects.
+
+    The model is changed in place, its code stays as it is, and its variables keep
+    their paths, so that pretrained ones fit before and after::
+
+      >>> from flax import nnx
+      >>> import flax_attn.nnx
+      >>> import jax.numpy as jnp
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.first = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+      ...         self.second = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return self.second(nnx.relu(self.first(x)))
+      >>> x, rngs = jnp.ones((2, 8, 8, 3)), nnx.Rngs(0)
+      >>> model = Model(rngs)
+      >>> print(insert(model, flax_attn.nnx.SE, nnx.Conv, x, rngs=rngs))
+      path    type  output          parameters
+      first   Conv  (2, 8, 8, 16)           32
+      second  Conv  (2, 8, 8, 32)          128
+      total                                160
+      >>> model.first.attention.reduce.kernel.shape
+      (16, 1)
+
+    A submodule that is called twice has one attention. A submodule may return a tuple
+    whose first entry is its map. Each result has the dtype of the output that it
+    replaces. Attention is never inserted into attention, nor after ``model`` itself.
+
+    Args:
+      model: any NNX module; it is called once, on shapes alone, and keeps its state.
+      attention: called as ``attention(features, rngs=rngs)`` for each submodule, such
+        as ``flax_attn.nnx.SE`` or a ``functools.partial`` of it.
+      where: the submodules: a subclass of ``nnx.Module`` or a tuple of them, or a
+        pattern, a regular expression or a function as in ``flax_attn.insert``.
+      *args: the arguments of a call of ``model``; shapes are enough, as
+        ``jax.ShapeDtypeStruct``.
+      rngs: makes the parameters.
+      init: ``"identity"`` passes ``identity_init=True`` to ``attention``, so that the
+        model starts with the output that it had (default: None).
+      name: the attribute of each submodule that gets its attention (default:
+        "attention").
+      **kwargs: keyword arguments of the call of ``model``.
+
+    Returns:
+      The sites in the order of their calls; as a string, a table.
+
+    Raises:
+      ValueError: an argument is out of its range, ``where`` selects no submodule that
+        is called, one that it selects returns no map with at least 3 axes, or is
+        inside ``nnx.scan`` or ``nnx.vmap``, or has ``name`` already. The model is not
+        changed then.
+    """
+    if init not in (None, "identity"):
+        raise ValueError(f"`init` must be 'identity' or None, got {init!r}.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(
+            f"`name` must be the name of an attribute, got {name!r}; leave it out for "
+            "'attention'."
+        )
+    select = _select(where)
+    inside = dict(_submodules(model))
+    chosen = {path for path, m in inside.items() if select(m, _joined(path))}
+    outputs = _outputs(model, chosen, args, kwargs)
+    if not outputs:
+        seen = (f"{_joined(path)} ({type(m).__name__})" for path, m in inside.items())
+        raise ValueError(
+            f"`where` must select a submodule that {type(model).__name__} calls, got "
+            f"{where!r}; its submodules are {listed(seen)}."
+        )
+    fields = {"identity_init": True} if init else {}
+    axes = _most_axes((args, kwargs))
+    made: dict[Path, tuple[nnx.Module, Site]] = {}
+    for path, y in outputs.items():
+        module = inside[path]
+        site = f"{_joined(path)} ({type(module).__name__})"
+        if hasattr(module, name):
+            raise ValueError(
+                f"`name` must be free in {site}, which has a {name!r} already; pass "
+                "another name."
+            )
+        block = attention(y.shape[-1], rngs=rngs, **fields)
+        dims = block.linen.spatial_dims if isinstance(block, Attention) else None
+        if dims is not None and dims == y.ndim - 1 and axes != y.ndim:
+            raise ValueError(
+                f"`attention` with spatial_dims={dims} would read the batch axis of "
+                f"{y.shape}, the output of {site}, as a spatial axis; pass "
+                f"spatial_dims={dims - 1}."
+            )
+        size = sum(a.size for a in jax.tree.leaves(nnx.state(block, nnx.Param)))
+        made[path] = block, Site(_joined(path), type(module).__name__, y.shape, size)
+    for path, (block, _) in made.items():
+        module = inside[path]
+        setattr(module, name, block)
+        _become(module, _attended(type(module), name))
+    return Sites(site for _, site in made.values())
+
+
+def attention_params(model: nnx.Module) -> Any:
+    """Returns the NNX filter of the parameters of all attention in ``model``.
+
+    For an optimizer that trains the attention alone, or leaves it out::
+
+      >>> from flax import nnx
+      >>> import flax_attn.nnx
+      >>> model = nnx.Sequential(
+      ...     nnx.Conv(3, 64, (3, 3), rngs=nnx.Rngs(0)),
+      ...     flax_attn.nnx.ECA(64, rngs=nnx.Rngs(1)),
+      ... )
+      >>> wrt = attention_params(model)
+      >>> [path for path, _ in nnx.to_flat_state(nnx.state(model, wrt))]
+      [('layers', 1, 'conv', 'kernel')]
+
+    Pass it as ``nnx.Optimizer(model, tx, wrt=wrt)`` and
+    ``nnx.grad(loss, argnums=nnx.DiffState(0, wrt))``; the rest is
+    ``nnx.All(nnx.Param, nnx.Not(wrt))``.
+
+    Args:
+      model: any NNX module with blocks of flax_attn or inserted attention.
+
+    Raises:
+      ValueError: there is no attention in ``model``.
+    """
+    roots = []
+    for path, module in modules(model).items():
+        if isinstance(module, Attention):
+            roots.append(path)
+        roots += [(*path, name) for name in getattr(module, "_attention_names", ())]
+    if not roots:
+        raise ValueError(
+            f"`model` must have attention inside, got {type(model).__name__} without; "
+            "add a block, such as flax_attn.nnx.SE."
+        )
+
+    def inside(path: Path, value: Any) -> bool:
+        return any(path[: len(root)] == root for root in roots)
+
+    return nnx.All(nnx.Param, inside)
+
+
+def _select(where: Any) -> Callable[[Any, str], bool]:
+    if not isinstance(where, type | tuple):
+        return _selector(where)
+    kinds = where if isinstance(where, tuple) else (where,)
+    if not kinds or not all(
+        isinstance(kind, type) and issubclass(kind, nnx.Module) for kind in kinds
+    ):
+        raise ValueError(
+            "`where` must be a subclass of nnx.Module or a tuple of them, a pattern of "
+            f"paths, or a function (module, path) -> bool, got {where!r}."
+        )
+    return lambda module, path: isinstance(module, kinds)
+
+
+def _submodules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """All modules in ``model`` but itself and those of attention."""
+    closed: list[Path] = []
+    for path, module in modules(model).items():
+        if any(path[: len(root)] == root for root in closed):
+            continue
+        if isinstance(module, Attention):
+            closed.append(path)
+            continue
+        closed += [(*path, name) for name in getattr(module, "_attention_names", ())]
+        if path:
+            yield path, module
+
+
+def _outputs(model: nnx.Module, chosen: set[Path], args: Any, kwargs: Any) -> Any:
+    """The maps that the chosen submodules return, in the order of their calls."""
+    probe = nnx.clone(model)
+    outputs: dict[Path, jax.ShapeDtypeStruct] = {}
+    for path, module in modules(probe).items():
+        if path in chosen:
+            _become(module, _recording(type(module), path, _shapes(module), outputs))
+    nnx.eval_shape(
+        lambda model, args, kwargs: model(*args, **kwargs), probe, args, kwargs
+    )
+    return outputs
+
+
+def _recording(
+    kind: Any, path: Path, shapes: Any, outputs: dict[Path, jax.ShapeDtypeStruct]
+) -> type:
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        result = kind.__call__(self, *args, **kwargs)
+        y = result[0] if isinstance(result, tuple) and result else result
+        site = f"{_joined(path)} ({kind.__name__})"
+        if not _is_map(y):
+            raise ValueError(
+                "`where` must select submodules that return a feature map "
+                f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
+                f"{_described(y)}; select others, e.g. by a function of the path."
+            )
+        if _shapes(self) != shapes:
+            raise ValueError(
+                "`where` must select submodules outside nnx.scan and nnx.vmap, got "
+                f"{site}, whose parameters are stacked; put the block into its code."
+            )
+        outputs.setdefault(path, jax.ShapeDtypeStruct(y.shape, y.dtype))
+        return result
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+@cache
+def _attended(kind: Any, name: str) -> type:
+    """The class of a submodule that has attention: one for each, so that jit knows it.
+
+    The module itself changes, not its place, so that the paths of variables stay.
+    """
+
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        y = kind.__call__(self, *args, **kwargs)
+        block = getattr(self, name)
+        if not isinstance(y, tuple):
+            return block(y).astype(y.dtype)
+        first = block(y[0]).astype(y[0].dtype)
+        make = type(y)._make if hasattr(y, "_make") else type(y)
+        return make((first, *y[1:]))
+
+    names = (*getattr(kind, "_attention_names", ()), name)
+    members = {"__call__": call, "__doc__": kind.__doc__, "_attention_names": names}
+    return type(kind.__name__, (kind,), members | {"__module__": kind.__module__})
+
+
+def _become(module: nnx.Module, kind: type) -> None:
+    object.__setattr__(module, "__class__", kind)
+
+
+def _shapes(module: nnx.Module) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
+
+
+def _joined(path: Path) -> str:
+    return "/".join(map(str, path))
