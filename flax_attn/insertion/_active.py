@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from flax_attn.functional import Array
 from flax_attn.insertion._linen import Call, Path, watch
-from flax_attn.insertion._trees import listed, separate_arrays
+from flax_attn.insertion._trees import separate_arrays
+from flax_attn.insertion.selection import listed
 
 
 def assert_active(

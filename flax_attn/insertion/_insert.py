@@ -1,13 +1,10 @@
 """``insert``: its arguments, and what runs after the submodules that it selects."""
 
-import fnmatch
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -21,13 +18,19 @@ from flax_attn.insertion._linen import (
     innermost,
     intercepting,
     recorded_once,
-    unwrapped,
     with_hook,
 )
-from flax_attn.insertion._trees import listed, to_dicts
-
-Select = Callable[[nn.Module, str], bool]
-Where = type | tuple[type, ...] | str | re.Pattern[str] | Select
+from flax_attn.insertion._trees import to_dicts
+from flax_attn.insertion.selection import (
+    Select,
+    Where,
+    described,
+    is_map,
+    listed,
+    makes_module,
+    most_axes,
+    selector,
+)
 
 
 def insert(
@@ -121,7 +124,7 @@ def insert(
     block = _instance(attention)
     if init is not None:
         block = _starting_as(init, block)
-    hook = _Insertion(model, block, _selector(where), where, name)
+    hook = _Insertion(model, block, selector(where), where, name)
     return with_hook(Inserted, hook)
 
 
@@ -139,7 +142,7 @@ def _instance(attention: Any) -> nn.Module:
     made = attention
     if callable(attention):
         # Without a parent: a module made inside another's method becomes a part of it.
-        keywords = {"parent": None} if _makes_module(attention) else {}
+        keywords = {"parent": None} if makes_module(attention) else {}
         try:
             made = attention(**keywords)
         except TypeError as error:
@@ -156,11 +159,6 @@ def _instance(attention: Any) -> nn.Module:
     )
 
 
-def _makes_module(value: Any) -> bool:
-    value = unwrapped(value)
-    return isinstance(value, type) and issubclass(value, nn.Module)
-
-
 def _starting_as(init: str, block: nn.Module) -> nn.Module:
     if init != "identity":
         raise ValueError(
@@ -174,31 +172,6 @@ def _starting_as(init: str, block: nn.Module) -> nn.Module:
             "attention that starts as the identity by itself."
         )
     return block.clone(identity_init=True)
-
-
-def _selector(where: Any) -> Select:
-    """``where`` as a function from a module and its path."""
-    kinds = where if isinstance(where, tuple) else (where,)
-    if kinds and all(isinstance(k, type) and _makes_module(k) for k in kinds):
-        return lambda module, path: isinstance(module, kinds)
-    if isinstance(where, str):
-        return lambda module, path: _matches(path, where)
-    if isinstance(where, re.Pattern):
-        return lambda module, path: where.fullmatch(path) is not None
-    if callable(where) and not isinstance(where, type | nn.Module):
-        return lambda module, path: bool(where(module, path))
-    raise ValueError(
-        "`where` must be a subclass of nn.Module or a tuple of them, a pattern of "
-        f"paths, or a function (module, path) -> bool, got {where!r}; pass several "
-        "classes as a tuple, such as (nn.Conv, nn.Dense)."
-    )
-
-
-def _matches(path: str, pattern: str) -> bool:
-    # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
-    if "/" not in pattern and "/" in path:
-        return False
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 class _Insertion(Hook):
@@ -230,7 +203,7 @@ class _Insertion(Hook):
     def run(self, model: nn.Module, method: str, call: "functools.partial[Any]") -> Any:
         """Returns ``call()`` with the attentions in it."""
         base = model.path
-        axes = _most_axes((call.args, call.keywords))
+        axes = most_axes((call.args, call.keywords))
         seen: dict[str, str] = {}
         running: set[Path] = set()
         selected = False
@@ -293,17 +266,17 @@ class _Insertion(Hook):
 
         ``axes`` is the largest number of axes among the arrays given to the model.
         """
-        if isinstance(y, tuple) and y and _is_map(y[0]):
+        if isinstance(y, tuple) and y and is_map(y[0]):
             first = self.attend(module, path, y[0], axes)
             if hasattr(y, "_fields"):  # A NamedTuple.
                 return type(y)(first, *y[1:])
             return (first, *y[1:])
         site = f"{path} ({type(module).__name__})"
-        if not _is_map(y):
+        if not is_map(y):
             raise ValueError(
                 "`where` must select submodules that return a feature map "
                 f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
-                f"{_described(y)}; select others, e.g. by a function of the path."
+                f"{described(y)}; select others, e.g. by a function of the path."
             )
         dims = getattr(self.attention, "spatial_dims", None)
         if dims == y.ndim - 1 and axes != y.ndim:
@@ -323,25 +296,10 @@ class _Insertion(Hook):
         if not isinstance(out, jax.Array) or out.shape != y.shape:
             raise ValueError(
                 f"`attention` must keep the shape {y.shape} of its input at {path}, "
-                f"but {type(self.attention).__name__} returns {_described(out)}."
+                f"but {type(self.attention).__name__} returns {described(out)}."
             )
         if block.variables.get("params"):
             self.found.add((*path.split("/"), self.name))
         else:
             self.ran_without_params = True
         return out.astype(y.dtype)
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray) and value.ndim >= 3
-
-
-def _most_axes(tree: Any) -> int:
-    return max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(tree)), default=0)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of shape {value.shape}"
-    shapes = [np.shape(x) for x in jax.tree.leaves(value) if hasattr(x, "shape")]
-    return f"a {type(value).__name__} of arrays of shapes {shapes}"

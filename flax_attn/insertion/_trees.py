@@ -1,6 +1,6 @@
 """Trees of arguments and variables, and lists of them in messages."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,10 +41,3 @@ def to_dicts(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {str(key): to_dicts(value) for key, value in tree.items()}
     return tree
-
-
-def listed(items: Iterable[str], *, most: int = 30) -> str:
-    """The items separated by commas; beyond ``most`` their number."""
-    items = list(items)
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return (", ".join(items[:most]) or "none at all") + more

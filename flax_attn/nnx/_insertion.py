@@ -8,8 +8,7 @@ import jax
 from flax import nnx
 
 from flax_attn.insertion import Site, Sites
-from flax_attn.insertion._insert import _described, _is_map, _most_axes, _selector
-from flax_attn.insertion._trees import listed
+from flax_attn.insertion.selection import described, is_map, listed, most_axes, selector
 from flax_attn.nnx._blocks import Attention, modules
 
 Path = tuple[Any, ...]
@@ -95,7 +94,7 @@ def insert(
             f"{where!r}; its submodules are {listed(seen)}."
         )
     fields = {"identity_init": True} if init else {}
-    axes = _most_axes((args, kwargs))
+    axes = most_axes((args, kwargs))
     made: dict[Path, tuple[nnx.Module, Site]] = {}
     for path, y in outputs.items():
         module = inside[path]
@@ -166,7 +165,7 @@ def attention_params(model: nnx.Module) -> Any:
 
 def _select(where: Any) -> Callable[[Any, str], bool]:
     if not isinstance(where, type | tuple):
-        return _selector(where)
+        return selector(where)
     kinds = where if isinstance(where, tuple) else (where,)
     if not kinds or not all(
         isinstance(kind, type) and issubclass(kind, nnx.Module) for kind in kinds
@@ -212,11 +211,11 @@ def _recording(
         result = kind.__call__(self, *args, **kwargs)
         y = result[0] if isinstance(result, tuple) and result else result
         site = f"{_joined(path)} ({kind.__name__})"
-        if not _is_map(y):
+        if not is_map(y):
             raise ValueError(
                 "`where` must select submodules that return a feature map "
                 f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
-                f"{_described(y)}; select others, e.g. by a function of the path."
+                f"{described(y)}; select others, e.g. by a function of the path."
             )
         if _shapes(self) != shapes:
             raise ValueError(

@@ -34,8 +34,10 @@ FLOORS = (
     ("train.study",),
     ("train",),
 )
-# Within one floor: inspection and cost look at what insertion has put in.
+# Within one floor: inspection and cost look at what insertion has put in, and it names
+# submodules in one way for both of Flax's APIs.
 BESIDE = {
+    ("flax_attn.nnx", "flax_attn.insertion"),
     ("flax_attn.inspect", "flax_attn.insertion"),
     ("flax_attn.cost", "flax_attn.insertion"),
 }

@@ -1,0 +1,71 @@
+"""Which submodules are meant, and how the refusals describe what was found there."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from flax_attn.insertion._linen import unwrapped
+
+Select = Callable[[nn.Module, str], bool]
+Where = type | tuple[type, ...] | str | re.Pattern[str] | Select
+
+
+def selector(where: Any) -> Select:
+    """``where`` as a function from a module and its path."""
+    kinds = where if isinstance(where, tuple) else (where,)
+    if kinds and all(isinstance(k, type) and makes_module(k) for k in kinds):
+        return lambda module, path: isinstance(module, kinds)
+    if isinstance(where, str):
+        return lambda module, path: _matches(path, where)
+    if isinstance(where, re.Pattern):
+        return lambda module, path: where.fullmatch(path) is not None
+    if callable(where) and not isinstance(where, type | nn.Module):
+        return lambda module, path: bool(where(module, path))
+    raise ValueError(
+        "`where` must be a subclass of nn.Module or a tuple of them, a pattern of "
+        f"paths, or a function (module, path) -> bool, got {where!r}; pass several "
+        "classes as a tuple, such as (nn.Conv, nn.Dense)."
+    )
+
+
+def _matches(path: str, pattern: str) -> bool:
+    # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
+    if "/" not in pattern and "/" in path:
+        return False
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def makes_module(value: Any) -> bool:
+    """Whether ``value`` is a class of modules."""
+    value = unwrapped(value)
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def is_map(value: Any) -> bool:
+    """Whether ``value`` may be a feature map."""
+    return isinstance(value, jax.Array | np.ndarray) and value.ndim >= 3
+
+
+def most_axes(tree: Any) -> int:
+    """The number of axes of the array in ``tree`` that has most."""
+    return max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(tree)), default=0)
+
+
+def described(value: Any) -> str:
+    """What ``value`` is, for a message."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"an array of shape {value.shape}"
+    shapes = [np.shape(x) for x in jax.tree.leaves(value) if hasattr(x, "shape")]
+    return f"a {type(value).__name__} of arrays of shapes {shapes}"
+
+
+def listed(items: Iterable[str], *, most: int = 30) -> str:
+    """The items separated by commas; beyond ``most`` their number."""
+    items = list(items)
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none at all") + more
