@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# For short runs, whose time is that of compilation. Not for blocks with a maximum, whose
-# gradient needs optimized code.
+# For short runs, which mostly compile. Not for blocks with a maximum, whose gradient
+# needs optimized code.
 QUICK = "--xla_backend_optimization_level=0"
 
 
