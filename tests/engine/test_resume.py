@@ -396,7 +396,7 @@ def test_a_full_disk_does_not_stop_the_run(environment, uninterrupted, tmp_path)
         environment,
         "--keep",
         1,
-        prefix=("bash", "-c", 'ulimit -f 40; exec "$@"', "limited"),
+        prefix=("bash", "-c", 'ulimit -f 16; exec "$@"', "limited"),
     )
     code, out, err = finish(process)
     assert code == 0 and f"after {EPOCHS} epochs" in out, err

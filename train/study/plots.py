@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # A guess among 20,000 classes has a loss of ln 20,000 = 9.9; more is an outlier.
 WORST_LOSS = 10.0
-# Fewer epochs make no curve.
+# Fewer epochs show no trend.
 LEAST_EPOCHS = 3
 # Blocks differ in more than color, of which there are ten.
 MARKERS = "osD^vP*X<>"

@@ -24,8 +24,8 @@ def fastest(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     turns = list(calls)
     order = random.Random(0)
     for _ in range(rounds):
-        # PyTorch's threads wait a while for more work, and a large program leaves the
-        # caches cold. In random order no call always pays for the same predecessor.
+        # PyTorch's threads spin for a while after a call, and a large program leaves
+        # caches cold. In random order no call always follows the same one.
         order.shuffle(turns)
         for name in turns:
             start = time.perf_counter()
