@@ -88,7 +88,10 @@ def test_sites(where, paths):
 def test_starts_as_the_model_was_and_trains(name):
     model = Model(rngs=nnx.Rngs(0))
     expected = nnx.clone(model)(X)
-    insert(model, Stage, flax_attn.nnx.BLOCKS[name], init="identity")
+    # Positive, so that no ReLU of few units is dead from the start.
+    positive = nnx.initializers.uniform(0.3)
+    attention = partial(flax_attn.nnx.BLOCKS[name], kernel_init=positive)
+    insert(model, Stage, attention, init="identity")
     np.testing.assert_array_equal(nnx.clone(model)(X), expected)
     wrt = flax_attn.nnx.attention_params(model)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=wrt)
