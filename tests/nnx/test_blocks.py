@@ -216,11 +216,14 @@ def test_tabulate(name):
     table = nnx.tabulate(block, X)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables))
     assert type(block).__name__ in table and f"{count:,}" in table
+    nnx.clone(block).eval()  # The methods are as they were.
 
 
 @every_block
 def test_an_optimizer_step_lowers_the_loss(name):
-    block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0))
+    # Positive, so that no ReLU of few units is dead from the start.
+    positive = nnx.initializers.uniform(0.3)
+    block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), kernel_init=positive)
     optimizer = nnx.Optimizer(block, optax.sgd(1e-2), wrt=nnx.Param)
 
     @nnx.jit

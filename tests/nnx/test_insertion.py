@@ -130,6 +130,15 @@ def test_twice_at_one_site():
     assert isinstance(model.stage1, Stage)
 
 
+def test_tabulate_leaves_the_methods_alone():
+    model = Model(rngs=nnx.Rngs(0))
+    insert(model, "stage1/conv")
+    assert "SE" in nnx.tabulate(model, X)
+    model.eval()
+    model.stage1.conv.train()
+    assert model(X).shape == (2, 4)
+
+
 class Scanned(nnx.Module):
     def __init__(self, *, rngs):
         @nnx.split_rngs(splits=2)
