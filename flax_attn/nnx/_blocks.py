@@ -29,15 +29,12 @@ class Layer(nnx.Module):
           values: arrays (``nn.Partitioned`` keeps its sharding), mappings of such
             values or modules, by their names.
         """
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                value = Layer(value)
-            elif not isinstance(value, nnx.Module):
-                value = to_nnx_var("params", value)
-            setattr(self, name, value)
+        _fill(self, values)
 
 
-class Attention(Layer):
+# No subclass of Layer: of two classes in one model, the tabulate of Flax 0.11 leaves
+# the methods changed that one inherits from the other.
+class Attention(nnx.Module):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
     Attributes:
@@ -72,7 +69,7 @@ class Attention(Layer):
         self.linen = self.block(**fields, parent=None)
         self.features = features
         self.sow_gates = False
-        super().__init__(_initial(self.linen, features, rngs))
+        _fill(self, _initial(self.linen, features, rngs))
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, gated.
@@ -187,7 +184,16 @@ def _signature(block: type[blocks.Attention]) -> inspect.Signature:
     )
 
 
-def _params(layer: Layer) -> dict[str, Any]:
+def _fill(module: nnx.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            value = Layer(value)
+        elif not isinstance(value, nnx.Module):
+            value = to_nnx_var("params", value)
+        setattr(module, name, value)
+
+
+def _params(layer: nnx.Module) -> dict[str, Any]:
     """The arrays of all parameters but a norm's, as Linen nests them."""
     values: dict[str, Any] = {}
     for name, value in vars(layer).items():

@@ -1,5 +1,6 @@
 """Attention in an NNX model that somebody else wrote, without changing its code."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal
@@ -245,8 +246,20 @@ def _attended(kind: Any, name: str) -> type:
         return make((first, *y[1:]))
 
     names = (*getattr(kind, "_attention_names", ()), name)
-    members = {"__call__": call, "__doc__": kind.__doc__, "_attention_names": names}
-    return type(kind.__name__, (kind,), members | {"__module__": kind.__module__})
+    # With methods of its own, since the tabulate of Flax 0.11 leaves those changed that
+    # one class in a model inherits from another.
+    methods = {
+        method: function
+        for method, function in inspect.getmembers(kind, inspect.isfunction)
+        if not method.startswith("_")
+    }
+    members = {
+        "__call__": call,
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+        "_attention_names": names,
+    }
+    return type(kind.__name__, (kind,), methods | members)
 
 
 def _become(module: nnx.Module, kind: type) -> None:

@@ -216,11 +216,14 @@ def test_tabulate(name):
     table = nnx.tabulate(block, X)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables))
     assert type(block).__name__ in table and f"{count:,}" in table
+    nnx.clone(block).eval()  # The methods are as they were.
 
 
 @every_block
 def test_an_optimizer_step_lowers_the_loss(name):
-    block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0))
+    # Positive, so that no ReLU of few units is dead from the start.
+    positive = nnx.initializers.uniform(0.3)
+    block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), kernel_init=positive)
     optimizer = nnx.Optimizer(block, optax.sgd(1e-2), wrt=nnx.Param)
 
     @nnx.jit
@@ -396,6 +399,33 @@ def test_variables_move_without_renaming(name):
     with pytest.raises(ValueError, match="got none at params/"):
         flax_attn.nnx.from_linen(block, {"params": {}})
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), half)
+
+
+class Scaled(blocks.Attention, kw_only=True):
+    """A block that the library does not know, with another one inside."""
+
+    gates = {"gate_of": "scale_gate"}
+    start: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return blocks.SE(name="inner")(x, mask) * self.gate_of(x)
+
+    @nn.compact
+    def gate_of(self, x):
+        init = nn.initializers.constant(self.start)
+        gate = self.param("scale", init, x.shape[-1:])
+        self.sow("intermediates", "scale_gate", gate)
+        return gate.reshape((1,) * (x.ndim - 1) + gate.shape)
+
+
+def test_a_block_of_your_own():
+    block = flax_attn.nnx.native(Scaled)(16, start=2.0, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(block.scale[...], np.full(16, 2.0))
+    variables = flax_attn.nnx.to_linen(block)
+    assert (block(X) == Scaled().apply(variables, X)).all()
+    gates = flax_attn.nnx.attention_maps(block, X)
+    assert sorted(gates) == ["inner/channel_gate", "scale_gate"]
 
 
 def test_inside_a_linen_module():

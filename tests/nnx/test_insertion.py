@@ -88,7 +88,10 @@ def test_sites(where, paths):
 def test_starts_as_the_model_was_and_trains(name):
     model = Model(rngs=nnx.Rngs(0))
     expected = nnx.clone(model)(X)
-    insert(model, Stage, flax_attn.nnx.BLOCKS[name], init="identity")
+    # Positive, so that no ReLU of few units is dead from the start.
+    positive = nnx.initializers.uniform(0.3)
+    attention = partial(flax_attn.nnx.BLOCKS[name], kernel_init=positive)
+    insert(model, Stage, attention, init="identity")
     np.testing.assert_array_equal(nnx.clone(model)(X), expected)
     wrt = flax_attn.nnx.attention_params(model)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=wrt)
@@ -125,6 +128,15 @@ def test_twice_at_one_site():
     assert type(model.stage1.second) is flax_attn.nnx.ECA
     assert len(flax_attn.nnx.attention_maps(model, X)) == 2
     assert isinstance(model.stage1, Stage)
+
+
+def test_tabulate_leaves_the_methods_alone():
+    model = Model(rngs=nnx.Rngs(0))
+    insert(model, "stage1/conv")
+    assert "SE" in nnx.tabulate(model, X)
+    model.eval()
+    model.stage1.conv.train()
+    assert model(X).shape == (2, 4)
 
 
 class Scanned(nnx.Module):

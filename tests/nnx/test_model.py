@@ -1,5 +1,7 @@
 """A block in a network that a user would write."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,10 @@ class ResNet(nnx.Module):
 
 @pytest.mark.parametrize("name", blocks.BLOCKS)
 def test_trains_and_evaluates(name):
-    model = ResNet(flax_attn.nnx.BLOCKS[name], rngs=nnx.Rngs(0))
+    # Positive, so that no ReLU of few units is dead from the start.
+    positive = nnx.initializers.uniform(0.3)
+    attention = partial(flax_attn.nnx.BLOCKS[name], kernel_init=positive)
+    model = ResNet(attention, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
     @nnx.jit
@@ -79,7 +84,7 @@ def test_trains_and_evaluates(name):
         flax_attn.nnx.attention_maps(model.stage1.attention, jnp.ones((1, 2, 2, 8)))
     )
     assert all(path.startswith(("stage1/", "stage2/")) for path in gates)
-    copy = ResNet(flax_attn.nnx.BLOCKS[name], rngs=nnx.Rngs(1))
+    copy = ResNet(attention, rngs=nnx.Rngs(1))
     flax_attn.nnx.from_linen(copy, after)
     copy.eval()
     np.testing.assert_allclose(copy(X), logits, rtol=1e-5, atol=1e-6)
