@@ -1,7 +1,7 @@
 """The published variants of the blocks by name, as ready sets of fields.
 
-A preset is a ``functools.partial`` of a block, so it stands wherever the block does,
-further fields may be given, and those given last win::
+A preset is a ``functools.partial`` of a block, so it is used as the block is, with
+further fields, of which the last win::
 
   >>> import jax, jax.numpy as jnp
   >>> from flax_attn import presets
@@ -11,8 +11,7 @@ further fields may be given, and those given last win::
   >>> jax.tree.map(jnp.shape, params["reduce"])
   {'bias': (8,), 'kernel': (64, 8)}
 
-Where there is a BatchNorm the preset is a function of ``train``; where an official
-network has widths of its own, of those.
+A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the widths.
 
 ==============================  ======================================================
 ``article_se``                  no bias, hidden width C // 16
@@ -34,7 +33,7 @@ network has widths of its own, of those.
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
 ==============================  ======================================================
 
-"article" is the one that the README names, and its equations are the papers'.
+"article" is the one that the README names; it follows the papers' equations.
 "official" is the code that the papers' authors published, "timm" is PyTorch Image
 Models 1.x under the names that it gives these blocks.
 
@@ -43,7 +42,7 @@ Deviations, common to all:
 - Of elements that tie for a maximum the first one takes its gradient, as in the
   article's and the official code; timm's ``amax`` shares it evenly.
 - ``timm_cbam`` stacks [max, mean] as everything here does; timm stacks [mean, max], so
-  the two inputs of its spatial kernel change places when weights are ported.
+  the two inputs of its spatial kernel are swapped when weights are converted.
 - Flax's BatchNorm keeps an average of the biased variance of the n logits of a batch,
   PyTorch's of the unbiased one, which is n / (n - 1) times as large.
 - Biases start at zero. timm's start from PyTorch's uniform draw.
@@ -56,9 +55,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
-from flax_attn.blocks.cbam import CBAM
-from flax_attn.blocks.channel import ECA, SE, ChannelAttention
-from flax_attn.blocks.spatial import SpatialAttention
+from flax_attn.blocks import CBAM, ECA, SE, ChannelAttention, SpatialAttention
 from flax_attn.functional import Array, checks
 
 __all__ = [
@@ -81,7 +78,7 @@ __all__ = [
     "timm_se",
 ]
 
-# What PyTorch's linear and convolutional layers start from: uniform within
+# The default of PyTorch's linear and convolutional layers: uniform within
 # 1 / sqrt(fan-in) of zero.
 _TORCH_UNIFORM: Initializer = nn.initializers.variance_scaling(
     1 / 3, "fan_in", "uniform"
@@ -131,7 +128,7 @@ article_cbam_conv = partial(
     use_bias=False,
 )
 
-#: SENet's block: biases in both layers, whose initial values its files do not give.
+#: SENet's block: biases in both layers, whose initial values are not in its files.
 #: https://github.com/hujie-frank/SENet
 official_se = partial(SE, reduction=16, pool="avg", use_bias=True)
 
@@ -218,7 +215,7 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
       {'norm': {'mean': (1,), 'var': (1,)}}
 
     Args:
-      train: whether to normalise by the batch, and update the running averages, or by
+      train: whether to normalize by the batch, and update the running averages, or by
         those averages.
 
     Returns:
@@ -239,7 +236,7 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
 
 
 def _official_cbam_init(key: PRNGKey, shape: Shape, dtype: Dtype) -> Array:
-    # The official ResNet's initialisation looks for "conv" in a name: it finds the 7x7
+    # The official ResNet's initialization looks for "conv" in a name: it finds the 7x7
     # and not the linear layers of the MLP; it would find a convolution in their place.
     draw = _KAIMING_FAN_OUT if len(shape) > 2 else _TORCH_UNIFORM
     return draw(key, shape, dtype)
@@ -313,7 +310,7 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
       {'conv': {'kernel': (7, 7, 2, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
 
     Args:
-      train: whether to normalise by the batch, and update the running averages, or by
+      train: whether to normalize by the batch, and update the running averages, or by
         those averages.
 
     Returns:

@@ -4,26 +4,41 @@ The same is a command, which needs no model::
 
   python -m flax_attn.convert resnet.safetensors flax.safetensors --to flax
 
-Modules are translated by name. ``naming`` says whose names they are:
+Modules are translated by name. ``naming`` selects the names of the PyTorch side:
 
-* ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, CBAM is ``channel.fc1``,
-  ``spatial.conv.conv`` and ``spatial.conv.bn``, and the spatial kernel's inputs are
-  [mean, max], which are swapped here. In a residual block all of it lies under ``se``.
+* ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, as in most SENets in
+  PyTorch; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and ``spatial.conv.bn``, with
+  the inputs [mean, max], which are swapped here. In a residual block all of it is under
+  ``se``.
 * ``"torchvision"``: ResNets without attention, and ``torchvision.ops``'s
   ``SqueezeExcitation``.
 * ``"article"``: the classes of the article, with ``fc_layers.0``, ``fc_layers.2`` and
   ``conv``; in CBAM under ``channel_attention_block`` and ``spatial_attention_block``;
   in a residual block under ``attention``.
+* ``"official"``: CBAM as its authors released it, ``ChannelGate.mlp.1``,
+  ``SpatialGate.spatial.conv``, in a residual block under ``cbam``; ECA-Net's ``conv``,
+  there under ``eca``. The released BAM has other equations than the paper's and is
+  refused.
+* ``"efficientnet"``: the SE of timm's EfficientNets and MobileNets, ``conv_reduce`` and
+  ``conv_expand``.
+* ``"monai"``: MONAI's ``ChannelSELayer`` and other SE with the linear layers ``fc.0``
+  and ``fc.2``; in a residual block under ``se``.
+* ``"smp"``: segmentation_models_pytorch's scSE, ``cSE.1``, ``cSE.3`` and ``sSE.0``.
+* ``"ca_sa"``: the common reimplementation of CBAM, ``ca.fc1``, ``ca.fc2`` (``ca.fc.0``
+  and ``ca.fc.2`` are read, too) and ``sa.conv1`` with the inputs [mean, max].
 
-ResNets have the same names in all three: ``conv1``, ``bn1``, ``layer1.0.conv1``,
+ResNets have the same names in all of them: ``conv1``, ``bn1``, ``layer1.0.conv1``,
 ``layer1.0.downsample.0``, ``fc``; here they are ``conv_stem``, ``norm_stem``,
 ``stage1_block1/conv1``, ``conv_shortcut`` and ``head``. ``linear`` is read as ``fc``
 and ``shortcut`` as ``downsample``, since PyTorch code for CIFAR often has them. timm's
 deep stem and pooled shortcut (its "d" variants) are known as well.
 
 A PyTorch file is safetensors with dotted keys; a Flax file is safetensors with keys
-like ``params/head/kernel``. Files ending in ``.pth`` or ``.pt`` are read by PyTorch's
-unpickler for weights alone, which runs no code from them, and are never written.
+like ``params/head/kernel``. Files of PyTorch's own format (``.pth``, ``.pt``,
+``.pth.tar``, ``.bin``, ``.ckpt``) are read with ``weights_only=True``, which runs no
+code from them, and are never written. The weights of a checkpoint are found under
+``state_dict`` or ``model``, and with the prefixes ``module.`` or ``_orig_mod.``; a line
+is printed for each.
 """
 
 from collections.abc import Sequence

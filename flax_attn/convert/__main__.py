@@ -31,20 +31,20 @@ def convert(
     """Convert weights between PyTorch and Flax.
 
     Args:
-        input: safetensors, .pth or .pt.
+        input: safetensors, or a file of PyTorch: .pth, .pt, .pth.tar, .bin or .ckpt.
         output: safetensors.
-        to: whose names OUT has.
-        naming: whose names the PyTorch side has.
+        to: the framework of OUT.
+        naming: the naming of the PyTorch side.
         like: a file with the keys and shapes that OUT must have.
         lenient: print what does not fit, and convert the rest.
         overwrite: replace OUT if it exists.
     """
     check_output(output, overwrite)
     if output.exists() and output.samefile(input):
-        raise ValueError("OUT must not be IN, which stays as it is.")
-    turn = {"flax": to_flax, "torch": to_torch}[to]
+        raise ValueError("OUT must not be the same file as IN.")
+    convert_to = {"flax": to_flax, "torch": to_torch}[to]
     template = load(like) if like else None
-    result = turn(load(input), naming=naming, like=template, strict=not lenient)
+    result = convert_to(load(input), naming=naming, like=template, strict=not lenient)
     save(output, result, overwrite=overwrite)
 
 

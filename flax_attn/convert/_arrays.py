@@ -1,4 +1,4 @@
-"""Arrays of NumPy from trees of JAX's, PyTorch's and NumPy's."""
+"""NumPy arrays from trees of JAX, PyTorch and NumPy arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,12 @@ Arrays = dict[str, np.ndarray]
 
 
 def flat_arrays(field: str, state: Mapping[str, Any]) -> Arrays:
-    """The arrays of a dict or a tree by their joined keys."""
+    """The arrays of a dict or a tree, by their keys joined with slashes."""
     return {key: to_numpy(key, value) for key, value in leaves_of(field, state).items()}
 
 
 def leaves_of(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree, by their keys joined with slashes."""
     if not isinstance(tree, Mapping):
         raise ValueError(
             f"`{field}` must be a dict, got {type(tree).__name__}; pass a state dict, "
@@ -29,17 +30,17 @@ def leaves_of(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
             f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
             "dict or the variables alone."
         )
-    # Out of the boxes of partitioned parameters, as `merge` takes them.
+    # Partitioned parameters are boxed.
     return {"/".join(path): meta.unbox(value) for path, value in leaves.items()}
 
 
 def to_numpy(key: str, value: Any) -> np.ndarray:
-    """``value`` in NumPy, bit for bit."""
+    """``value`` as a NumPy array, bit for bit."""
     if hasattr(value, "detach"):
         return _array_of_tensor(key, value)
     try:
         array = np.asarray(value)
-    # Random keys, JAX arrays that are deleted or on other hosts, and ragged lists.
+    # For random keys, deleted JAX arrays, those of other hosts, and ragged lists.
     except (TypeError, RuntimeError, ValueError) as error:
         got = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
@@ -64,20 +65,21 @@ def _array_of_tensor(key: str, tensor: Any) -> np.ndarray:
         return tensor.numpy(force=True)
     except (TypeError, RuntimeError) as error:
         if tensor.is_meta:
-            way = "load its numbers first"
+            remedy = "load its numbers first"
         elif tensor.is_quantized:
-            way = "pass its .dequantize()"
+            remedy = "pass its .dequantize()"
         elif tensor.layout != torch.strided:
-            way = "pass its .to_dense()"
+            remedy = "pass its .to_dense()"
         else:
-            way = "pass its .float()"
+            remedy = "pass its .float()"
         raise ValueError(
             f"`{key}` must be a dense tensor of a dtype that NumPy has, got "
-            f"{tensor.dtype}, {tensor.layout}, device {tensor.device}; {way}."
+            f"{tensor.dtype}, {tensor.layout}, device {tensor.device}; {remedy}."
         ) from error
 
 
 def holds_numbers(value: Any) -> bool:
+    """Whether ``value`` is an array and not a shape alone."""
     if hasattr(value, "detach"):
         return not value.is_meta
     return isinstance(value, np.ndarray | jax.Array)

@@ -1,4 +1,4 @@
-"""Weight files: safetensors both ways, and PyTorch's, which are only read."""
+"""Weight files: safetensors is read and written, PyTorch's format is only read."""
 
 import os
 import re
@@ -11,37 +11,37 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_attn.convert._arrays import Arrays, flat_arrays, to_numpy
+from flax_attn.convert._unwrap import unwrap
 
-TORCH_SUFFIXES = (".pth", ".pt")
+TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a file of arrays.
 
     Args:
-      path: a ``.pth`` or ``.pt`` file is read by PyTorch 2.6 or newer with
-        ``weights_only=True``; any other is safetensors.
+      path: a ``.pth``, ``.pt``, ``.pth.tar``, ``.bin`` or ``.ckpt`` file is read by
+        PyTorch 2.6 or newer with ``weights_only=True``; any other is safetensors. Of
+        a PyTorch checkpoint, the dict ``state_dict`` or ``model`` is taken, and a line
+        is printed that says so.
 
     Returns:
       A dict from keys to NumPy arrays. Keys with slashes, those of Flax files, become
       a tree, so that a Flax file gives variables.
 
     Raises:
-      ValueError: the file is damaged, or holds anything else than arrays by name, or
-        arrays that NumPy has no like of, such as those of float8.
+      ValueError: the file is damaged, or holds anything but named arrays, two dicts
+        that may be the weights, or a dtype that NumPy lacks, such as float8.
       OSError: the file cannot be opened.
       ImportError: safetensors, or PyTorch for its files, is not installed.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` must be a file, got {path}.")
-    # Opened here, for the usual errors where that fails.
+    # So that a missing file raises OSError, whatever the libraries raise.
     with path.open("rb"):
-        arrays = (
-            _load_torch(path)
-            if path.suffix in TORCH_SUFFIXES
-            else _load_safetensors(path)
-        )
+        is_torch = path.name.endswith(TORCH_SUFFIXES)
+        arrays = _load_torch(path) if is_torch else _load_safetensors(path)
     trees = {key[: slash.start()] for key in arrays for slash in re.finditer("/", key)}
     if clash := sorted(trees & arrays.keys()):
         raise ValueError(f"{path} holds {clash[0]!r} both as an array and as a tree.")
@@ -57,13 +57,12 @@ def save(
     """Writes a state dict or variables as safetensors, all of it or nothing.
 
     Args:
-      path: the file. Its name must not end in ``.pth`` or ``.pt``.
+      path: the file. Its name must not be one that ``load`` reads by PyTorch.
       state: a dict or a tree of arrays; the keys of a tree are joined by slashes.
-      overwrite: whether a file of that name may go (default: False).
+      overwrite: whether to replace an existing file (default: False).
 
     Raises:
-      ValueError: for a name or a dtype that safetensors does not have, or that
-        ``load`` could not read.
+      ValueError: the name is one of PyTorch's, or ``load`` could not read the dtype.
       FileExistsError: the file exists and ``overwrite`` is False.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -71,12 +70,12 @@ def save(
     path = Path(path)
     check_output(path, overwrite)
     safetensors = _safetensors()
-    # safetensors reads memory as it lies there, whatever the strides are.
+    # safetensors ignores strides.
     flat = {
         key: np.array(x, order="C") for key, x in flat_arrays("state", state).items()
     }
     for key, array in flat.items():
-        # safetensors would write these, and not read them.
+        # safetensors writes these, but cannot read them into NumPy.
         if array.dtype.name.startswith(("float8", "float4")):
             raise ValueError(
                 f"`{key}` must be of a dtype that NumPy has, got {array.dtype}; pass "
@@ -86,7 +85,7 @@ def save(
         data = safetensors.numpy.save(flat)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
-    # Not by safetensors.numpy.save_file, whose files are for their owner's eyes alone.
+    # safetensors.numpy.save_file would make it readable by its owner alone.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)
@@ -96,10 +95,11 @@ def save(
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    if path.suffix in TORCH_SUFFIXES:
+    """Raises what ``save`` does for ``path``, before the work."""
+    if path.name.endswith(TORCH_SUFFIXES):
         raise ValueError(
-            f"{path} would be safetensors, which `{path.suffix}` is not; name it "
-            "*.safetensors."
+            f"`path` must not end in {', '.join(TORCH_SUFFIXES)}, which are PyTorch's, "
+            f"got {path}; what is written is safetensors, so name it *.safetensors."
         )
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -114,14 +114,14 @@ def _load_safetensors(path: Path) -> Arrays:
             return {key: _read(file, key, path) for key in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is not a safetensors file, or is not all there ({error})."
+            f"{path} is not a safetensors file, or is truncated ({error})."
         ) from error
 
 
 def _read(file: Any, key: str, path: Path) -> np.ndarray:
     try:
         return file.get_tensor(key)
-    # Which safetensors raises for a dtype that it does not find in NumPy.
+    # safetensors raises it for a dtype that NumPy lacks.
     except AttributeError as error:
         raise ValueError(
             f"`{path}: {key}` must be of a dtype that NumPy has, got "
@@ -149,13 +149,14 @@ def _load_torch(path: Path) -> Arrays:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    # What a damaged file raises is nowhere said.
+    # PyTorch does not document what a damaged file raises.
     except Exception as error:
         raise ValueError(
             f"{path} is damaged, or holds more than arrays, which might be code and is "
             "not loaded. Save the state dict alone, best with "
             f"safetensors.torch.save_file ({type(error).__name__})."
         ) from error
+    state = unwrap(str(path), state)
     others = [type(state).__name__]
     if isinstance(state, Mapping):
         rest = {key: x for key, x in state.items() if not torch.is_tensor(x)}

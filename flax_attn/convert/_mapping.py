@@ -1,4 +1,4 @@
-"""State dicts to variables and back, by the rules, with all that does not fit."""
+"""State dicts to variables and back, by the rules, with a report of what misfits."""
 
 import re
 from collections.abc import Mapping
@@ -28,6 +28,7 @@ from flax_attn.convert._rules import (
     split_key,
     top_rules,
 )
+from flax_attn.convert._unwrap import strip_prefixes, unwrap
 from flax_attn.functional import checks
 
 
@@ -42,7 +43,9 @@ def to_flax(
 
     Kernels are transposed, BatchNorm's statistics go to ``batch_stats``,
     ``num_batches_tracked`` is dropped, and the spatial kernel's inputs become
-    [max, mean]. No bit of a number changes::
+    [max, mean]. Numbers are copied bit for bit. A checkpoint is unwrapped: the dict
+    ``state_dict`` or ``model`` is taken, the prefixes ``module.`` and ``_orig_mod.``
+    are stripped, and a line is printed that says so::
 
       >>> import jax, numpy as np
       >>> from flax_attn import convert
@@ -54,12 +57,12 @@ def to_flax(
       {'params': {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}}
 
     Args:
-      state: from dotted keys to NumPy, JAX or PyTorch arrays.
-      naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
+      state: from dotted keys to NumPy, JAX or PyTorch arrays, or a checkpoint of them.
+      naming: one of ``Naming`` (default: "timm").
       like: variables, or what ``jax.eval_shape`` gives for ``init``: the paths and
-        shapes of the result. Without it nobody knows which modules are missing, a
-        module must have its weight, a norm its statistics too, and the shapes are
-        checked as far as a name tells them (default: None).
+        shapes of the result. Without it, missing modules are not noticed, a module must
+        have its weight, a norm its statistics too, and a shape is checked as far as
+        the name tells it (default: None).
       strict: whether to raise for what does not fit. If not, it is printed and left
         out, and what is missing is taken from ``like`` if that holds arrays
         (default: True).
@@ -69,10 +72,11 @@ def to_flax(
       ``like`` has its dtypes.
 
     Raises:
-      ConversionError: keys are unused, missing, of the wrong shape or lead to the same
-        place; or nothing fits, whatever ``strict`` is.
-      ValueError: ``naming`` is not one of the three, an argument is no dict with
-        strings for keys, or a value is not an array that NumPy can hold.
+      ConversionError: keys are unused, missing, of the wrong shape or repeated; or,
+        whatever ``strict`` is, nothing fits, or a key has two readings.
+      ValueError: ``naming`` is unknown, an argument is not a dict with string keys, a
+        checkpoint holds two dicts that may be the weights, or a value is not an array
+        that NumPy can hold.
     """
     arrays = _convert(state, "torch", naming=naming, like=like, strict=strict)
     return unflatten_dict(arrays, sep="/")
@@ -87,7 +91,7 @@ def to_torch(
 ) -> Arrays:
     """Turns Flax variables into a PyTorch state dict; undoes ``to_flax``.
 
-    ``num_batches_tracked`` is not written: ``load_state_dict`` does without::
+    ``num_batches_tracked`` is not written: ``load_state_dict`` does not need it::
 
       >>> import jax, numpy as np
       >>> from flax_attn import convert
@@ -98,7 +102,7 @@ def to_torch(
     Args:
       variables: the collections ``params`` and, where there is a BatchNorm,
         ``batch_stats``.
-      naming: ``"timm"``, ``"torchvision"`` or ``"article"`` (default: "timm").
+      naming: one of ``Naming`` (default: "timm").
       like: a state dict with the keys and shapes of the result, such as
         ``model.state_dict()`` (default: None).
       strict: as in ``to_flax`` (default: True).
@@ -124,21 +128,24 @@ def _convert(
 ) -> Arrays:
     checks.check_choice("naming", naming, tuple(BLOCK_RULES))
     report = Report()
-    flat = flat_arrays("state" if source == "torch" else "variables", state)
-    moved = _translate(flat, source, naming, report)
+    if source == "torch":
+        flat = strip_prefixes(flat_arrays("state", unwrap("`state`", state)))
+    else:
+        flat = flat_arrays("variables", state)
     template = {} if like is None else _template(like, source)
+    moved = _translate(flat, source, naming, report, template)
     if like is not None:
         moved = _compare(moved, template, report)
     if not moved:
-        report.headline = _nothing_fits(flat, source, naming)
+        report.headline = _nothing_fits(flat, source, naming, report)
         raise ConversionError(report)
-    report.headline = f"Not all keys fit (naming {naming!r})."
+    report.headline = f"Not all keys fit (naming {naming!r}).{_bam_note(report)}"
     if report and strict:
         report.headline += " `strict=False` (--lenient) converts the rest."
         raise ConversionError(report)
     if report:
         print(report)
-    # Of all others in `like` the shape is enough, and some have nothing else.
+    # Only these need values: the rest of `like` may be shapes alone.
     kept = {
         key: np.array(to_numpy(key, x))
         for key, x in template.items()
@@ -148,14 +155,24 @@ def _convert(
 
 
 def _translate(
-    state: Arrays, source: Side, naming: Naming, report: Report
+    state: Arrays,
+    source: Side,
+    naming: Naming,
+    report: Report,
+    template: Mapping[str, Any],
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """From new keys to old keys and new arrays, by the rules alone."""
+    """From new keys to old keys and new arrays, by the rules.
+
+    ``template`` only decides between two readings of a key.
+    """
     moved: dict[str, tuple[str, np.ndarray]] = {}
     target: Side = "flax" if source == "torch" else "torch"
     for (block, module), keys in _modules(state, source, report).items():
         arrays = {leaf: state[key] for leaf, key in keys.items()}
-        rule = _choose(block, module, arrays, source, naming)
+        rules = _rules_for(block, module, arrays, source, naming)
+        if source == "torch":
+            rules = _one_reading(rules, block, keys, state, template, naming)
+        rule = next(iter(rules), None)
         if rule is not None:
             report.missing += _absent(rule, block, arrays, source)
         for leaf, key in keys.items():
@@ -178,7 +195,7 @@ def _translate(
 
 
 def _absent(rule: Rule, block: BlockIndex, arrays: Arrays, source: Side) -> list[str]:
-    """What a module lacks of which other arrays are there."""
+    """The required arrays that an incomplete module lacks."""
     if not arrays.keys() & rule.kind.targets(source).keys():
         return []
     module = getattr(rule, source)
@@ -204,23 +221,54 @@ def _modules(
     return modules
 
 
-def _choose(
+def _rules_for(
     block: BlockIndex, module: str, arrays: Arrays, source: Side, naming: Naming
-) -> Rule | None:
-    """The rule for a module: by its name, and among namesakes by the shapes."""
+) -> list[Rule]:
+    """The rules for a module: by its name, and of those, the ones that fit best."""
     rules = residual_rules(source, naming) if block else top_rules(source, naming)
     rules = [rule for rule in rules if getattr(rule, source) == module]
     # The weight has the most axes; a norm without one has statistics of its shape.
     shape = max((array.shape for array in arrays.values()), key=len)
     axes = [rule for rule in rules if len(rule.kind.shapes[source]) == len(shape)]
     fit = [rule for rule in axes if fits(shape, rule.kind.shapes[source])]
-    return next(iter(fit + axes + rules), None)
+    return fit or (axes or rules)[:1]
+
+
+def _one_reading(
+    rules: list[Rule],
+    block: BlockIndex,
+    keys: dict[str, str],
+    state: Arrays,
+    template: Mapping[str, Any],
+    naming: Naming,
+) -> list[Rule]:
+    """Of ``rules`` those for one Flax module, or an error that names all of them."""
+    places = {
+        join_key("flax", block, rule.flax, target): rule
+        for rule in rules
+        for leaf in keys
+        if (target := rule.kind.targets("torch").get(leaf))
+    }
+    wanted = [rule for place, rule in places.items() if place in template]
+    for candidates in (list(places.values()), wanted):
+        if len({rule.flax for rule in candidates}) == 1:
+            return candidates
+    if not places:
+        return rules[:1]
+    key = next(iter(keys.values()))
+    readings = " or ".join(f"`{place}`" for place in places)
+    raise ConversionError(
+        Report(
+            f"`{key}` {state[key].shape} may be {readings} (naming {naming!r}); pass "
+            "`like` (--like), which has only one of them."
+        )
+    )
 
 
 def _compare(
     moved: dict[str, tuple[str, np.ndarray]], template: dict[str, Any], report: Report
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """What of ``moved`` has a place in ``template``, and the shape of that."""
+    """The part of ``moved`` that has a key and a shape of ``template``."""
     fit = {}
     for new_key, (key, array) in moved.items():
         line = f"{key} as {new_key} {array.shape}"
@@ -230,9 +278,9 @@ def _compare(
             report.misshapen.append(f"{line}: expected {shape}")
         else:
             fit[new_key] = key, array
-    # Instead of what the rules alone find missing: a norm may do without a scale.
-    gone = [key for key in template if key not in moved]
-    report.missing = [f"{key} {tuple(template[key].shape)}" for key in gone]
+    # Replaces what the rules found missing: a norm may have no scale.
+    absent = [key for key in template if key not in moved]
+    report.missing = [f"{key} {tuple(template[key].shape)}" for key in absent]
     return fit
 
 
@@ -244,55 +292,80 @@ def _template(like: Mapping[str, Any], source: Side) -> dict[str, Any]:
                 f"`like` must hold arrays or shapes, got {value!r} at {key!r}; pass "
                 "variables, a state dict, or what jax.eval_shape gives."
             )
-    if source == "torch" and template and not any(map(_is_ours, template)):
+    if source == "torch" and template and not any(map(_is_variable, template)):
         raise ValueError(
             "`like` must be Flax variables, with the collection `params`, got the key "
             f"{next(iter(template))!r}; pass those of `init`, or what jax.eval_shape "
             "gives for it."
         )
-    if source == "flax" and any(map(_is_ours, template)):
+    if source == "flax" and any(map(_is_variable, template)):
         raise ValueError(
             "`like` must be a state dict, got the key "
-            f"{next(filter(_is_ours, template))!r}; pass model.state_dict()."
+            f"{next(filter(_is_variable, template))!r}; pass model.state_dict()."
         )
     return {k: x for k, x in template.items() if not k.endswith(".num_batches_tracked")}
 
 
-def _is_ours(key: str) -> bool:
+def _is_variable(key: str) -> bool:
     return key.startswith(("params/", "batch_stats/"))
 
 
-def _nothing_fits(state: Arrays, source: Side, naming: Naming) -> str:
+def _nothing_fits(state: Arrays, source: Side, naming: Naming, report: Report) -> str:
+    """The headline where no key fits: the most likely reason."""
     if not state:
         return "There is nothing to convert: no arrays."
     dotted = [key for key in state if "." in key]
     if source == "torch" and not dotted and all("/" in key for key in state):
         return "These are Flax variables already; use `to_torch` (--to torch)."
-    if source == "flax" and not any(map(_is_ours, state)):
+    if source == "flax" and not any(map(_is_variable, state)):
         if dotted:
             return "These are not Flax variables; use `to_flax` (--to flax)."
         return (
             "The collection is missing; pass {'params': ...}, with 'batch_stats' where "
             "there is a BatchNorm."
         )
-    hint = "another model, or another naming."
+    hint = f"another model, or another naming.{_bam_note(report)}"
     if source == "torch":
+        names = [name for name in BLOCK_RULES if _takes(state, name, all_keys=True)]
         if outer := [key.partition("/")[0] for key in dotted if "/" in key]:
-            hint = f"they lie in a dict within the dict; pass state[{outer[0]!r}]."
+            hint = f"they are in a dict inside the dict; pass state[{outer[0]!r}]."
+        # Before the prefix: without `ca.`, half of a CBAM would pass for an SE.
+        elif names and naming not in names:
+            quoted = " or ".join(map(repr, names))
+            hint = f"these are names of {quoted}; pass that `naming`."
         elif prefix := _prefix(state, naming):
             hint = f"all start with {prefix!r}; strip it, as key.removeprefix does."
     return f"No key fits (naming {naming!r}): {hint}"
 
 
+def _takes(state: Arrays, naming: Naming, *, all_keys: bool = False) -> bool:
+    """Whether ``naming`` knows some keys of ``state``, or all of them."""
+    report = Report()
+    try:
+        moved = _translate(state, "torch", naming, report, {})
+    except ConversionError:  # A key has two readings.
+        return True
+    return bool(moved) and not (all_keys and report)
+
+
+def _bam_note(report: Report) -> str:
+    if not any("gate_c.gate_c_" in line for line in report.unused):
+        return ""
+    return (
+        " The official BAM multiplies its branches and has norms inside them; "
+        "`flax_attn.BAM` follows the paper, so these weights have no place in it."
+    )
+
+
 def _prefix(state: Arrays, naming: Naming) -> str:
-    """What all keys start with and without which some fit; empty if there is none."""
+    """The common prefix without which some keys fit, or an empty string."""
     first = next(iter(state))
-    # Nothing comes first: keys that fit as they are do not fit the template alone.
+    # The empty one first: keys that fit as they are only misfit the template.
     for end in [0, *(dot.end() for dot in re.finditer(r"\.", first))]:
         prefix = first[:end]
         if not all(key.startswith(prefix) for key in state):
             break
         bare = {key.removeprefix(prefix): array for key, array in state.items()}
-        if _translate(bare, "torch", naming, Report()):
+        if _takes(bare, naming):
             return prefix
     return ""

@@ -4,29 +4,29 @@ import dataclasses
 
 
 class ConversionError(ValueError):
-    """Keys are unused, missing, of the wrong shape or there twice; the text lists them.
+    """Keys are unused, missing, of the wrong shape or repeated; the message lists them.
 
     Attributes:
       report: the lists of keys, a ``Report``.
     """
 
     def __init__(self, report: "Report") -> None:
-        """Makes the error that says what ``report`` says."""
+        """Makes the error whose message is ``report``."""
         super().__init__(str(report))
         self.report = report
 
 
 @dataclasses.dataclass
 class Report:
-    """What stood in the way of a conversion, a line for each key.
+    """What did not fit in a conversion, one line per key.
 
     Attributes:
-      headline: what it is about.
+      headline: the summary.
       unused: keys that no rule knows, or that the template lacks.
-      missing: keys of the template that nothing gave; without a template, keys that a
-        module lacks of which others are there.
-      misshapen: keys whose array has another shape than it should have.
-      repeated: keys that lead to a place which another key has filled.
+      missing: keys of the template that were not found; without a template, keys that
+        are absent from an incomplete module.
+      misshapen: keys whose array does not have the expected shape.
+      repeated: keys that are converted to the same key as an earlier one.
     """
 
     headline: str = ""
@@ -45,7 +45,7 @@ class Report:
             "unused": self.unused,
             "missing": self.missing,
             "of the wrong shape": self.misshapen,
-            "for a place that is taken": self.repeated,
+            "repeated": self.repeated,
         }
         lines = [self.headline]
         for name, keys in lists.items():

@@ -1,4 +1,4 @@
-"""The modules' names on either side, and how their arrays move."""
+"""The naming rules: the modules' names on either side, and their arrays' layouts."""
 
 import dataclasses
 import re
@@ -9,7 +9,16 @@ import numpy as np
 
 from flax_attn.convert._arrays import Arrays
 
-Naming = Literal["timm", "torchvision", "article"]
+Naming = Literal[
+    "timm",
+    "torchvision",
+    "article",
+    "official",
+    "efficientnet",
+    "monai",
+    "smp",
+    "ca_sa",
+]
 Side = Literal["torch", "flax"]
 Shape = tuple[int | None, ...]
 """Of an array; None is any size."""
@@ -19,30 +28,30 @@ BlockIndex = tuple[int, int] | None
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a module holds, and how its weight moves from one side to the other."""
+    """The arrays of a module, and how the layout of its weight changes."""
 
     shapes: dict[Side, Shape]
-    """Of the weight."""
+    """Shape of the weight on each side."""
     moves: dict[Side, Callable[[np.ndarray], np.ndarray]]
-    """Of the weight, to each side from the other one."""
+    """From the weight of the other side to that of each side."""
     leaves: dict[str, str | None]
-    """PyTorch's names of the arrays, the weight first, to ours; None is dropped."""
+    """From PyTorch's names of the arrays, the weight first, to Flax's or None."""
     whole: bool = False
-    """Whether a module has all of the arrays. Otherwise it has the weight at least."""
+    """Whether all of the arrays are required, and not the weight alone."""
 
     def targets(self, source: Side) -> Mapping[str, str | None]:
-        """The names of the arrays on ``source`` to those on the other side."""
+        """From the names of the arrays on ``source`` to those on the other side."""
         if source == "torch":
             return self.leaves
-        return {ours: theirs for theirs, ours in self.leaves.items() if ours}
+        return {flax: torch for torch, flax in self.leaves.items() if flax}
 
     def needed(self, source: Side) -> list[str]:
-        """The names on ``source`` of the arrays without which there is no module."""
+        """The names on ``source`` of the required arrays."""
         names = [name for name, other in self.targets(source).items() if other]
         return names if self.whole else names[:1]
 
     def shape(self, leaf: str, arrays: Arrays, source: Side) -> Shape:
-        """Of the array ``leaf`` among those of its module."""
+        """The expected shape of the array ``leaf`` among ``arrays``, its module's."""
         weight = next(iter(self.targets(source)))
         if leaf == weight:
             return self.shapes[source]
@@ -51,7 +60,7 @@ class Kind:
         return (arrays[weight].shape[0 if source == "torch" else -1],)
 
     def move(self, array: np.ndarray, target: Side) -> np.ndarray:
-        """A copy as it is on ``target``; arrays of one axis are alike everywhere."""
+        """A copy laid out for ``target``; 1-D arrays are the same on both sides."""
         moved = self.moves[target](array) if array.ndim > 1 else array
         return np.array(moved, order="C")
 
@@ -66,7 +75,7 @@ def _transposed(
     leaves: dict[str, str | None] = _BIASED,
     flip: bool = False,
 ) -> Kind:
-    """A kind whose weight is transposed on the way to Flax, its inputs reversed."""
+    """A kind whose weight is transposed for Flax; ``flip`` reverses its inputs."""
     back = tuple(axes.index(i) for i in range(len(axes)))
     order = slice(None, None, -1 if flip else 1)
     return Kind(
@@ -89,6 +98,10 @@ _DENSE_AS_CONV = Kind(
     {"flax": lambda w: w[:, :, 0, 0].T, "torch": lambda k: k.T[:, :, None, None]},
     _BIASED,
 )
+# Of scSE: one logit for each position.
+_DENSE_AS_CONV_TO_ONE = dataclasses.replace(
+    _DENSE_AS_CONV, shapes={"torch": (1, None, 1, 1), "flax": (None, 1)}
+)
 _NORM = Kind(
     {"torch": (None,), "flax": (None,)},
     {},
@@ -105,16 +118,19 @@ _NORM = Kind(
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The name of a module on either side, and what it is."""
+    """The name of a module on either side, and its kind."""
 
     torch: str
     flax: str
     kind: Kind
 
     def under(self, torch: str, flax: str) -> "Rule":
+        """The same rule inside the modules ``torch`` and ``flax``."""
         return Rule(torch + self.torch, flax + self.flax, self.kind)
 
 
+# Also SENet in PyTorch: https://github.com/Cadene/pretrained-models.pytorch,
+# pretrainedmodels/models/senet.py.
 _SE = (
     Rule("fc1", "reduce", _DENSE_AS_CONV),
     Rule("fc2", "expand", _DENSE_AS_CONV),
@@ -130,6 +146,38 @@ _ARTICLE_CHANNEL = (
     *_ECA,
 )
 _ARTICLE_SPATIAL = (Rule("conv", "conv", _MAX_MEAN),)
+# https://github.com/Jongchan/attention-module, MODELS/cbam.py; [max, mean].
+_OFFICIAL_CHANNEL = (
+    Rule("mlp.1", "reduce", _DENSE),
+    Rule("mlp.3", "expand", _DENSE),
+)
+_OFFICIAL_SPATIAL = (
+    Rule("spatial.conv", "conv", _MAX_MEAN),
+    Rule("spatial.bn", "norm", _NORM),
+)
+_OFFICIAL_CBAM = (
+    *(rule.under("ChannelGate.", "channel/") for rule in _OFFICIAL_CHANNEL),
+    *(rule.under("SpatialGate.", "spatial/") for rule in _OFFICIAL_SPATIAL),
+)
+# https://github.com/Project-MONAI/MONAI, ChannelSELayer; the same names are in
+# https://github.com/moskomule/senet.pytorch, senet/se_module.py.
+_MONAI = (
+    Rule("fc.0", "reduce", _DENSE),
+    Rule("fc.2", "expand", _DENSE),
+)
+# https://github.com/luuuyi/CBAM.PyTorch, model/resnet_cbam.py, and its many copies;
+# [mean, max]. Some have the two layers in a Sequential called `fc`.
+_CA = (
+    *_SE,
+    Rule("fc.0", "reduce", _DENSE_AS_CONV),
+    Rule("fc.2", "expand", _DENSE_AS_CONV),
+)
+_SA = (Rule("conv1", "conv", _MEAN_MAX),)
+_CA_SA = (
+    *(rule.under("ca.", "channel/") for rule in _CA),
+    *(rule.under("sa.", "spatial/") for rule in _SA),
+)
+# Of rules with the same Flax name, the first is written; all are read.
 BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
         *_SE,
@@ -145,9 +193,34 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
         *(r.under("channel_attention_block.", "channel/") for r in _ARTICLE_CHANNEL),
         *(r.under("spatial_attention_block.", "spatial/") for r in _ARTICLE_SPATIAL),
     ),
+    # ECA-Net: https://github.com/BangguWu/ECANet, models/eca_module.py.
+    "official": (*_OFFICIAL_CHANNEL, *_OFFICIAL_SPATIAL, *_OFFICIAL_CBAM, *_ECA),
+    # timm, timm/models/_efficientnet_blocks.py: SqueezeExcite.
+    "efficientnet": (
+        Rule("conv_reduce", "reduce", _DENSE_AS_CONV),
+        Rule("conv_expand", "expand", _DENSE_AS_CONV),
+    ),
+    "monai": _MONAI,
+    # https://github.com/qubvel-org/segmentation_models.pytorch, base/modules.py:
+    # SCSEModule.
+    "smp": (
+        Rule("cSE.1", "channel/reduce", _DENSE_AS_CONV),
+        Rule("cSE.3", "channel/expand", _DENSE_AS_CONV),
+        Rule("sSE.0", "spatial", _DENSE_AS_CONV_TO_ONE),
+    ),
+    "ca_sa": (*_CA, *_SA, *_CA_SA),
 }
-# Where a residual block has its attention. torchvision's have none.
-_ATTENTION: dict[Naming, str] = {"timm": "se.", "article": "attention."}
+# The attention of a residual block, by its names there.
+_RESIDUAL_ATTENTION: dict[Naming, tuple[Rule, ...]] = {
+    "timm": tuple(rule.under("se.", "") for rule in BLOCK_RULES["timm"]),
+    "article": tuple(rule.under("attention.", "") for rule in BLOCK_RULES["article"]),
+    "official": (
+        *(rule.under("cbam.", "") for rule in _OFFICIAL_CBAM),
+        *(rule.under("eca.", "") for rule in _ECA),
+    ),
+    "monai": tuple(rule.under("se.", "") for rule in _MONAI),
+    "ca_sa": _CA_SA,
+}
 _STEM_AND_HEAD = (
     Rule("conv1", "conv_stem", _CONV),
     Rule("bn1", "norm_stem", _NORM),
@@ -170,7 +243,7 @@ _TIMM_POOLED_SHORTCUT = (
     Rule("downsample.1", "conv_pooled_shortcut", _CONV),
     Rule("downsample.2", "norm_pooled_shortcut", _NORM),
 )
-# Known when they are read; written, they have the names above.
+# Read under these names too; written under those above.
 _HEAD_ALIASES = (Rule("linear", "head", _DENSE),)
 _RESIDUAL_ALIASES = (
     Rule("shortcut.0", "conv_shortcut", _CONV),
@@ -181,6 +254,7 @@ _FLAX_BLOCK = re.compile(r"stage([1-9][0-9]*)_block([1-9][0-9]*)/(.+)")
 
 
 def top_rules(source: Side, naming: Naming) -> list[Rule]:
+    """The rules for modules outside of residual blocks."""
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
         rules += _TIMM_DEEP_STEM
@@ -188,17 +262,17 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
 
 
 def residual_rules(source: Side, naming: Naming) -> list[Rule]:
+    """The rules for modules of a residual block."""
     rules = list(_RESIDUAL)
     if naming == "timm":
         rules += _TIMM_POOLED_SHORTCUT
-    if naming in _ATTENTION:
-        under = _ATTENTION[naming], "attention/"
-        rules += [rule.under(*under) for rule in BLOCK_RULES[naming]]
+    attention = _RESIDUAL_ATTENTION.get(naming, ())
+    rules += [rule.under("", "attention/") for rule in attention]
     return rules + (list(_RESIDUAL_ALIASES) if source == "torch" else [])
 
 
 def split_key(side: Side, key: str) -> tuple[BlockIndex, str, str] | None:
-    """The residual block, the module in it and the array in that, or None."""
+    """The residual block, the module in it and the array in that; None: not a key."""
     if side == "torch":
         path, _, leaf = key.rpartition(".")
         match, first = _TORCH_BLOCK.fullmatch(path), 0
@@ -213,7 +287,7 @@ def split_key(side: Side, key: str) -> tuple[BlockIndex, str, str] | None:
 
 
 def join_key(side: Side, block: BlockIndex, module: str, leaf: str) -> str:
-    """The key that ``split_key`` splits."""
+    """Undoes ``split_key``."""
     if side == "torch":
         path = f"layer{block[0]}.{block[1]}.{module}" if block else module
         return f"{path}.{leaf}"
@@ -223,11 +297,13 @@ def join_key(side: Side, block: BlockIndex, module: str, leaf: str) -> str:
 
 
 def fits(shape: tuple[int, ...], pattern: Shape) -> bool:
+    """Whether ``shape`` has the sizes that ``pattern`` states."""
     return len(shape) == len(pattern) and all(
         want in (None, size) for size, want in zip(shape, pattern, strict=True)
     )
 
 
 def shape_text(pattern: Shape) -> str:
+    """``pattern`` as shapes are printed, with a star for any size."""
     sizes = ["*" if size is None else str(size) for size in pattern]
     return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"

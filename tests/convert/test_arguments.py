@@ -36,19 +36,14 @@ def test_variables_without_collections():
         convert.to_flax(variables["params"])
 
 
-def test_a_state_dict_in_a_dict_and_with_a_prefix():
-    wrapped = {"epoch": 3, "state_dict": SE_STATE}
-    assert report_of(wrapped).headline.endswith("; pass state['state_dict'].")
-    for prefix in ("module.", "module._orig_mod."):
-        state = {prefix + key: array for key, array in SE_STATE.items()}
-        headline = report_of(state).headline
-        assert headline.startswith(
-            f"No key fits (naming 'timm'): all start with {prefix!r}"
-        )
-        assert report_of(state | {"more.weight": numbers(1)}).headline.endswith(
-            "naming."
-        )
-    # Not the stage where all lies in one, but the template is another's.
+def test_other_wrappers_are_named():
+    wrapped = {"epoch": 3, "ema": SE_STATE}
+    assert report_of(wrapped).headline.endswith("; pass state['ema'].")
+    state = {"encoder." + key: array for key, array in SE_STATE.items()}
+    headline = report_of(state).headline
+    assert headline.startswith("No key fits (naming 'timm'): all start with 'encoder.'")
+    assert report_of(state | {"more.weight": numbers(1)}).headline.endswith("naming.")
+    # Not the stage, which all keys share: they fit the rules and only misfit `like`.
     state = {"layer1.0.conv1.weight": numbers(2, 2, 3, 3)}
     assert report_of(state, like=SE_LIKE).headline.endswith("another naming.")
 

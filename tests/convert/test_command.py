@@ -41,7 +41,7 @@ def test_errors_of_the_command(command):
     files = sorted(os.listdir())
     expected = {
         ("none.safetensors",): "No such file",
-        ("cut.safetensors",): "is not a safetensors file, or is not all there",
+        ("cut.safetensors",): "is not a safetensors file, or is truncated",
         ("extra.safetensors",): "1 unused:\n  more.weight (3,)\n",
         ("vit.safetensors",): "No key fits (naming 'timm'): another model",
         ("se.safetensors", "--like", "big.safetensors"): "No key fits",
@@ -59,7 +59,7 @@ def test_errors_of_the_command(command):
     code, _, err = command("se.safetensors", "vit.safetensors", "--to", "flax")
     assert code == 1 and "exists; " in err and err.count("\n") == 1
     same = ("se.safetensors", "./se.safetensors", "--to", "flax", "--overwrite")
-    assert "OUT must not be IN" in command(*same)[2]
+    assert "OUT must not be the same file as IN" in command(*same)[2]
     assert sorted(os.listdir()) == files
     assert Path("se.safetensors").read_bytes() == whole
     for wrong in (["--to", "jax"], [], ["--to", "flax", "--naming", "keras"]):

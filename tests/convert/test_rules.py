@@ -83,6 +83,27 @@ def article(torch, flax):
     ]
 
 
+def pair(torch, flax, names, *, axes=()):
+    """The rules of the two layers ``names`` of an MLP."""
+    return dense(f"{torch}{names[0]}", f"{flax}reduce", axes=axes) | dense(
+        f"{torch}{names[1]}", f"{flax}expand", axes=axes
+    )
+
+
+def official(torch, flax):
+    return (
+        pair(f"{torch}ChannelGate.", f"{flax}channel/", ("mlp.1", "mlp.3"))
+        | spatial(f"{torch}SpatialGate.spatial.conv", f"{flax}spatial/conv", (0, 1))
+        | norm(f"{torch}SpatialGate.spatial.bn", f"{flax}spatial/norm")
+    )
+
+
+def ca_sa(torch, flax, names=("fc1", "fc2")):
+    return pair(f"{torch}ca.", f"{flax}channel/", names, axes=(1, 1)) | spatial(
+        f"{torch}sa.conv1", f"{flax}spatial/conv", (1, 0)
+    )
+
+
 COMMON = [
     conv("conv1", "conv_stem") | norm("bn1", "norm_stem") | dense("fc", "head"),
     *(
@@ -111,6 +132,39 @@ RULES = {
         *COMMON,
         *article("", ""),
         *article("layer3.1.attention.", "stage3_block2/attention/"),
+    ],
+    "official": [
+        *COMMON,
+        official("", ""),
+        official("layer3.1.cbam.", "stage3_block2/attention/"),
+        pair("", "", ("mlp.1", "mlp.3")),
+        spatial("spatial.conv", "conv", (0, 1)) | norm("spatial.bn", "norm"),
+        along("conv", "conv"),
+        along("layer3.1.eca.conv", "stage3_block2/attention/conv"),
+    ],
+    "efficientnet": [*COMMON, pair("conv_", "", ("reduce", "expand"), axes=(1, 1))],
+    "monai": [
+        *COMMON,
+        pair("", "", ("fc.0", "fc.2")),
+        pair("layer3.1.se.", "stage3_block2/attention/", ("fc.0", "fc.2")),
+    ],
+    "smp": [
+        *COMMON,
+        pair("cSE.", "channel/", ("1", "3"), axes=(1, 1))
+        | {
+            "sSE.0.weight": (
+                "params/spatial/kernel",
+                (1, 3, 1, 1),
+                lambda w: w.reshape(3, 1),
+            ),
+            "sSE.0.bias": ("params/spatial/bias", (1,), lambda w: w),
+        },
+    ],
+    "ca_sa": [
+        *COMMON,
+        ca_sa("", ""),
+        ca_sa("layer3.1.", "stage3_block2/attention/"),
+        pair("", "", ("fc1", "fc2"), axes=(1, 1)),
     ],
 }
 ALIASES = [
@@ -162,3 +216,57 @@ def test_counters_are_dropped_where_a_norm_has_them():
     assert error.value.report.unused == ["conv1.num_batches_tracked ()"]
     like = state | {"bn1.num_batches_tracked": np.array(7)}
     convert.to_torch(convert.to_flax(state), like=like)
+
+
+def test_the_other_layers_of_ca_sa_are_read():
+    names = ("fc.0", "fc.2")
+    for rules in (ca_sa("", "", names), pair("", "", names, axes=(1, 1))):
+        state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
+        expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
+        assert_same(convert.to_flax(state, naming="ca_sa"), expected)
+
+
+def test_a_key_with_two_readings():
+    """A spatial attention alone, or the stem of a network of one filter."""
+    state = {"conv1.weight": numbers(1, 2, 7, 7)}
+    shapes = {"conv": (7, 7, 2, 1), "conv_stem": (7, 7, 2, 1)}
+    message = r"\(1, 2, 7, 7\) may be `params/conv/kernel` or `params/conv_stem/kernel`"
+    for strict in (True, False):
+        with pytest.raises(convert.ConversionError, match=message):
+            convert.to_flax(state, naming="ca_sa", strict=strict)
+    found = {}
+    for name, shape in shapes.items():
+        like = {"params": {name: {"kernel": np.zeros(shape)}}}
+        params = convert.to_flax(state, naming="ca_sa", like=like)["params"]
+        (found[name],) = params[name].values()
+        assert len(params) == 1
+    assert (found["conv"] == found["conv_stem"][:, :, ::-1]).all()
+    assert convert.to_flax(state)["params"].keys() == {"conv_stem"}
+
+
+@pytest.mark.parametrize(
+    "naming, name, shape",
+    [
+        ("'monai'", "fc.2", (32, 2)),
+        ("'ca_sa'", "ca.fc1", (2, 32, 1, 1)),
+        ("'official'", "mlp.1", (2, 32)),
+        ("'efficientnet'", "conv_expand", (32, 2, 1, 1)),
+        ("'smp'", "cSE.3", (32, 2, 1, 1)),
+        ("'article'", "fc_layers.0", (2, 32)),
+    ],
+)
+def test_names_of_another_naming_are_recognized(naming, name, shape):
+    with pytest.raises(convert.ConversionError) as error:
+        convert.to_flax({f"{name}.weight": numbers(*shape)})
+    headline = error.value.report.headline
+    assert headline.endswith(f"these are names of {naming}; pass that `naming`.")
+
+
+def test_the_official_bam_is_refused():
+    state = {
+        "channel_att.gate_c.gate_c_fc_0.weight": numbers(2, 32),
+        "spatial_att.gate_s.gate_s_conv_final.weight": numbers(1, 2, 1, 1),
+    }
+    for more in ({}, {"conv1.weight": numbers(4, 3, 7, 7)}):
+        with pytest.raises(convert.ConversionError, match="official BAM multiplies"):
+            convert.to_flax(state | more, naming="official")

@@ -45,7 +45,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm, which imports torchvision for names that are of no use here."""
+    """timm, which imports torchvision for names that the tests do not use."""
     import torch
 
     try:
@@ -63,7 +63,7 @@ def timm():
     return timm
 
 
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     """Weights, scales and statistics such that every one of them counts."""
     import torch
 
@@ -96,6 +96,22 @@ def logits_of(model, images):
         return model(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
 
 
+# What is read, to what is written in its place.
+ALIASES = {
+    "shortcut.": "downsample.",
+    "linear.": "fc.",
+    "fc.0.": "fc1.",
+    "fc.2.": "fc2.",
+}
+
+
+def written(key, rewritten):
+    """The key that ``to_torch`` writes for ``key``."""
+    for alias, usual in ALIASES.items() if rewritten else ():
+        key = key.replace(alias, usual)
+    return key
+
+
 def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
     """The same results, and every key and bit there and back."""
     import torch
@@ -113,9 +129,7 @@ def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
 
     back = convert.to_torch(variables, naming=naming)
     state = {
-        key.replace("shortcut.", "downsample.").replace(
-            "linear.", "fc."
-        ): tensor.numpy()
+        written(key, rewritten is not None): tensor.numpy()
         for key, tensor in theirs.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
@@ -130,7 +144,7 @@ def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_live_networks_of_timm(timm, name):
     depth, attention, fields, arguments = NETWORKS[name]
-    theirs = randomise(timm.create_model(name, num_classes=10, **arguments))
+    theirs = randomize(timm.create_model(name, num_classes=10, **arguments))
     ours = imagenet_resnet(depth, num_classes=10, attention=attention, **fields)
     check(theirs, ours, cases.normal((1, 224, 224, 3), 0), "timm")
 
@@ -142,7 +156,7 @@ def test_live_pooled_shortcuts_of_odd_maps(timm):
     options = {"stem_width": 8, "stem_type": "deep", "avg_down": True}
     options |= {"channels": (16, 32, 64, 128), "num_classes": 10}
     stages = (1, 1, 1, 1)
-    theirs = randomise(resnet.ResNet(resnet.BasicBlock, stages, **options))
+    theirs = randomize(resnet.ResNet(resnet.BasicBlock, stages, **options))
     ours = ResNet(stages, block=BasicBlock, num_classes=10, width=16, **D_VARIANT)
     # The shortcuts halve 9x9, 5x5 and 3x3.
     check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
@@ -153,10 +167,10 @@ def test_live_networks_of_torchvision(timm):
     from torchvision import ops
     from torchvision.models import resnet
 
-    theirs = randomise(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10))
+    theirs = randomize(resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10))
     ours = ResNet((1, 1, 1, 1), block=BottleneckBlock, num_classes=10)
     check(theirs, ours, cases.normal((2, 64, 64, 3), 0), "torchvision")
-    squeeze = randomise(ops.SqueezeExcitation(32, 4))
+    squeeze = randomize(ops.SqueezeExcitation(32, 4))
     block = flax_attn.SE(reduction=8, use_bias=True)
     check(squeeze, block, cases.normal((2, 5, 4, 32), 1), "torchvision", atol=1e-6)
 
@@ -175,7 +189,34 @@ def test_live_blocks_of_timm(timm):
     ]
     for i, (theirs, ours) in enumerate(pairs):
         x = cases.normal((2, 6, 5, 64), i)
-        check(randomise(theirs, i), ours, x, "timm", atol=1e-6)
+        check(randomize(theirs, i), ours, x, "timm", atol=1e-6)
+
+
+@needs_torch
+def test_live_blocks_by_other_names():
+    from tests.parity import torch_official, torch_schemes
+
+    se = flax_attn.SE(hidden_features=4, use_bias=True)
+    pairs = [
+        ("timm", torch_schemes.SENet(64, 4), se),
+        ("efficientnet", torch_schemes.EfficientNetSE(64, 4), se.copy(act=nn.silu)),
+        ("monai", torch_schemes.MonaiSE(64, 4), se),
+        (
+            "smp",
+            torch_schemes.SmpSCSE(64, 4),
+            flax_attn.scSE(hidden_features=4, use_bias=True),
+        ),
+        ("official", torch_official.CBAM(64), presets.official_cbam(train=False)()),
+        ("official", torch_official.ECANet(5), flax_attn.ECA(kernel_size=5)),
+        ("ca_sa", torch_schemes.CaSa(64, 4), flax_attn.CBAM()),
+    ]
+    for i, (naming, theirs, ours) in enumerate(pairs):
+        x = cases.normal((2, 6, 5, 64), i)
+        check(randomize(theirs, i), ours, x, naming, atol=1e-6)
+    theirs = randomize(torch_schemes.CaSa(64, 4, sequential=True))
+    rewritten = torch_schemes.CaSa(64, 4)
+    x = cases.normal((2, 6, 5, 64), 0)
+    check(theirs, flax_attn.CBAM(), x, "ca_sa", atol=1e-6, rewritten=rewritten)
 
 
 @needs_torch
@@ -183,7 +224,7 @@ def test_live_blocks_of_timm(timm):
 def test_live_blocks_of_the_article(block):
     from tests.parity import torch_named
 
-    theirs = randomise(torch_named.build(block, 36, ratio=9, k=5))
+    theirs = randomize(torch_named.build(block, 36, ratio=9, k=5))
     ours = cases.Case(block, (), ratio=9, k=5).module()
     check(theirs, ours, cases.normal((2, 6, 5, 36), 0), "article", atol=1e-6)
 
@@ -195,7 +236,7 @@ def test_live_networks_for_cifar(names):
 
     make = partial(torch_named.build, "cbam", ratio=8, k=3)
     attention = partial(flax_attn.CBAM, reduction=8, spatial_kernel_size=3)
-    theirs = randomise(torch_named.ResNet8(make, **names))
+    theirs = randomize(torch_named.ResNet8(make, **names))
     ours = cifar_resnet(8, num_classes=10, attention=attention)
     # Written, the names are the usual ones.
     usual = torch_named.ResNet8(make)
@@ -251,7 +292,7 @@ def test_live_files_of_torch(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="se.pth is damaged"):
         convert.load(path)
-    for other in ({"epoch": 3, "state_dict": state}, [1, 2]):
+    for other in ({"epoch": 3, "weights": state}, [1, 2]):
         torch.save(other, path)
         with pytest.raises(ValueError, match="must hold a dict of tensors, got .*save"):
             convert.load(path)

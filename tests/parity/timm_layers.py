@@ -33,18 +33,18 @@ def load():
     for name, stub in stubs.items():
         stub.__path__ = []
         vars(stub).update({inner: type(inner, (), {}) for inner in TORCHVISION[name]})
-    before = _take_away()
+    before = _remove_foreign()
     sys.modules.update({"timm": parent, **stubs})
     try:
         for name in MODULES:
             importlib.import_module(f"timm.layers.{name}")
         return sys.modules["timm.layers"]
     finally:
-        _take_away()
+        _remove_foreign()
         sys.modules.update(before)
 
 
-def _take_away():
-    """Takes timm and torchvision out of the imported modules, and returns them."""
+def _remove_foreign():
+    """Removes timm and torchvision from sys.modules, and returns them."""
     names = [n for n in sys.modules if n.split(".")[0] in ("timm", "torchvision")]
     return {name: sys.modules.pop(name) for name in names}
