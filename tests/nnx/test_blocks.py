@@ -11,12 +11,21 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType
 
 import flax_attn.nnx
 from flax_attn import blocks
 from tests.cases import normal, variables_for
 
 every_block = pytest.mark.parametrize("name", blocks.BLOCKS)
+# Variants of one class differ in the arithmetic, not in what NNX does to them.
+every_class = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if isinstance(make, partial) else ())
+        for name, make in blocks.BLOCKS.items()
+    ],
+)
 
 SHAPE = (4, 6, 5, 16)
 X, COTANGENT = normal(SHAPE, 1), normal(SHAPE, 2)
@@ -100,7 +109,7 @@ def test_outputs_and_gradients_are_those_of_linen(name, fields, mask):
     assert all(np.abs(d).max() > 0 for d in jax.tree.leaves(got[1]))
 
 
-@every_block
+@every_class
 @pytest.mark.parametrize("shape", [(3, 7, 16), (2, 3, 4, 5, 16)], ids=["1d", "3d"])
 def test_other_numbers_of_spatial_axes(name, shape):
     x = normal(shape, 3)
@@ -115,7 +124,7 @@ def test_starts_as_the_identity(name):
     assert not (flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0))(X) == X).all()
 
 
-@every_block
+@every_class
 def test_new_parameters(name):
     """Drawn with Linen's initializers, from a stream that calls leave alone."""
     rngs = nnx.Rngs(0)
@@ -132,7 +141,7 @@ def test_new_parameters(name):
     assert not nnx.to_flat_state(nnx.state(first, nnx.RngState))
 
 
-@every_block
+@every_class
 def test_split_and_merge(name):
     block, linen, variables = pair(name)
     graph, state = nnx.split(block)
@@ -144,7 +153,7 @@ def test_split_and_merge(name):
     assert hash(graph) == hash(nnx.split(nnx.clone(block))[0])
 
 
-@every_block
+@every_class
 def test_jit_compiles_once_and_keeps_the_state(name):
     block, linen, variables = pair(name)
     other = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(1))
@@ -161,7 +170,7 @@ def test_jit_compiles_once_and_keeps_the_state(name):
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), variables)
 
 
-@every_block
+@every_class
 def test_vmap_over_stacked_layers(name):
     module = stacked(name)
     x = normal((3, *SHAPE), 4)
@@ -171,7 +180,7 @@ def test_vmap_over_stacked_layers(name):
         np.testing.assert_allclose(y[i], expected, rtol=1e-5, atol=1e-6)
 
 
-@every_block
+@every_class
 def test_scan_over_stacked_layers_with_remat(name):
     module, linen = stacked(name), blocks.BLOCKS[name]()
 
@@ -199,7 +208,7 @@ def test_scan_over_stacked_layers_with_remat(name):
     )
 
 
-@every_block
+@every_class
 def test_shapes_alone(name):
     shapes = nnx.eval_shape(lambda: flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0)))
     expected = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0))
@@ -210,7 +219,7 @@ def test_shapes_alone(name):
     ]
 
 
-@every_block
+@every_class
 def test_tabulate(name):
     block, _, variables = pair(name)
     table = nnx.tabulate(block, X)
@@ -219,7 +228,7 @@ def test_tabulate(name):
     nnx.clone(block).eval()  # The methods are as they were.
 
 
-@every_block
+@every_class
 def test_an_optimizer_step_lowers_the_loss(name):
     # Positive, so that no ReLU of few units is dead from the start.
     positive = nnx.initializers.uniform(0.3)
@@ -238,7 +247,7 @@ def test_an_optimizer_step_lowers_the_loss(name):
     assert losses[2] < losses[1] < losses[0]
 
 
-@every_block
+@every_class
 def test_orbax(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     block, linen, variables = pair(name)
@@ -323,10 +332,14 @@ def test_a_norm_of_linen_is_refused(name, norm):
         flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), **{field: norm})
 
 
-@every_block
+@every_class
 def test_partitioned_parameters_keep_their_sharding(name):
     init = nn.with_partitioning(nn.initializers.ones_init(), (None, "model"))
-    block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), kernel_init=init)
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=auto, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):  # Newer Flax places such a parameter when it is made.
+        block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), kernel_init=init)
+        y = jax.device_get(block(X))
     kernels = [
         node
         for path, node in nnx.iter_graph(block)
@@ -334,10 +347,10 @@ def test_partitioned_parameters_keep_their_sharding(name):
     ]
     metadata = [kernel.get_metadata() for kernel in kernels]
     assert kernels and all("model" in str(found) for found in metadata)
-    assert block(X).shape == X.shape
+    assert np.isfinite(y).all() and y.shape == X.shape
 
 
-@every_block
+@every_class
 def test_errors_are_those_of_linen(name):
     make = partial(flax_attn.nnx.create, name, rngs=nnx.Rngs(0))
     for features in (0, 1.5, True):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import flax_attn.nnx
-from tests.nnx.test_blocks import MASK, X, every_block, pair
+from tests.nnx.test_blocks import MASK, X, every_block, every_class, pair
 
 
 @every_block
@@ -19,7 +19,7 @@ def test_the_maps_are_those_of_linen(name, mask):
     assert all((got[path] == expected[path]).all() for path in expected)
 
 
-@every_block
+@every_class
 def test_nothing_is_kept_unless_asked_for(name):
     block, *_ = pair(name)
     before = nnx.split(block)[0]
@@ -30,7 +30,7 @@ def test_nothing_is_kept_unless_asked_for(name):
     assert nnx.split(block)[0] == before
 
 
-@every_block
+@every_class
 @pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax before 0.12")
 def test_capture(name):
     block, linen, variables = pair(name)
@@ -47,7 +47,7 @@ def test_capture(name):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@every_block
+@every_class
 @pytest.mark.skipif(hasattr(nnx, "capture"), reason="Flax has nnx.capture")
 def test_sown_by_a_mode(name):
     block, linen, variables = pair(name)

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import flax_attn.nnx
-from flax_attn import blocks
 from tests.cases import normal
+from tests.nnx.test_blocks import every_class
 
 X = normal((2, 6, 6, 3), 1)
 
@@ -84,7 +84,7 @@ def test_sites(where, paths):
     assert sorted(gates) == sorted(f"{p}/attention/channel_gate" for p in paths)
 
 
-@pytest.mark.parametrize("name", blocks.BLOCKS)
+@every_class
 def test_starts_as_the_model_was_and_trains(name):
     model = Model(rngs=nnx.Rngs(0))
     expected = nnx.clone(model)(X)

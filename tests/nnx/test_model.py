@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 
 import flax_attn.nnx
-from flax_attn import blocks
 from tests.cases import normal
+from tests.nnx.test_blocks import every_class
 
 X = normal((4, 8, 8, 3), 1)
 LABELS = np.array([0, 1, 2, 0])
@@ -45,7 +44,7 @@ class ResNet(nnx.Module):
             self.sow(nnx.Intermediate, "features", x)
 
 
-@pytest.mark.parametrize("name", blocks.BLOCKS)
+@every_class
 def test_trains_and_evaluates(name):
     # Positive, so that no ReLU of few units is dead from the start.
     positive = nnx.initializers.uniform(0.3)
@@ -78,7 +77,8 @@ def test_trains_and_evaluates(name):
         assert max(jax.tree.leaves(moved)) > 0
 
     model.eval()
-    logits = nnx.jit(lambda model, x: model(x))(model, X)
+    run = nnx.jit(lambda model, x: model(x))
+    logits = run(model, X)
     gates = flax_attn.nnx.attention_maps(model, X)
     assert len(gates) == 2 * len(
         flax_attn.nnx.attention_maps(model.stage1.attention, jnp.ones((1, 2, 2, 8)))
@@ -87,4 +87,4 @@ def test_trains_and_evaluates(name):
     copy = ResNet(attention, rngs=nnx.Rngs(1))
     flax_attn.nnx.from_linen(copy, after)
     copy.eval()
-    np.testing.assert_allclose(copy(X), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(copy, X), logits, rtol=1e-5, atol=1e-6)
