@@ -283,7 +283,7 @@ def test_batch_norm_follows_the_mode(name, mask):
     run = nnx.jit(lambda block, x: block(x, mask))
     block.train()
     expected, updates = train.apply(variables, X, mask, mutable=["batch_stats"])
-    np.testing.assert_allclose(run(block, X), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(block, X), expected, rtol=1e-4, atol=1e-5)
     new = flax_attn.nnx.to_linen(block)
     chex.assert_trees_all_close(
         new["batch_stats"], updates["batch_stats"], rtol=1e-6, atol=1e-6
@@ -295,7 +295,7 @@ def test_batch_norm_follows_the_mode(name, mask):
 
     block.eval()
     expected = evaluate.apply(variables | updates, X, mask)
-    np.testing.assert_allclose(run(block, X), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(block, X), expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), new)
 
 
