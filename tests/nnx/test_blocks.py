@@ -29,7 +29,7 @@ every_class = pytest.mark.parametrize(
 
 SHAPE = (4, 6, 5, 16)
 X, COTANGENT = normal(SHAPE, 1), normal(SHAPE, 2)
-MASK = np.arange(5) < np.array([5, 3, 1, 4])[:, None, None] * np.ones((6, 1))
+MASK = np.arange(5) < np.array([5, 3, 0, 4])[:, None, None] * np.ones((6, 1))
 WITH_NORM = [
     name
     for name, make in blocks.BLOCKS.items()
@@ -275,13 +275,15 @@ def test_batch_norm_follows_the_mode(name, mask):
         name, 16, rngs=nnx.Rngs(0), **{field: partial(nnx.BatchNorm, momentum=0.9)}
     )
     variables = train.init(jax.random.key(0), X)
+    stats = flax_attn.nnx.to_linen(block)["batch_stats"]
+    chex.assert_trees_all_equal(stats, variables["batch_stats"])
     variables["params"] = variables_for(train, X)["params"]
     flax_attn.nnx.from_linen(block, variables)
 
     run = nnx.jit(lambda block, x: block(x, mask))
     block.train()
     expected, updates = train.apply(variables, X, mask, mutable=["batch_stats"])
-    np.testing.assert_allclose(run(block, X), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(block, X), expected, rtol=1e-4, atol=1e-5)
     new = flax_attn.nnx.to_linen(block)
     chex.assert_trees_all_close(
         new["batch_stats"], updates["batch_stats"], rtol=1e-6, atol=1e-6
@@ -293,7 +295,7 @@ def test_batch_norm_follows_the_mode(name, mask):
 
     block.eval()
     expected = evaluate.apply(variables | updates, X, mask)
-    np.testing.assert_allclose(run(block, X), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(block, X), expected, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), new)
 
 
