@@ -164,7 +164,8 @@ def test_bytes_are_passes_over_the_map(block, maps):
     assert maps <= flax_attn.cost(BLOCKS[block](), shape).bytes / x < maps + 0.05
 
 
-@pytest.mark.parametrize("block", ["se", "se-max", "eca"])
+# The plain maximum looks for NaN in a pass of its own.
+@pytest.mark.parametrize("block", ["se", "eca"])
 @pytest.mark.parametrize("shape", [(8, 16, 16, 32), (2, 32, 32, 64)], ids=str)
 def test_bytes_equal_the_compiled_program_with_one_squeeze(block, shape):
     """With two, XLA on CPU reads the map for each: see ``cost``."""
