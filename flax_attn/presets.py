@@ -288,7 +288,7 @@ timm_eca = partial(
 )
 
 #: timm's ``ceca``, ``timm.layers.CecaModule``: ``timm_eca``, in which the first channel
-#: and the last are neighbours.
+#: and the last are neighbors.
 timm_ceca = partial(timm_eca, padding="circular")
 
 

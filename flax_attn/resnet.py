@@ -1,6 +1,6 @@
 """Residual networks for CIFAR and ImageNet, with an attention block of your choice.
 
-The attention stands after the last normalisation of a residual branch and before the
+The attention stands after the last normalization of a residual branch and before the
 addition, where all official code and timm have it.
 
 References: He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition.
@@ -40,8 +40,8 @@ class BasicBlock(nn.Module):
       features: number of filters, and of channels of the result.
       stride: stride of the first convolution.
       conv: makes a convolution.
-      norm: makes a normalisation.
-      attention: makes the block between the last normalisation and the addition, or
+      norm: makes a normalization.
+      attention: makes the block between the last normalization and the addition, or
         None.
       pooled_shortcut: as in ``ResNet`` (default: False).
     """
@@ -73,8 +73,8 @@ class BottleneckBlock(nn.Module):
         channels.
       stride: stride of the 3x3 convolution.
       conv: makes a convolution.
-      norm: makes a normalisation.
-      attention: makes the block between the last normalisation and the addition, or
+      norm: makes a normalization.
+      attention: makes the block between the last normalization and the addition, or
         None.
       pooled_shortcut: as in ``ResNet`` (default: False).
     """
@@ -112,7 +112,7 @@ class ResNet(nn.Module):
       >>> sorted(variables["params"]["stage1_block1"])
       ['attention', 'conv1', 'conv2', 'norm1', 'norm2']
 
-    A block with a normalisation of its own (``spatial_norm``) gets
+    A block with a normalization of its own (``spatial_norm``) gets
     ``use_running_average`` from whoever makes it: one model to train and one to
     evaluate, over the same variables.
 
@@ -149,7 +149,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns the logits; ``train`` normalises by the batch and not the average."""
+        """Returns the logits; ``train`` normalizes by the batch and not the average."""
         conv = partial(_conv, dtype=self.dtype)
         norm = partial(
             nn.BatchNorm,

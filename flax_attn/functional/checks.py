@@ -32,7 +32,7 @@ def check_positive(field: str, value: Any) -> None:
 def check_odd(field: str, value: Any) -> None:
     """Raises ``ValueError`` unless ``value`` is an odd integer of at least 1.
 
-    Only an odd kernel has a centre, so only an odd one keeps the size of the map.
+    Only an odd kernel has a center, so only an odd one keeps the size of the map.
     """
     if not is_int(value) or value < 1 or value % 2 == 0:
         near = f" such as {max(int(value), 0) + 1}" if is_int(value) else ""

@@ -285,7 +285,7 @@ def test_running_averages(name, momentum):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_logits_that_are_nearly_equal(name):
-    """The variance is that of the centred logits; E[z^2] - E[z]^2 would be noise."""
+    """The variance is that of the centered logits; E[z^2] - E[z]^2 would be noise."""
     norm = make(name, train=True).keywords["spatial_norm"]()
     logits = np.float32(100) + np.float32(0.01) * normal((4, 5, 6, 1), 0)
     params = {"scale": np.float32([1]), "bias": np.float32([0])}
