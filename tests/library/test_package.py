@@ -101,3 +101,10 @@ def test_options_are_keyword_only(function):
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty:
             assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+def test_submodules_that_are_imported_on_first_use():
+    assert {"convert", "nnx", "presets", "CBAM"} <= set(dir(flax_attn))
+    assert flax_attn.convert.to_flax
+    with pytest.raises(AttributeError, match="no attribute 'conver'"):
+        _ = flax_attn.conver

@@ -1,4 +1,4 @@
-"""``python -m tests.parity.make_golden`` writes golden.npz; needs the extra ``parity``.
+"""``python -m tests.parity.make_golden`` writes golden.npz; needs the group ``parity``.
 
 Holds the outputs and gradients of the PyTorch blocks for ``cases.GOLDEN``; inputs and
 parameters are drawn again from the case's seed.

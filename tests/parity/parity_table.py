@@ -1,6 +1,6 @@
 """``python -m tests.parity.parity_table`` prints the errors against PyTorch.
 
-The guide on porting has its table; it needs the extra ``parity``.
+The guide on porting has its table; it needs the dependency group ``parity``.
 
 A row is a block of a reference: the article, the official code, timm. Its figures are
 the largest errors over the block's cases and both implementations, each relative to the

@@ -26,7 +26,7 @@ from tests import cases
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None
     or importlib.util.find_spec("timm") is None,
-    reason="the live comparison needs the extra `parity`",
+    reason="the live comparison needs the group `parity`",
 )
 
 

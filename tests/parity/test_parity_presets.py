@@ -12,7 +12,7 @@ from tests.parity import parity_table, timm_layers
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "timm"))),
-    reason="the comparison needs torch and timm, of the extra `parity`",
+    reason="the comparison needs torch and timm, of the group `parity`",
 )
 
 
