@@ -1,7 +1,7 @@
 """The published variants of the blocks by name, as ready sets of fields.
 
-A preset is a ``functools.partial`` of a block, so it is used as the block is, with
-further fields, of which the last win::
+A preset is a ``functools.partial`` of a block, so it is used like the block. Further
+fields override its own::
 
   >>> import jax, jax.numpy as jnp
   >>> from flax_attn import presets
@@ -39,8 +39,8 @@ Models 1.x under the names that it gives these blocks.
 
 Deviations, common to all:
 
-- Of elements that tie for a maximum the first one takes its gradient, as in the
-  article's and the official code; timm's ``amax`` shares it evenly.
+- If elements tie for a maximum, the first one gets the gradient, as in the article's
+  and the official code; timm's ``amax`` splits it evenly.
 - ``timm_cbam`` stacks [max, mean] as everything here does; timm stacks [mean, max], so
   the two inputs of its spatial kernel are swapped when weights are converted.
 - Flax's BatchNorm keeps an average of the biased variance of the n logits of a batch,

@@ -12,6 +12,7 @@ from flax import linen as nn
 import flax_attn
 
 project = "flax_attn"
+copyright = "The flax_attn authors"
 release = version = flax_attn.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
@@ -23,7 +24,6 @@ html_theme_options = {
     "source_directory": ".github/docs/",
 }
 exclude_patterns = ["_build"]
-highlight_language = "none"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
