@@ -17,7 +17,7 @@ from train.study import networks, tpu
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(tpu, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="libtpu, which is not installed; install the"):
+    with pytest.raises(ValueError, match="libtpu, which is not installed; run pip"):
         tpu.open_topology("v5e:2x2")
 
 
