@@ -41,7 +41,7 @@ class Options:
     TPU only that."""
     against: tuple[Literal["plain", "torch"], ...] = ()
     """What to measure beside: the plain implementation; the article's block in PyTorch,
-    eager and compiled (needs the extra parity; other blocks are left out)."""
+    eager and compiled (needs the group parity; other blocks are left out)."""
     inside: bool = False
     """Also time each block behind a 1x1 convolution from C/16 channels, BatchNorm and
     ReLU in one program, forward and with the gradients of x and of all parameters,
@@ -54,7 +54,7 @@ class Options:
     and the seconds to compile."""
     compile_for: str | None = None
     """Compile for a TPU topology such as v5e:2x2 instead of running; needs no TPU but
-    the extra tpu-aot."""
+    the group tpu-aot."""
     rounds: int = 20
     """How often each contender has its turn."""
     json: Path | None = None

@@ -1,7 +1,8 @@
 """BAM: channel and spatial attention side by side, in one gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -64,7 +65,7 @@ class BAM(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06514, 2018.
     """
 
-    gates = {"element_gate": "element_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"element_gate": "element_gate"}
 
     reduction: int = 16
     dilation: int = 4

@@ -4,9 +4,9 @@ The three differ in two words only, how they squeeze (one pool or two) and how t
 excite (an MLP or a 1-D convolution), so one function builds all of their gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,7 +19,7 @@ from flax_attn.functional import Array, Excite, Padding, Pool, checks
 class ChannelBlock(Attention, kw_only=True):
     """A block with one gate for each channel, ``channel_gate``."""
 
-    gates = {"channel_gate": "channel_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"channel_gate": "channel_gate"}
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.

@@ -1,7 +1,7 @@
 """scSE: two recalibrations of one map, by channel and by position, combined."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -56,7 +56,7 @@ class scSE(Attention, kw_only=True):
     Channel 'Squeeze & Excitation' Blocks. https://arxiv.org/abs/1808.08127, 2018.
     """
 
-    gates = {"spatial_gate": "spatial_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"spatial_gate": "spatial_gate"}
 
     reduction: int = 2
     combine: Combine = "add"
@@ -72,7 +72,7 @@ class scSE(Attention, kw_only=True):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        self.channel = SE(
+        self.channel: SE = SE(
             reduction=self.reduction,
             hidden_features=self.hidden_features,
             act=self.act,
@@ -84,7 +84,7 @@ class scSE(Attention, kw_only=True):
             spatial_dims=self.spatial_dims,
             **common,
         )
-        self.spatial = nn.Dense(1, **common, **self.last_layer())
+        self.spatial: nn.Dense = nn.Dense(1, **common, **self.last_layer())
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.

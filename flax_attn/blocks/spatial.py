@@ -1,6 +1,8 @@
 """Spatial attention: the second half of CBAM."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
 
@@ -44,7 +46,7 @@ class SpatialAttention(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    gates = {"gate_of": "spatial_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"gate_of": "spatial_gate"}
 
     kernel_size: int = 7
     norm: ModuleDef | None = None

@@ -1,4 +1,4 @@
-"""Keys that do not fit, what is said of them, and what is left."""
+"""Keys that do not fit: what is reported, and what is kept."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +139,7 @@ def test_half_a_module(module, gone, expected):
     report = report_of(other | state)
     assert report.missing == [f"{module}{gone} {expected}"]
     assert not (report.unused or report.misshapen or report.repeated)
-    # The template knows better.
+    # With a template the same state converts.
     like = convert.to_flax(other | state, strict=False)
     assert_same(convert.to_flax(other | state, like=like), like)
 
@@ -177,7 +177,7 @@ def test_not_strict(capsys):
     assert_same(variables, expected)
     out = capsys.readouterr().out
     assert "  extra.weight (1,)\n" in out and "expected (2, 32)" in out
-    # Shapes alone give nothing to fill in with.
+    # A template of shapes has no values for what is missing.
     variables = convert.to_flax(state, like=SE_LIKE, strict=False)
     assert_same(variables, {"params/reduce/kernel": reduce})
     capsys.readouterr()

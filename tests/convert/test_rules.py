@@ -1,4 +1,4 @@
-"""Every rule: names, layouts and order of inputs, by state dicts in NumPy."""
+"""Every rule: names, layouts and order of inputs, with state dicts in NumPy."""
 
 from functools import partial
 

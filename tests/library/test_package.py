@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+import re
+import tomllib
 
 import pytest
 from flax import linen as nn
 
 import flax_attn
 from flax_attn import functional
+from tests.docs import markdown
 
 MODULES = [
     value
@@ -101,3 +104,20 @@ def test_options_are_keyword_only(function):
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty:
             assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+def test_submodules_that_are_imported_on_first_use():
+    assert {"convert", "nnx", "presets", "CBAM"} <= set(dir(flax_attn))
+    assert flax_attn.convert.to_flax
+    with pytest.raises(AttributeError, match="no attribute 'conver'"):
+        _ = flax_attn.conver
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    root = markdown.ROOT
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    name = project["urls"]["Repository"].removeprefix("https://github.com/")
+    files = ["pyproject.toml", "colab/flax_attn.py", ".github/CITATION.cff"]
+    for page in [*markdown.PAGES, *(root / file for file in files)]:
+        for found in re.findall(r"github[\w/.]*/([\w-]+/flax_attn)", page.read_text()):
+            assert found == name, page

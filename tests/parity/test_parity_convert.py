@@ -26,7 +26,7 @@ from tests import cases
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None
     or importlib.util.find_spec("timm") is None,
-    reason="the live comparison needs the extra `parity`",
+    reason="the live comparison needs the group `parity`",
 )
 
 
@@ -45,7 +45,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm, which imports torchvision for names that the tests do not use."""
+    """timm; it imports torchvision for names that the tests do not use."""
     import torch
 
     try:
@@ -64,7 +64,7 @@ def timm():
 
 
 def randomize(model, seed=0):
-    """Weights, scales and statistics such that every one of them counts."""
+    """Random weights, scales and statistics, so that each affects the output."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def logits_of(model, images):
         return model(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
 
 
-# What is read, to what is written in its place.
+# Names that are read, and the names written for them.
 ALIASES = {
     "shortcut.": "downsample.",
     "linear.": "fc.",
@@ -113,13 +113,13 @@ def written(key, rewritten):
 
 
 def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
-    """The same results, and every key and bit there and back."""
+    """Same outputs, and a round trip that keeps every key and bit."""
     import torch
 
     like = jax.eval_shape(ours.init, jax.random.key(0), images)
     variables = convert.to_flax(theirs.state_dict(), naming=naming, like=like)
     expected = logits_of(theirs, images)
-    # Forward alone, where the level changes the time to compile and no mask.
+    # Only the forward pass: without optimization it compiles faster.
     quick = {"xla_backend_optimization_level": 0}
     actual = jax.jit(ours.apply, compiler_options=quick)(variables, images)
     if actual.ndim == 4:
@@ -158,7 +158,7 @@ def test_live_pooled_shortcuts_of_odd_maps(timm):
     stages = (1, 1, 1, 1)
     theirs = randomize(resnet.ResNet(resnet.BasicBlock, stages, **options))
     ours = ResNet(stages, block=BasicBlock, num_classes=10, width=16, **D_VARIANT)
-    # The shortcuts halve 9x9, 5x5 and 3x3.
+    # The pooled shortcuts halve odd sizes: 9x9, 5x5 and 3x3.
     check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
 
 
@@ -238,7 +238,7 @@ def test_live_networks_for_cifar(names):
     attention = partial(flax_attn.CBAM, reduction=8, spatial_kernel_size=3)
     theirs = randomize(torch_named.ResNet8(make, **names))
     ours = cifar_resnet(8, num_classes=10, attention=attention)
-    # Written, the names are the usual ones.
+    # The names that are written are the usual ones.
     usual = torch_named.ResNet8(make)
     check(theirs, ours, cases.normal((2, 16, 16, 3), 0), "article", rewritten=usual)
 
@@ -266,7 +266,7 @@ def test_live_code_in_a_file_is_not_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is not a safetensors file"):
         convert.load("evil.safetensors")
     assert not Path("executed").exists() and not Path("out.safetensors").exists()
-    # The file does what it is meant to do.
+    # Unpickling the file would have run its code.
     pickle.loads(pickle.dumps(Evil()))
     assert Path("executed").exists()
 

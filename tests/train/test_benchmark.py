@@ -103,9 +103,9 @@ def refused(arguments, capsys):
 def test_extras_that_are_missing(capsys, monkeypatch):
     for module in (torch_blocks, tpu):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert "pip install -e '.[parity]'" in refused(["--against", "torch"], capsys)
+    assert "pip install --group parity" in refused(["--against", "torch"], capsys)
     line = refused(["--compile-for", "v5e:2x2", "--network"], capsys)
-    assert "pip install -e '.[tpu-aot]'" in line
+    assert "--group tpu-aot in an environment" in line
 
 
 def test_help_is_fast_and_names_all_blocks():
