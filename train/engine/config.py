@@ -20,6 +20,7 @@ LOADERS = ("device", "grain")
 FAMILIES = ("cifar", "imagenet")
 IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
 RESUMES = ("auto", "never")
+LOGGERS = ("tensorboard", "wandb")
 INITS = ("default", "identity")
 # The suffix of a block's name if it is initialized as the identity.
 IDENTITY = "+identity"
@@ -107,6 +108,9 @@ class Config:
     resume: Annotated[str, one_of(lambda: RESUMES)] = "auto"
     """What to do with a workdir that holds this run already: resume it (auto) or refuse
     (never)."""
+    logger: Annotated[str | None, one_of(lambda: LOGGERS)] = None
+    """Where the metrics go too, beside metrics.jsonl: tensorboard or wandb (Weights &
+    Biases); needs the extra of that name."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
@@ -147,8 +151,8 @@ def block_name(fields: Mapping[str, Any]) -> str:
 NOT_RECIPE = frozenset(
     {
         *("steps_per_call", "data_dir", "data_url", "workdir", "resume"),
-        *("checkpoint_every", "keep", "devices", "coordinator", "num_processes"),
-        *("process_id", "peer_timeout"),
+        *("logger", "checkpoint_every", "keep", "devices", "coordinator"),
+        *("num_processes", "process_id", "peer_timeout"),
     }
 )
 
@@ -205,6 +209,8 @@ def check_fields(config: Resolved) -> None:
         ("resume", RESUMES),
     ):
         check_choice(field, getattr(config, field), names)
+    if config.logger is not None:
+        check_choice("logger", config.logger, LOGGERS)
     _check_loader(config)
     for field in ("epochs", "batch_size", "steps_per_call", "image_size"):
         check_count(field, getattr(config, field))

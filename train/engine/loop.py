@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from train.data.inputs import Inputs
-from train.engine import devices, interrupt, workdir
+from train.engine import devices, interrupt, logger, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, Resolved
 from train.engine.model import (
@@ -133,6 +133,7 @@ class Training:
         self.evaluate = make_evaluate(inputs)
         self.folder: Path | None = None
         self.checkpoints: Checkpoints | None = None
+        self.log_epoch: logger.LogEpoch = lambda line, timing: None
         self.compiled = False
 
     @property
@@ -195,6 +196,7 @@ class Training:
         progress.losses, progress.accuracies = [], []
         progress.history.append(line)
         self._write_metrics()
+        self.log_epoch(line, progress.timing[-1])
         if epoch % self.config.checkpoint_every == 0 or epoch == self.epochs:
             self._save()
 
@@ -287,6 +289,7 @@ class Training:
             total, attention = count_parameters(self.progress.state.params)
             text = workdir.describe(self.config, total, attention, devices.describe())
             workdir.write(folder / workdir.RUN, text)
+            self.log_epoch = stack.enter_context(logger.opened(self.config, folder))
             return found
 
         found = devices.broadcast_from_main(devices.on_main(begin), template)
@@ -295,6 +298,10 @@ class Training:
         if found is not None:
             self._resume(*found)
         self._write_metrics()
+        for line, timing in zip(
+            self.progress.history, self.progress.timing, strict=True
+        ):
+            self.log_epoch(line, timing)
 
     def _resume(self, tree: Any, record: dict[str, Any]) -> None:
         state = self.progress.state.replace(
