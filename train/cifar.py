@@ -60,7 +60,7 @@ def _run(config: Config) -> None:
     devices.on_main(lambda: workdir.check_resumable(folder, config))
     images = loop.load(config)
     loop.check_batch(config, images)
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(folder.as_posix())  # Also understood on Windows.
     try:
         with interrupt.listening():
             run = loop.train(config, images, folder)
