@@ -8,10 +8,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
-import tyro
-
 from train.engine.command import exit_codes
 from train.engine.config import Config, one_of
+from train.engine.options import parse
 
 
 def _attentions() -> Iterable[str]:
@@ -44,7 +43,7 @@ def main(
 ) -> None:
     """Runs the command line ``args``, by default that of the process."""
     options = Options(**vars(default or Config()))
-    config = tyro.cli(Options, prog=f"python -m {prog}", args=args, default=options)
+    config = parse(Options, prog=prog, args=args, default=options)
     with exit_codes(prog):
         _run(config)
 
