@@ -108,18 +108,6 @@ def test_extras_that_are_missing(capsys, monkeypatch):
     assert "pip install -e '.[tpu-aot]'" in line
 
 
-def test_help_is_fast_and_names_all_blocks():
-    code = "import sys, train.benchmark; print({'jax', 'flax'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.stdout == "set()\n", result.stderr
-    result = run("--help")
-    names = result.stdout.split("Blocks: ")[1].split(".")[0].split(", ")
-    assert names == list(BLOCKS)
-    assert "--inside" in result.stdout and "without the block" in result.stdout
-
-
 def test_all_blocks_are_measured_by_default(capsys, monkeypatch):
     """And it names those without a counterpart in PyTorch."""
     asked = []
