@@ -64,8 +64,10 @@ def _run(config: Config) -> None:
         with interrupt.listening():
             run = loop.train(config, images, folder)
     except interrupt.Interrupted as error:
+        if not error.saved:
+            raise
         resume = f"{error} Resume by the same command with --workdir {quoted}."
-        raise interrupt.Interrupted(error.signal, resume) from None
+        raise interrupt.Interrupted(error.signal, resume, saved=True) from None
     if devices.is_main():
         print(run.summary())
         print(f"The run is in {quoted}. Next:\n  python -m train.report {quoted}")

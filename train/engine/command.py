@@ -46,7 +46,8 @@ def _stop_for(prog: str, error: Exception) -> None:
         message = " ".join(str(error).split())[:200]
         print(
             f"{prog}: another process of the run is gone ({message}); start all of "
-            "them again to resume from the last checkpoint.",
+            "them again with --workdir, the folder of this run, to resume from its "
+            "last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -363,8 +363,10 @@ class Training:
         where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
         newest = self._newest()
         if newest is None:
-            return interrupt.Interrupted(which, f"{where}nothing is saved.")
-        return interrupt.Interrupted(which, f"{where}the {newest}.")
+            return interrupt.Interrupted(
+                which, f"{where}nothing is saved.", saved=False
+            )
+        return interrupt.Interrupted(which, f"{where}the {newest}.", saved=True)
 
     def _newest(self) -> str | None:
         """Where the newest checkpoint is; waits for the current save."""
