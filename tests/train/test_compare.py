@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 
 def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
     def train(*_):
-        raise interrupt.Interrupted(signal.SIGTERM, "stopped; all is saved.")
+        raise interrupt.Interrupted(signal.SIGTERM, "stopped.", saved=True)
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "check_batch", lambda *_: None)
@@ -292,5 +292,5 @@ def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
     assert stop.value.code == 143
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "train.compare: none-seed0: stopped; all is saved."
+    assert last == "train.compare: none-seed0: stopped."
     assert not (tmp_path / "report.md").exists()
