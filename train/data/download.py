@@ -110,6 +110,10 @@ class _Progress(tqdm):
         self.least = least
         self.start, self.received = time.monotonic(), 0.0
 
+    def __bool__(self) -> bool:
+        """Pooch asks whether there is a bar; without a total, tqdm has no answer."""
+        return True
+
     def update(self, n: float | None = 1) -> bool | None:
         """Counts ``n`` more bytes."""
         now = time.monotonic()
