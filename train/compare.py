@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 
 from train.engine import config as config_lib
-from train.engine.command import exit_codes, stop
+from train.engine.command import debugging, exit_codes, stop
 from train.engine.config import Config
 from train.engine.options import parse
 from train.study import gates, logs
@@ -113,6 +113,8 @@ def _train(options: Options) -> bool:
                 run = loop.train(config, images, folder)
                 gates.save_gates(folder, run, images)
             except FloatingPointError as error:
+                if debugging():
+                    raise
                 # A result for this block; the other runs go on.
                 bar.write(f"{PROG}: {name}: {error}", file=sys.stderr)
                 all_finite = False

@@ -23,8 +23,13 @@ def test_tensorboard_gets_the_metrics_of_a_killed_run_once(
     config = Config(depth=8, batch_size=8, devices=1, epochs=3, logger="tensorboard")
     save = loop.Training._save
 
+    def read():
+        folder = str(tmp_path / "tensorboard")
+        return event_accumulator.EventAccumulator(folder).Reload()
+
     def killed_before_the_second_save(training):
         if len(training.progress.history) == 2:
+            assert [event.step for event in read().Tensors("test_loss")] == [5, 10]
             raise KeyboardInterrupt
         save(training)
 
@@ -34,7 +39,7 @@ def test_tensorboard_gets_the_metrics_of_a_killed_run_once(
             loop.train(config, images, tmp_path)
     run = loop.train(config, images, tmp_path)
     loop.train(config, images, tmp_path)  # Nothing is left to train.
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = read()
     found = {
         tag: [
             (event.step, tensor_util.make_ndarray(event.tensor_proto).item())

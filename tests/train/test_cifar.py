@@ -6,6 +6,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests import processes
@@ -125,3 +126,17 @@ def test_a_run_that_is_not_finite(tmp_path, capsys, monkeypatch):
     result = run_here(capsys, "--dataset", "digits", "--workdir", tmp_path / "run")
     assert result.returncode == 1 and not result.stdout
     assert result.stderr == "train.cifar: The loss is nan at epoch 1, step 2.\n"
+
+
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+def test_a_search_for_nan_keeps_the_traceback(flag, tmp_path, monkeypatch):
+    def train(*_):
+        raise FloatingPointError("invalid value (nan) encountered in log")
+
+    monkeypatch.setattr(loop, "train", train)
+    jax.config.update(flag, True)
+    try:
+        with pytest.raises(FloatingPointError, match="encountered in log"):
+            cifar.main(["--dataset", "digits", "--workdir", str(tmp_path / "run")])
+    finally:
+        jax.config.update(flag, False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_it_fits_in_80_columns(printed):
         assert "(default: )" not in text, name
     for name in ("cifar", "imagenet", "compare", "benchmark"):
         assert "None" not in printed[2][name], name
+
+
+def test_its_paragraphs_are_filled(printed):
+    """A line ends where the next word would not fit."""
+    lines = [line[1:-2].rstrip() for line in printed[2]["cifar"].splitlines()]
+    texts = [line if re.match(" {7}[^ ]", line) else "" for line in lines]
+    pairs = [(a, b) for a, b in pairwise(texts) if a and b]
+    assert len(pairs) > 20
+    for a, b in pairs:
+        assert len(f"{a} {b.split()[0]}") > 76, (a, b)
 
 
 def test_what_it_says(printed):

@@ -114,10 +114,15 @@ class _Progress(tqdm):
         """Pooch asks whether there is a bar; without a total, tqdm has no answer."""
         return True
 
+    def reset(self, total: float | None = None) -> None:
+        """Pooch calls it when the file is complete, to fill the bar at once."""
+        self.delay = 0
+        super().reset(total)
+
     def update(self, n: float | None = 1) -> bool | None:
         """Counts ``n`` more bytes."""
         now = time.monotonic()
-        if self.n == 0:  # The first bytes, or all of them again at the end.
+        if self.n == 0:  # The first bytes, or all of them after `reset`.
             self.start, self.received = now, 0.0
         elif now - self.start > WINDOW_SECONDS:
             speed = self.received / (now - self.start)

@@ -66,7 +66,8 @@ BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{post
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
     "A gradient or a batch statistic is not finite; the same command with "
-    "JAX_DEBUG_NANS=True in the environment stops where it is computed."
+    "JAX_DEBUG_NANS=True, or JAX_DEBUG_INFS=True for an infinity, in the environment "
+    "stops where it is computed."
 )
 
 
