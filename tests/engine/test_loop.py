@@ -129,11 +129,9 @@ def test_strict_dtype_promotion_in_the_steps_of_a_whole_network(
         network = loop.make_model(config, fed.num_classes)
         state = jax.eval_shape(lambda: loop.make_state(network, optimizer, key, 32))
         assert "stage3_block1" in state.params
-        after, metrics = jax.eval_shape(
-            loop.make_train_steps(config, fed),
-            *(state, fed.data, jax.random.key_data(key)),
-            next(fed.train_batches(1, 0, 1)),
-        )
+        arguments = (state, fed.data, jax.random.key_data(key))
+        arguments += (next(fed.train_batches(1, 0, 1)),)
+        after, metrics = jax.eval_shape(loop.make_train_steps(config, fed), *arguments)
     assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(
         lambda a: a.dtype, state
     )

@@ -165,9 +165,8 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
             f"`{attention}`, seed {seed}: the spatial gate of each stage's last block.",
             f"![Spatial gates of {attention}](gates-{attention}.png)",
         ]
-    command = (
-        f"python -m train.compare --report-only --workdir {shlex.quote(str(workdir))}"
-    )
+    quoted = shlex.quote(workdir.as_posix())
+    command = f"python -m train.compare --report-only --workdir {quoted}"
     parts += [
         "## Recipe",
         _bullets(f"{field}: {value}" for field, value in _notable(recipe).items()),
