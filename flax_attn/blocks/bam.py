@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
@@ -73,15 +72,10 @@ class BAM(Attention, kw_only=True):
     act: Callable[[Array], Array] = nn.relu
     use_bias: bool = True
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
-        return x * gate if self.identity_init else x * (1 + gate)
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, ``1 + gate``."""
+        gate = self.element_gate(x, mask)
+        return gate if self.identity_init else 1 + gate
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:

@@ -20,15 +20,22 @@ Width = int | Callable[[int], int]
 class Attention(nn.Module, kw_only=True):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
-    A subclass adds its own fields, declares in ``gates`` what it sows, and is called
-    with a map and an optional boolean mask ``(..., H, W)``::
+    A subclass adds its own fields and defines what the map is multiplied by; in
+    ``gates`` it declares what it sows::
 
       >>> class Energy(Attention, kw_only=True):
-      ...     def __call__(self, x, mask=None):
+      ...     def multiplier(self, x, mask=None):
       ...         x, _ = self.validated(x, mask)
-      ...         return self.scaled(x, self.gate_from(x**2))
+      ...         return self.gate_from(x**2)
       >>> Energy().apply({}, jnp.zeros((4, 4, 8))).shape
       (4, 4, 8)
+
+    The gates of one map multiply another by ``multiplier``, as in
+    ``low * block.multiplier(high)`` inside a module, or outside::
+
+      >>> block, low, high = Energy(), jnp.ones((8, 8, 8)), jnp.zeros((8, 8, 8))
+      >>> (low * block.apply({}, high, method="multiplier")).mean().item()
+      0.5
 
     All fields are keyword-only. Those that every block has:
 
@@ -70,8 +77,26 @@ class Attention(nn.Module, kw_only=True):
     spatial_dims: int = 2
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and a gate of positions is zero there.
+        """
+        x, _ = self.validated(x, mask)
+        return self.scaled(x, self.multiplier(x, mask))
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by: all its gates in one.
+
+        Shape ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)``. A block with
+        one gate need not define it, if the method in ``gates`` takes ``x, mask``.
+        """
+        if len(self.gates) != 1:
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} must define `multiplier`.")
+        (method,) = self.gates
+        gate: Array = getattr(self, method)(x, mask)
+        return gate
 
     def validated(self, x: Any, mask: Any = None) -> tuple[Array, Array | None]:
         """The input of the block: zero where masked, and the mask ``(..., H, W, 1)``.

@@ -70,13 +70,23 @@ class CBAM(Attention, kw_only=True):
     spatial_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
-    @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
 
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the spatial gate is zero there.
         """
+        y, _, spatial = self._halves(x, mask)
+        return self.scaled(y, spatial)
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, the product of its gates."""
+        _, channel, spatial = self._halves(x, mask)
+        return channel * spatial
+
+    @nn.compact
+    def _halves(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        """``x`` times its channel gate, that gate, and the spatial gate."""
         # Checked here as well, under the name that the user wrote.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
         common: dict[str, Any] = {
@@ -118,4 +128,4 @@ class CBAM(Attention, kw_only=True):
             spatial_dims=self.spatial_dims,
             implementation=self.implementation,
         )
-        return spatial.scaled(y, spatial.gate_of(maps.astype(y.dtype), mask))
+        return y, gate, spatial.gate_of(maps.astype(y.dtype), mask)

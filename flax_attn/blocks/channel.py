@@ -21,15 +21,6 @@ class ChannelBlock(Attention, kw_only=True):
 
     gates = {"channel_gate": "channel_gate"}
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.channel_gate(x, mask))
-
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         raise NotImplementedError(f"{type(self).__name__} must define channel_gate.")

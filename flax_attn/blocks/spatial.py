@@ -49,14 +49,9 @@ class SpatialAttention(Attention, kw_only=True):
     kernel_size: int = 7
     norm: ModuleDef | None = None
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.spatial_gate(x, mask))
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, its gate."""
+        return self.spatial_gate(x, mask)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_attn import nnx
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
     IMPLEMENTATIONS,
@@ -105,3 +107,28 @@ def test_the_fast_implementation_refuses_forward_mode(block):
     variables = variables_for(module, x)
     with pytest.raises(TypeError, match='implementation="plain"'):
         jax.jvp(partial(module.apply, variables), (x,), (x,))
+
+
+@blocks
+def test_the_multiplier_multiplies_back(block):
+    """In both APIs, with a mask and without, and at its start as the identity."""
+    x = normal((2, 5, 4, 16), 0)
+    mask = np.ones(x.shape[:-1], bool)
+    mask[1, 3:] = mask[1, :, 2:] = False
+    linen = BLOCKS[block](use_bias=True)
+    started = BLOCKS[block](identity_init=True)
+    variables = variables_for(linen, x)
+    native = nnx.native(BLOCKS[block])(16, use_bias=True, rngs=flax.nnx.Rngs(0))
+    nnx.from_linen(native, variables)
+
+    @jax.jit
+    def run(x):
+        def pair(module, mask=None):
+            gated = module.apply(variables, x, mask)
+            return gated, module.apply(variables, x, mask, method="multiplier")
+
+        in_nnx = native(x, mask), native.multiplier(x, mask)
+        return pair(linen), pair(linen, mask), pair(started), in_nnx
+
+    for (y, multiplier), within in zip(run(x), (1, mask[..., None]) * 2, strict=True):
+        np.testing.assert_allclose(x * within * multiplier, y, rtol=1e-5, atol=1e-6)
