@@ -41,8 +41,8 @@ class BAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r; the hidden width of both branches is ``max(C // r, 1)``
-        (default: 16).
+      reduction: divisor r, or a ratio; the hidden width of both branches is
+        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
       dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
@@ -65,7 +65,7 @@ class BAM(Attention, kw_only=True):
 
     gates = {"element_gate": "element_gate"}
 
-    reduction: int = 16
+    reduction: int | float = 16
     dilation: int = 4
     hidden_features: Width | None = None
     norm: ModuleDef | None = None

@@ -1,6 +1,7 @@
 """What a block is, and what the blocks share beside the arithmetic."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -41,8 +42,7 @@ class Attention(nn.Module, kw_only=True):
 
     Attributes:
       gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether the layers add a bias; a bias before a norm, which has one of
-        its own, is left out (default: False; of BAM: True).
+      use_bias: whether the layers add a bias (default: False; of BAM: True).
       dtype: the dtype of the result (default: infer from input and params). Means are
         accumulated in float32 or wider whatever this is.
       param_dtype: the dtype passed to parameter initializers (default: float32).
@@ -75,6 +75,13 @@ class Attention(nn.Module, kw_only=True):
     implementation: Implementation = "fast"
     identity_init: bool = False
     spatial_dims: int = 2
+
+    def __post_init__(self) -> None:
+        """Makes blocks with equal fields equal, so that jit knows them again."""
+        for name, value in vars(self).copy().items():
+            if type(value) is partial:
+                object.__setattr__(self, name, _comparable(value))
+        super().__post_init__()
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
@@ -122,11 +129,18 @@ class Attention(nn.Module, kw_only=True):
         """The initializers of a layer before the last one."""
         return {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
 
-    def last_layer(self) -> dict[str, Any]:
-        """The initializers of the layer that makes the logits."""
+    def last_layer(self, *, normalized: bool | None = None) -> dict[str, Any]:
+        """The initializers of the layer that makes the logits.
+
+        Args:
+          normalized: whether a norm follows it (default: None, whether the block has a
+            ``norm``).
+        """
+        if normalized is None:
+            normalized = getattr(self, "norm", None) is not None
         # Before a norm, zeros would be amplified or leave nothing to learn from: there
         # the norm's scale starts at zero instead.
-        if self.identity_init and getattr(self, "norm", None) is None:
+        if self.identity_init and not normalized:
             return {name: zeros_like(init) for name, init in self.first_layer().items()}
         return self.first_layer()
 
@@ -135,6 +149,12 @@ class Attention(nn.Module, kw_only=True):
         checks.check_callable("gate", self.gate)
         if not self.identity_init:
             return self.gate(logits)
+        if isinstance(self.gate, nn.Module):
+            raise ValueError(
+                "`identity_init` doubles the gate, so `gate` must be a function that "
+                f"is 0.5 at 0, got the module {type(self.gate).__name__}, whose "
+                "parameters may change that; pass nn.sigmoid, or identity_init=False."
+            )
         with jax.ensure_compile_time_eval():
             # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
             at_zero = float(jax.jit(self.gate)(jnp.zeros(())))
@@ -148,27 +168,42 @@ class Attention(nn.Module, kw_only=True):
     def normalized(
         self, norm: ModuleDef | None, x: Array, mask: Array | None, *, name: str
     ) -> Array:
-        """``x`` through ``norm``, if any, over what ``mask`` admits."""
+        """``x``, the logits, through ``norm``, if any, over what ``mask`` admits."""
         if norm is None:
             return x
-        module = self._make_norm(norm, name)
+        return self.over_valid(self.make_norm(norm, name), x, mask)
+
+    def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
+        """``x`` through the module ``norm``, over what ``mask`` admits."""
         if mask is None:
-            return module(x)
+            return norm(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
         # NaN: a row, or for statistics of the batch, the whole of it.
         axes = tuple(range(-1 - self.spatial_dims, -1))
-        shared = hasattr(module, "use_running_average")
+        shared = hasattr(norm, "use_running_average")
         valid = mask.any(None if shared else axes, keepdims=True)
-        return module(x, mask=mask | ~valid)
+        return norm(x, mask=mask | ~valid)
 
-    def _make_norm(self, norm: ModuleDef, name: str) -> Any:
+    def make_norm(self, norm: ModuleDef, name: str, *, last: bool = True) -> Any:
+        """The module that ``norm`` makes.
+
+        Args:
+          norm: what makes it.
+          name: its name.
+          last: whether it makes the logits, which start at zero with ``identity_init``
+            (default: True).
+
+        Raises:
+          ValueError: ``norm`` makes no module, or with ``identity_init`` one that has
+            no scale.
+        """
         if isinstance(norm, nn.Module) or not callable(norm):
             raise ValueError(
                 "`norm` must make a module, such as nn.BatchNorm or a "
                 f"functools.partial of it, got {norm!r}; pass "
                 "partial(nn.BatchNorm, use_running_average=not train)."
             )
-        if not self.identity_init:
+        if not (self.identity_init and last):
             return norm(name=name)
         try:
             module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
@@ -177,6 +212,28 @@ class Attention(nn.Module, kw_only=True):
         if not getattr(module, "use_scale", True):
             raise ValueError(_NO_SCALE.format(norm))
         return module
+
+
+class _Partial(partial[Any]):
+    """A ``functools.partial`` that equals those of the same function and arguments."""
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.func, self.args, frozenset(self.keywords.items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Partial) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def _comparable(made: partial[Any]) -> partial[Any]:
+    same = _Partial(made.func, *made.args, **made.keywords)
+    try:
+        hash(same)
+    except TypeError:  # An argument that is no value, such as an array.
+        return made
+    return same
 
 
 def zeros_like(init: Initializer) -> Initializer:

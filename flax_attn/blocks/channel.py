@@ -6,14 +6,22 @@ excite (an MLP or a 1-D convolution), so one function builds all of their gates.
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, Conv, Width, width_of
-from flax_attn.functional import Array, Excite, Padding, Pool, checks
+from flax_attn.blocks.base import Attention, Conv, ModuleDef, Width, width_of
+from flax_attn.functional import Array, Excite, Padding, checks
+
+PoolDef = Literal["avg", "max", "avg+max"] | Callable[..., Array]
+"""A squeeze over H and W: by name, or called as ``jnp.std`` is."""
+Pools = Literal["both", "avg+max"]
+"""Whether mean and maximum are used side by side, or half the sum of the two."""
+
+POOLS = (*functional.POOLS, "avg+max")
+BOTH_POOLS: tuple[Pools, ...] = ("both", "avg+max")
 
 
 class ChannelBlock(Attention, kw_only=True):
@@ -30,11 +38,14 @@ class ChannelBlock(Attention, kw_only=True):
         x: Array,
         mask: Array | None,
         *,
-        pools: tuple[Pool, ...],
+        pools: tuple[PoolDef, ...],
         excite: Callable[..., Any],
+        norm: ModuleDef | None = None,
     ) -> Array:
-        """The gate, sown, of ``x`` squeezed by ``pools`` and excited by ``excite``."""
-        gate = self.gate_from(channel_logits(self, x, mask, pools=pools, excite=excite))
+        """The gate, sown, of what ``channel_logits`` returns for these arguments."""
+        gate = self.gate_from(
+            channel_logits(self, x, mask, pools=pools, excite=excite, norm=norm)
+        )
         self.sow("intermediates", "channel_gate", gate)
         return gate
 
@@ -56,11 +67,19 @@ class SE(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 16).
+      reduction: divisor r; the hidden width is ``max(C // r, 1)``, so 1 where r > C. Or
+        a ratio below 1: the width is ``ratio * C``, rounded (default: 16).
+      divisor: what the hidden width is a multiple of, the nearest one and at least
+        ``divisor`` itself, as timm's ``rd_divisor`` (default: None, no rounding).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
-      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
-      act: activation between the two layers (default: nn.relu).
+      pool: squeeze over H and W: ``"avg"``, ``"max"``, or ``"avg+max"``, half the sum
+        of the two. Or a function called as ``jnp.std(x, axis=axes, keepdims=True)``,
+        with ``where=`` where the block has a mask (default: "avg").
+      norm: module between the two layers, such as ``partial(nn.BatchNorm,
+        use_running_average=not train)``; called as Flax's norms are, with ``mask=``
+        where the block has a mask (default: None).
+      act: activation between the two layers, after the norm (default: nn.relu).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -72,15 +91,17 @@ class SE(ChannelBlock, kw_only=True):
     https://arxiv.org/abs/1709.01507, 2017.
     """
 
-    reduction: int = 16
+    reduction: int | float = 16
+    divisor: int | None = None
     hidden_features: Width | None = None
-    pool: Pool = "avg"
+    pool: PoolDef = "avg"
+    norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return self.sown_gate(x, mask, pools=(self.pool,), excite=mlp)
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=mlp, norm=self.norm)
 
 
 class ECA(ChannelBlock, kw_only=True):
@@ -106,7 +127,7 @@ class ECA(ChannelBlock, kw_only=True):
         widths: 3, 5, 5, 7 in the four stages of a ResNet-50.
       gamma: slope divisor of the rule for k, not 0 (default: 2).
       b: offset of the rule for k (default: 1).
-      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
+      pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
       padding: what stands beyond the first and last channel, ``"zeros"`` or
         ``"circular"`` (default: "zeros").
 
@@ -122,7 +143,7 @@ class ECA(ChannelBlock, kw_only=True):
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
-    pool: Pool = "avg"
+    pool: PoolDef = "avg"
     padding: Padding = "zeros"
 
     @nn.compact
@@ -152,8 +173,12 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the MLP; the hidden width is ``max(C // r, 1)``
-        (default: 16).
+      reduction: divisor r of the MLP, or a ratio; the hidden width is ``max(C // r,
+        1)``, see ``SE.reduction`` (default: 16).
+      divisor: what the hidden width is a multiple of, see ``SE.divisor``
+        (default: None).
+      pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites half the sum of
+        the two squeezes instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
       hidden_features: the MLP's hidden width itself, at least 1, or a function from C
         to it; it overrides ``reduction`` (default: None).
@@ -163,7 +188,9 @@ class ChannelAttention(ChannelBlock, kw_only=True):
       b: offset of the rule for k (default: 1).
       padding: what the convolution finds beyond the first and last channel,
         ``"zeros"`` or ``"circular"`` (default: "zeros").
-      act: activation between the MLP's layers (default: nn.relu).
+      norm: module between the MLP's layers, see ``SE.norm``; it normalizes either
+        squeeze on its own (default: None).
+      act: activation between the MLP's layers, after the norm (default: nn.relu).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -176,21 +203,34 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    reduction: int = 16
+    reduction: int | float = 16
+    divisor: int | None = None
+    pool: Pools = "both"
     excite: Excite = "mlp"
     hidden_features: Width | None = None
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     padding: Padding = "zeros"
+    norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         checks.check_choice("excite", self.excite, functional.EXCITES)
-        excite = mlp if self.excite == "mlp" else _conv
-        return self.sown_gate(x, mask, pools=functional.POOLS, excite=excite)
+        checks.check_choice("pool", self.pool, BOTH_POOLS)
+        pools: tuple[PoolDef, ...] = ("avg+max",)
+        if self.pool == "both":
+            pools = functional.POOLS
+        if self.excite == "conv":
+            if self.norm is not None:
+                raise ValueError(
+                    "`norm` goes between the layers of the MLP, so `excite` must be "
+                    '"mlp", got "conv"; leave `norm` out.'
+                )
+            return self.sown_gate(x, mask, pools=pools, excite=_conv)
+        return self.sown_gate(x, mask, pools=pools, excite=mlp, norm=self.norm)
 
 
 def channel_logits(
@@ -198,38 +238,103 @@ def channel_logits(
     x: Array,
     mask: Array | None,
     *,
-    pools: tuple[Pool, ...],
+    pools: tuple[PoolDef, ...],
     excite: Callable[..., Any],
+    norm: ModuleDef | None = None,
 ) -> Array:
-    """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
+    """Squeezes by each of ``pools``, excites all alike, and sums the logits.
+
+    ``norm``, if any, goes between the layers of ``excite``, which must be ``mlp``.
+    """
     x = checks.check_feature_map(x, spatial_dims=module.spatial_dims)
+    mask = checks.check_mask(mask, x)
+    if norm is not None:
+        axes = tuple(range(-1 - module.spatial_dims, -1))
+        rows = None if mask is None else mask.any(axes, keepdims=True)
+        made = module.make_norm(norm, "reduce_norm", last=False)
+        excite = partial(excite, norm=lambda s: module.over_valid(made, s, rows))
     logits_of = excite(module, x.shape[-1])
-    squeeze = partial(
+    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
+    dtype = module.dtype or x.dtype
+    squeezed = [squeeze(module, x, mask, pool).astype(dtype) for pool in pools]
+    # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
+    return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
+
+
+def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> Array:
+    """``x`` reduced over H and W to size 1; ``mask`` is ``(..., H, W, 1)``."""
+    if callable(pool):
+        return _squeeze_by(pool, x, mask, module.spatial_dims)
+    checks.check_choice("pool", pool, POOLS)
+    by = partial(
         functional.squeeze_spatial,
         x,
-        mask=checks.check_mask(mask, x),
+        mask=mask,
         spatial_dims=module.spatial_dims,
         implementation=module.implementation,
     )
-    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
-    squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
-    # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
-    return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
+    if pool != "avg+max":
+        return by(pool=pool)
+    mean = by(pool="avg")
+    return mean / 2 + by(pool="max").astype(mean.dtype) / 2
+
+
+def _squeeze_by(
+    pool: Callable[..., Array], x: Array, mask: Array | None, spatial_dims: int
+) -> Array:
+    axes = tuple(range(-1 - spatial_dims, -1))
+    where = {}
+    if mask is not None:
+        # What has nothing valid is squeezed as it is, which is zero.
+        where["where"] = mask | ~mask.any(axes, keepdims=True)
+    y = pool(functional.apply_mask(x, mask), axis=axes, keepdims=True, **where)
+    ones = (1,) * spatial_dims
+    expected = (*x.shape[: -1 - spatial_dims], *ones, x.shape[-1])
+    if jnp.shape(y) != expected:
+        raise ValueError(
+            "`pool` is a function, which must reduce `axis` to size 1, got shape "
+            f"{jnp.shape(y)} for {expected}; return what jnp.std does with "
+            "keepdims=True."
+        )
+    return y
 
 
 def hidden_width(module: Attention, features: int) -> int:
     """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
-        checks.check_positive("reduction", module.reduction)
-        hidden = max(features // module.reduction, 1)
+        divisor = getattr(module, "divisor", None)
+        hidden = _reduced(features, module.reduction, divisor)
     hidden = width_of("hidden_features", hidden, features)
     checks.check_positive("hidden_features", hidden)
     return hidden
 
 
-def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
+def _reduced(features: int, reduction: int | float, divisor: int | None) -> int:
+    is_ratio = isinstance(reduction, float) and 0 < reduction < 1
+    if not is_ratio and (not checks.is_int(reduction) or reduction < 1):
+        raise ValueError(
+            "`reduction` must be an integer of at least 1, or a ratio between 0 and 1, "
+            f"got {reduction!r}; pass e.g. 16 or 1 / 16."
+        )
+    if divisor is None and not is_ratio:
+        return max(int(features // reduction), 1)
+    divisor = 1 if divisor is None else divisor
+    checks.check_positive("divisor", divisor)
+    width = features * reduction if is_ratio else features / reduction
+    return max(int(width + divisor / 2) // divisor * divisor, divisor)
+
+
+def mlp(
+    module: Attention,
+    features: int,
+    *,
+    norm: Callable[[Array], Array] | None = None,
+) -> Callable[[Array], Array]:
+    """The two layers C -> h -> C, as a function of stacked descriptors ``(P, ..., C)``.
+
+    ``norm``, if any, goes between them, over the descriptors of one pool at a time.
+    """
     layer = partial(
         nn.Dense,
         use_bias=module.use_bias,
@@ -240,9 +345,18 @@ def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
     reduce = layer(
         hidden_width(module, features), **module.first_layer(), name="reduce"
     )
-    expand = layer(features, **module.last_layer(), name="expand")
+    # The field `norm` of SE is inside, that of BAM follows.
+    last = module.last_layer(normalized=None if norm is None else False)
+    expand = layer(features, **last, name="expand")
     checks.check_callable("act", module.act)
-    return lambda s: expand(module.act(reduce(s)))
+
+    def logits(s: Array) -> Array:
+        s = reduce(s)
+        if norm is not None:
+            s = jnp.stack([norm(of_pool) for of_pool in s])
+        return expand(module.act(s))
+
+    return logits
 
 
 def _conv(module: Attention, features: int) -> Callable[[Array], Array]:

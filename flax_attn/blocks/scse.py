@@ -38,8 +38,8 @@ class scSE(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel half; its hidden width is ``max(C // r, 1)``
-        (default: 2).
+      reduction: divisor r of the channel half, or a ratio; its hidden width is
+        ``max(C // r, 1)``, see ``SE.reduction`` (default: 2).
       combine: what makes one map of the two, element by element: ``"add"`` as in the
         paper or ``"max"`` as in its successor (default: "add").
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
@@ -59,7 +59,7 @@ class scSE(Attention, kw_only=True):
 
     gates = {"spatial_gate": "spatial_gate"}
 
-    reduction: int = 2
+    reduction: int | float = 2
     combine: Combine = "add"
     hidden_features: Width | None = None
     act: Callable[[Array], Array] = nn.relu

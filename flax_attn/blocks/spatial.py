@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, Conv, ModuleDef
+from flax_attn.blocks.channel import BOTH_POOLS, Pools
 from flax_attn.functional import Array, checks
 
 
@@ -28,6 +29,8 @@ class SpatialAttention(Attention, kw_only=True):
 
     Attributes:
       kernel_size: k, any odd size (default: 7).
+      pool: ``"both"``, two maps as in the paper, or ``"avg+max"``, one map that is half
+        their sum; the kernel is ``(k, k, 1, 1)`` then (default: "both").
       norm: module between the convolution and the gate, such as
         ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
         official code; called as Flax's norms are, with ``mask=`` where the block has a
@@ -47,6 +50,7 @@ class SpatialAttention(Attention, kw_only=True):
     gates = {"gate_of": "spatial_gate"}
 
     kernel_size: int = 7
+    pool: Pools = "both"
     norm: ModuleDef | None = None
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
@@ -66,13 +70,16 @@ class SpatialAttention(Attention, kw_only=True):
         They are to be zero where ``mask`` is False, as the convolution's padding is.
         """
         checks.check_odd("kernel_size", self.kernel_size)
+        checks.check_choice("pool", self.pool, BOTH_POOLS)
+        if self.pool == "avg+max":
+            maps = maps.mean(-1, keepdims=True)
         logits = Conv(
             partial(
                 functional.conv_spatial,
                 precision=self.precision,
                 implementation=self.implementation,
             ),
-            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, 2, 1),
+            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, maps.shape[-1], 1),
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
