@@ -129,18 +129,11 @@ class Attention(nn.Module, kw_only=True):
         """The initializers of a layer before the last one."""
         return {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
 
-    def last_layer(self, *, normalized: bool | None = None) -> dict[str, Any]:
-        """The initializers of the layer that makes the logits.
-
-        Args:
-          normalized: whether a norm follows it (default: None, whether the block has a
-            ``norm``).
-        """
-        if normalized is None:
-            normalized = getattr(self, "norm", None) is not None
+    def last_layer(self) -> dict[str, Any]:
+        """The initializers of the layer that makes the logits."""
         # Before a norm, zeros would be amplified or leave nothing to learn from: there
         # the norm's scale starts at zero instead.
-        if self.identity_init and not normalized:
+        if self.identity_init and getattr(self, "norm", None) is None:
             return {name: zeros_like(init) for name, init in self.first_layer().items()}
         return self.first_layer()
 
@@ -166,12 +159,21 @@ class Attention(nn.Module, kw_only=True):
         return 2 * self.gate(logits)
 
     def normalized(
-        self, norm: ModuleDef | None, x: Array, mask: Array | None, *, name: str
+        self,
+        norm: ModuleDef | None,
+        x: Array,
+        mask: Array | None,
+        *,
+        name: str,
+        is_last: bool = True,
     ) -> Array:
-        """``x``, the logits, through ``norm``, if any, over what ``mask`` admits."""
+        """``x`` through ``norm``, if any, over what ``mask`` admits.
+
+        ``is_last``: it makes the logits, so it starts at zero with ``identity_init``.
+        """
         if norm is None:
             return x
-        return self.over_valid(self.make_norm(norm, name), x, mask)
+        return self.over_valid(self._make_norm(norm, name, is_last), x, mask)
 
     def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
         """``x`` through the module ``norm``, over what ``mask`` admits."""
@@ -184,26 +186,14 @@ class Attention(nn.Module, kw_only=True):
         valid = mask.any(None if shared else axes, keepdims=True)
         return norm(x, mask=mask | ~valid)
 
-    def make_norm(self, norm: ModuleDef, name: str, *, last: bool = True) -> Any:
-        """The module that ``norm`` makes.
-
-        Args:
-          norm: what makes it.
-          name: its name.
-          last: whether it makes the logits, which start at zero with ``identity_init``
-            (default: True).
-
-        Raises:
-          ValueError: ``norm`` makes no module, or with ``identity_init`` one that has
-            no scale.
-        """
+    def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
         if isinstance(norm, nn.Module) or not callable(norm):
             raise ValueError(
                 "`norm` must make a module, such as nn.BatchNorm or a "
                 f"functools.partial of it, got {norm!r}; pass "
                 "partial(nn.BatchNorm, use_running_average=not train)."
             )
-        if not (self.identity_init and last):
+        if not (self.identity_init and is_last):
             return norm(name=name)
         try:
             module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)

@@ -40,12 +40,9 @@ class ChannelBlock(Attention, kw_only=True):
         *,
         pools: tuple[PoolDef, ...],
         excite: Callable[..., Any],
-        norm: ModuleDef | None = None,
     ) -> Array:
-        """The gate, sown, of what ``channel_logits`` returns for these arguments."""
-        gate = self.gate_from(
-            channel_logits(self, x, mask, pools=pools, excite=excite, norm=norm)
-        )
+        """The gate, sown, of ``x`` squeezed by ``pools`` and excited by ``excite``."""
+        gate = self.gate_from(channel_logits(self, x, mask, pools=pools, excite=excite))
         self.sow("intermediates", "channel_gate", gate)
         return gate
 
@@ -76,10 +73,10 @@ class SE(ChannelBlock, kw_only=True):
       pool: squeeze over H and W: ``"avg"``, ``"max"``, or ``"avg+max"``, half the sum
         of the two. Or a function called as ``jnp.std(x, axis=axes, keepdims=True)``,
         with ``where=`` where the block has a mask (default: "avg").
-      norm: module between the two layers, such as ``partial(nn.BatchNorm,
-        use_running_average=not train)``; called as Flax's norms are, with ``mask=``
-        where the block has a mask (default: None).
-      act: activation between the two layers, after the norm (default: nn.relu).
+      hidden_norm: module between ``reduce`` and ``act``, such as
+        ``partial(nn.BatchNorm, use_running_average=not train)``; called as Flax's norms
+        are, with ``mask=`` where the block has a mask (default: None).
+      act: activation between the two layers (default: nn.relu).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -95,13 +92,14 @@ class SE(ChannelBlock, kw_only=True):
     divisor: int | None = None
     hidden_features: Width | None = None
     pool: PoolDef = "avg"
-    norm: ModuleDef | None = None
+    hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return self.sown_gate(x, mask, pools=(self.pool,), excite=mlp, norm=self.norm)
+        excite = _normalized_mlp(self, x, mask)
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=excite)
 
 
 class ECA(ChannelBlock, kw_only=True):
@@ -188,9 +186,9 @@ class ChannelAttention(ChannelBlock, kw_only=True):
       b: offset of the rule for k (default: 1).
       padding: what the convolution finds beyond the first and last channel,
         ``"zeros"`` or ``"circular"`` (default: "zeros").
-      norm: module between the MLP's layers, see ``SE.norm``; it normalizes either
-        squeeze on its own (default: None).
-      act: activation between the MLP's layers, after the norm (default: nn.relu).
+      hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; it
+        normalizes either squeeze on its own (default: None).
+      act: activation between the MLP's layers (default: nn.relu).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
@@ -212,7 +210,7 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     gamma: float = 2
     b: float = 1
     padding: Padding = "zeros"
-    norm: ModuleDef | None = None
+    hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
@@ -224,13 +222,14 @@ class ChannelAttention(ChannelBlock, kw_only=True):
         if self.pool == "both":
             pools = functional.POOLS
         if self.excite == "conv":
-            if self.norm is not None:
+            if self.hidden_norm is not None:
                 raise ValueError(
-                    "`norm` goes between the layers of the MLP, so `excite` must be "
-                    '"mlp", got "conv"; leave `norm` out.'
+                    "`hidden_norm` goes between the layers of the MLP, so `excite` "
+                    'must be "mlp", got "conv"; leave `hidden_norm` out.'
                 )
             return self.sown_gate(x, mask, pools=pools, excite=_conv)
-        return self.sown_gate(x, mask, pools=pools, excite=mlp, norm=self.norm)
+        excite = _normalized_mlp(self, x, mask)
+        return self.sown_gate(x, mask, pools=pools, excite=excite)
 
 
 def channel_logits(
@@ -240,19 +239,10 @@ def channel_logits(
     *,
     pools: tuple[PoolDef, ...],
     excite: Callable[..., Any],
-    norm: ModuleDef | None = None,
 ) -> Array:
-    """Squeezes by each of ``pools``, excites all alike, and sums the logits.
-
-    ``norm``, if any, goes between the layers of ``excite``, which must be ``mlp``.
-    """
+    """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
     x = checks.check_feature_map(x, spatial_dims=module.spatial_dims)
     mask = checks.check_mask(mask, x)
-    if norm is not None:
-        axes = tuple(range(-1 - module.spatial_dims, -1))
-        rows = None if mask is None else mask.any(axes, keepdims=True)
-        made = module.make_norm(norm, "reduce_norm", last=False)
-        excite = partial(excite, norm=lambda s: module.over_valid(made, s, rows))
     logits_of = excite(module, x.shape[-1])
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     dtype = module.dtype or x.dtype
@@ -326,14 +316,11 @@ def _reduced(features: int, reduction: int | float, divisor: int | None) -> int:
 
 
 def mlp(
-    module: Attention,
-    features: int,
-    *,
-    norm: Callable[[Array], Array] | None = None,
+    module: Attention, features: int, act: Callable[[Array], Array] | None = None
 ) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of stacked descriptors ``(P, ..., C)``.
+    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``.
 
-    ``norm``, if any, goes between them, over the descriptors of one pool at a time.
+    ``act`` stands between them in the place of the module's.
     """
     layer = partial(
         nn.Dense,
@@ -345,18 +332,28 @@ def mlp(
     reduce = layer(
         hidden_width(module, features), **module.first_layer(), name="reduce"
     )
-    # The field `norm` of SE is inside, that of BAM follows.
-    last = module.last_layer(normalized=None if norm is None else False)
-    expand = layer(features, **last, name="expand")
+    expand = layer(features, **module.last_layer(), name="expand")
     checks.check_callable("act", module.act)
+    act = act or module.act
+    return lambda s: expand(act(reduce(s)))
 
-    def logits(s: Array) -> Array:
-        s = reduce(s)
-        if norm is not None:
-            s = jnp.stack([norm(of_pool) for of_pool in s])
-        return expand(module.act(s))
 
-    return logits
+def _normalized_mlp(
+    module: SE | ChannelAttention, x: Array, mask: Array | None
+) -> Callable[..., Any]:
+    """``mlp`` with the norm of ``module``, if any, before its activation."""
+    if module.hidden_norm is None:
+        return mlp
+    x, valid = module.validated(x, mask)
+    axes = tuple(range(-1 - module.spatial_dims, -1))
+    rows = None if valid is None else valid.any(axes, keepdims=True)
+    norm = module._make_norm(module.hidden_norm, "reduce_norm", is_last=False)
+
+    def act(s: Array) -> Array:
+        # Of one pool at a time, as if the MLP were called once for each.
+        return module.act(jnp.stack([module.over_valid(norm, row, rows) for row in s]))
+
+    return partial(mlp, act=act)
 
 
 def _conv(module: Attention, features: int) -> Callable[[Array], Array]:

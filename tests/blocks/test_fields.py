@@ -139,7 +139,7 @@ def test_fields_reach_the_computation():
     changes = [
         (SE, {"pool": "max"}),
         (SE, {"pool": "avg+max"}),
-        (SE, {"norm": nn.LayerNorm}),
+        (SE, {"hidden_norm": nn.LayerNorm}),
         (SE, {"act": nn.gelu}),
         (SE, {"gate": nn.hard_sigmoid}),
         (ECA, {"pool": "max"}),
@@ -201,8 +201,8 @@ def test_initializers_and_their_dtype():
         (CBAM(pool="avg"), '`pool` must be "both" or "avg\\+max", got \'avg\''),
         (SpatialAttention(pool="avg"), '`pool` must be "both" or'),
         (
-            ChannelAttention(excite="conv", norm=nn.LayerNorm),
-            '`excite` must be "mlp", got "conv"; leave `norm` out',
+            ChannelAttention(excite="conv", hidden_norm=nn.LayerNorm),
+            '`excite` must be "mlp", got "conv"; leave `hidden_norm` out',
         ),
         (ECA(pool=None), "`pool` must be .* got None"),
         (ECA(kernel_size=4), "`kernel_size` must be an odd .* got 4.* as 5"),

@@ -85,8 +85,8 @@ def test_identity_needs_a_norm_with_a_scale(norm):
 def test_a_norm_between_the_layers():
     """Of either squeeze on its own; the start as the identity is not its business."""
     norm = partial(nn.LayerNorm, use_fast_variance=False)
-    module = ChannelAttention(reduction=2, norm=norm, **PLAIN)
-    start = SE(norm=NORMS["batch"], identity_init=True, **PLAIN)
+    module = ChannelAttention(reduction=2, hidden_norm=norm, **PLAIN)
+    start = SE(hidden_norm=NORMS["batch"], identity_init=True, **PLAIN)
     x = normal((2, 3, 4, 8), 1)
     variables = variables_for(module, x)
 
@@ -132,7 +132,8 @@ def test_a_row_of_nothing_before_a_norm(block, norm):
     x = normal((3, 5, 4, CHANNELS), 1)
     mask = np.ones(x.shape[:-1], bool)
     mask[1] = False
-    module = block(norm=NORMS[norm], **PLAIN)
+    field = "hidden_norm" if block is ChannelAttention else "norm"
+    module = block(**{field: NORMS[norm]}, **PLAIN)
     variables = variables_for(module, x)
 
     def loss(params, x, mask):

@@ -16,11 +16,11 @@ MODULES = [
 ]
 TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
 FIELDS = {
-    "SE": "reduction divisor hidden_features pool norm act gate use_bias",
+    "SE": "reduction divisor hidden_features pool hidden_norm act gate use_bias",
     "ECA": "kernel_size gamma b pool padding gate use_bias",
     "ESE": "pool gate use_bias",
     "ChannelAttention": "reduction divisor pool excite hidden_features kernel_size "
-    "gamma b padding norm act gate use_bias",
+    "gamma b padding hidden_norm act gate use_bias",
     "SpatialAttention": "kernel_size pool norm gate use_bias",
     "CBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
     "kernel_size gamma b spatial_norm act gate use_bias",
@@ -43,6 +43,7 @@ DEFAULTS = {
     "padding": "zeros",
     "excite": "mlp",
     "norm": None,
+    "hidden_norm": None,
     "spatial_norm": None,
     "spatial_kernel_size": 7,
     "dtype": None,

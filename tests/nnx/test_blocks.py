@@ -15,7 +15,6 @@ from jax.sharding import AxisType
 
 import flax_attn.nnx
 from flax_attn import blocks
-from flax_attn.blocks import channel
 from tests.cases import normal, variables_for
 
 every_block = pytest.mark.parametrize("name", blocks.BLOCKS)
@@ -35,17 +34,25 @@ every_class = pytest.mark.parametrize("name", representative(blocks.BLOCKS))
 SHAPE = (4, 6, 5, 16)
 X, COTANGENT = normal(SHAPE, 1), normal(SHAPE, 2)
 MASK = np.arange(5) < np.array([5, 3, 0, 4])[:, None, None] * np.ones((6, 1))
-WITH_NORM = {
-    type(make()): name
-    for name, make in reversed(blocks.BLOCKS.items())
-    if {"norm", "spatial_norm"} & vars(make()).keys()
-}.values()
-with_norm = pytest.mark.parametrize("name", representative(WITH_NORM))
+NORM_FIELDS = ("spatial_norm", "norm", "hidden_norm")
 
 
 def norm_field(name):
-    has_field = hasattr(blocks.BLOCKS[name](), "spatial_norm")
-    return "spatial_norm" if has_field else "norm"
+    block = blocks.BLOCKS[name]()
+    return next((field for field in NORM_FIELDS if hasattr(block, field)), None)
+
+
+# One of each class, under its first name.
+WITH_NORM = {
+    type(make()): name
+    for name, make in reversed(blocks.BLOCKS.items())
+    if norm_field(name)
+}.values()
+with_norm = pytest.mark.parametrize("name", representative(WITH_NORM))
+# Only a norm that makes the logits starts at zero.
+with_last_norm = pytest.mark.parametrize(
+    "name", [name for name in WITH_NORM if norm_field(name) != "hidden_norm"]
+)
 
 
 def pair(name, x=X, **fields):
@@ -316,15 +323,7 @@ def test_a_norm_of_each_sample_is_that_of_linen(name):
     )
 
 
-# In channel blocks the norm is between the layers, and the last one starts at zero.
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in WITH_NORM
-        if not isinstance(blocks.BLOCKS[name](), channel.ChannelBlock)
-    ],
-)
+@with_last_norm
 def test_a_norm_that_starts_as_the_identity(name):
     make = partial(flax_attn.nnx.create, name, 16, rngs=nnx.Rngs(0), identity_init=True)
     field = norm_field(name)

@@ -192,7 +192,7 @@ def test_live_blocks_of_timm(timm):
         (SEModule(64), presets.timm_se()),
         (
             SEModule(64, add_maxpool=True, **se),
-            presets.timm_se(reduction=0.3, divisor=4, pool="avg+max", norm=NORM),
+            presets.timm_se(reduction=0.3, divisor=4, pool="avg+max", hidden_norm=NORM),
         ),
         (EffectiveSEModule(64), presets.timm_ese()),
         (EffectiveSEModule(64, add_maxpool=True), presets.timm_ese(pool="avg+max")),
