@@ -84,7 +84,7 @@ def test_identity_needs_a_norm_with_a_scale(norm):
 
 def test_a_norm_between_the_layers():
     """Of either squeeze on its own; the start as the identity is not its business."""
-    norm = partial(nn.LayerNorm, use_fast_variance=False)
+    norm = partial(nn.GroupNorm, num_groups=1, use_fast_variance=False)
     module = ChannelAttention(reduction=2, hidden_norm=norm, **PLAIN)
     start = SE(hidden_norm=NORMS["batch"], identity_init=True, **PLAIN)
     x = normal((2, 3, 4, 8), 1)
