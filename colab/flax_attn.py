@@ -81,7 +81,7 @@ for name in flax_attn.BLOCKS:
 # %%
 # @title What to train { display-mode: "form" }
 dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
-attention = "cbam"  # @param ["none", "se", "se-max", "eca", "ese", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "bam", "scse", "scse-max"]
+attention = "cbam"  # @param ["none", "se", "se-max", "eca", "ese", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "lcbam", "bam", "scse", "scse-max"]
 init = "default"  # @param ["default", "identity"]
 depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
 epochs = 5  # @param {type:"integer"}

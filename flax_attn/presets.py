@@ -30,7 +30,9 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``timm_se``                     ``se``: biases, hidden width a multiple of 8
 ``timm_eca``                    ``eca``: width by the formula, at least 3
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
+``timm_ese``                    ``ese``: bias, hard sigmoid
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
+``timm_lcbam(train=...)``       ``lcbam``: the same with one squeeze in each half
 ==============================  ======================================================
 
 "article" is the one that the README names; it follows the papers' equations.
@@ -56,7 +58,15 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
-from flax_attn.blocks import CBAM, ECA, SE, ChannelAttention, SpatialAttention
+from flax_attn.blocks import (
+    CBAM,
+    ECA,
+    ESE,
+    SE,
+    ChannelAttention,
+    LightCBAM,
+    SpatialAttention,
+)
 from flax_attn.functional import Array, checks
 
 __all__ = [
@@ -76,6 +86,8 @@ __all__ = [
     "timm_cbam",
     "timm_ceca",
     "timm_eca",
+    "timm_ese",
+    "timm_lcbam",
     "timm_se",
 ]
 
@@ -201,14 +213,15 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
         checks.check_odd("widths", width)
     return partial(
         ECA,
-        kernel_size=partial(_width_of, dict(widths)),
+        kernel_size=partial(_width_of, tuple(widths.items())),
         padding="zeros",
         use_bias=False,
         kernel_init=_TORCH_UNIFORM,
     )
 
 
-def _width_of(widths: Mapping[int, int], features: int) -> int:
+def _width_of(stages: tuple[tuple[int, int], ...], features: int) -> int:
+    widths = dict(stages)
     if features not in widths:
         raise ValueError(
             f"`x` must have {' or '.join(map(str, widths))} channels, for which this "
@@ -288,16 +301,6 @@ def _batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
     )
 
 
-def _timm_se_width(features: int) -> int:
-    """C / 16 to the nearest multiple of 8, halves up, and at least 8."""
-    return max((features + 64) // 128 * 8, 8)
-
-
-def _timm_cbam_width(features: int) -> int:
-    """C / 16 to the nearest integer, halves up, and at least 1."""
-    return max((features + 8) // 16, 1)
-
-
 def _timm_eca_width(features: int) -> int:
     return max(functional.eca_kernel_size(features, gamma=2, b=1), 3)
 
@@ -305,7 +308,8 @@ def _timm_eca_width(features: int) -> int:
 timm_se: partial[SE] = _documented(
     partial(
         SE,
-        hidden_features=_timm_se_width,
+        reduction=16,
+        divisor=8,
         pool="avg",
         use_bias=True,
         kernel_init=_TORCH_UNIFORM,
@@ -315,6 +319,17 @@ timm_se: partial[SE] = _documented(
     Both layers have biases; the hidden width is C / 16 rounded to a multiple of 8, at
     least 8.
     """,
+)
+
+timm_ese: partial[ESE] = _documented(
+    partial(
+        ESE,
+        pool="avg",
+        gate=nn.hard_sigmoid,
+        use_bias=True,
+        kernel_init=_TORCH_UNIFORM,
+    ),
+    """timm's ``ese``, ``timm.layers.EffectiveSEModule``: a bias and a hard sigmoid.""",
 )
 
 timm_eca: partial[ECA] = _documented(
@@ -364,9 +379,33 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
     return partial(
         CBAM,
         excite="mlp",
-        hidden_features=_timm_cbam_width,
+        reduction=16,
+        divisor=1,
         spatial_kernel_size=7,
         spatial_norm=_batch_norm(train=train, momentum=0.9),
         use_bias=False,
         kernel_init=_TORCH_UNIFORM,
     )
+
+
+def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
+    """timm's ``lcbam``, ``timm.layers.cbam.LightCbamModule``.
+
+    Widths, norm and start are those of ``timm_cbam``::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> x = jnp.ones((2, 8, 8, 24))
+      >>> block = presets.timm_lcbam(train=False)()
+      >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params["spatial"])
+      {'conv': {'kernel': (7, 7, 1, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``LightCBAM`` with the fields of timm.
+    """
+    return partial(LightCBAM, **timm_cbam(train=train).keywords)

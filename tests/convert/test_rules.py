@@ -51,6 +51,11 @@ def spatial(torch, flax, order):
     return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 2, 3, 5), move)}
 
 
+def one_map(torch, flax):
+    move = partial(np.einsum, "oihw->hwio")
+    return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 1, 3, 5), move)}
+
+
 def timm(torch, flax):
     """The rules of timm's blocks in a module ``torch``."""
     return [
@@ -59,6 +64,9 @@ def timm(torch, flax):
         along(f"{torch}conv", f"{flax}conv"),
         spatial(f"{torch}conv.conv", f"{flax}conv", (1, 0))
         | norm(f"{torch}conv.bn", f"{flax}norm"),
+        norm(f"{torch}bn", f"{flax}reduce_norm"),
+        dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
+        one_map(f"{torch}spatial.conv.conv", f"{flax}spatial/conv"),
         dense(f"{torch}channel.fc1", f"{flax}channel/reduce", axes=(1, 1))
         | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))

@@ -54,6 +54,7 @@ OUTPUTS = {
 INSIDE = {
     "cbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "cbam-conv": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
+    "lcbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "scse": {"channel/channel_gate/0", "spatial_gate/0"},
     "scse-max": {"channel/channel_gate/0", "spatial_gate/0"},
 }

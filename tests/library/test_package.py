@@ -19,18 +19,22 @@ MODULES = [
 ]
 TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
 FIELDS = {
-    "SE": "reduction hidden_features pool act gate use_bias",
+    "SE": "reduction divisor hidden_features pool hidden_norm act gate use_bias",
     "ECA": "kernel_size gamma b pool padding gate use_bias",
-    "ChannelAttention": "reduction excite hidden_features kernel_size gamma b padding "
-    "act gate use_bias",
-    "SpatialAttention": "kernel_size norm gate use_bias",
-    "CBAM": "reduction spatial_kernel_size excite hidden_features kernel_size gamma b "
-    "spatial_norm act gate use_bias",
+    "ESE": "pool gate use_bias",
+    "ChannelAttention": "reduction divisor pool excite hidden_features kernel_size "
+    "gamma b padding hidden_norm act gate use_bias",
+    "SpatialAttention": "kernel_size pool norm gate use_bias",
+    "CBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
+    "kernel_size gamma b spatial_norm act gate use_bias",
+    "LightCBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
+    "kernel_size gamma b spatial_norm act gate use_bias",
     "BAM": "reduction dilation hidden_features norm act gate use_bias",
     "scSE": "reduction combine hidden_features act gate use_bias",
 }
 DEFAULTS = {
     "reduction": 16,
+    "divisor": None,
     "hidden_features": None,
     "pool": "avg",
     "act": nn.relu,
@@ -42,6 +46,7 @@ DEFAULTS = {
     "padding": "zeros",
     "excite": "mlp",
     "norm": None,
+    "hidden_norm": None,
     "spatial_norm": None,
     "spatial_kernel_size": 7,
     "dtype": None,
@@ -49,6 +54,10 @@ DEFAULTS = {
 }
 OTHER_DEFAULTS = {
     ("SpatialAttention", "kernel_size"): 7,
+    ("ChannelAttention", "pool"): "both",
+    ("SpatialAttention", "pool"): "both",
+    ("CBAM", "pool"): "both",
+    ("LightCBAM", "pool"): "avg+max",
     ("BAM", "use_bias"): True,
     ("scSE", "reduction"): 2,
 }

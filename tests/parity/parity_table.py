@@ -94,6 +94,12 @@ def _eca(widths):
 
 MLP = {"reduce": "fc1", "expand": "fc2"}
 CONV = {"conv": "conv"}
+CBAM = {
+    "channel/reduce": "channel.fc1",
+    "channel/expand": "channel.fc2",
+    "spatial/conv": "spatial.conv.conv",
+    "spatial/norm": "spatial.conv.bn",
+}
 # 20, 24 and 200 are not multiples of 16; below 8, timm's ECA is wider than the formula.
 PRESETS = [
     Preset(
@@ -130,18 +136,28 @@ PRESETS = [
         (64, 20),
     ),
     Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
+    Preset(
+        "timm: `ese`",
+        "timm_ese",
+        _timm("squeeze_excite", "EffectiveSEModule"),
+        {"excite": "fc"},
+        (6, 200),
+    ),
     Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
     Preset("timm: `ceca`", "timm_ceca", _timm("eca", "CecaModule"), CONV, (6, 20, 128)),
+    Preset(
+        "timm: `lcbam`",
+        "timm_lcbam",
+        _timm("cbam", "LightCbamModule"),
+        CBAM,
+        (64, 24),
+        shares_ties=True,
+    ),
     Preset(
         "timm: `cbam`",
         "timm_cbam",
         _timm("cbam", "CbamModule"),
-        {
-            "channel/reduce": "channel.fc1",
-            "channel/expand": "channel.fc2",
-            "spatial/conv": "spatial.conv.conv",
-            "spatial/norm": "spatial.conv.bn",
-        },
+        CBAM,
         (64, 24),
         mean_first=True,
         shares_ties=True,

@@ -177,11 +177,26 @@ def test_live_networks_of_torchvision(timm):
 
 @needs_torch
 def test_live_blocks_of_timm(timm):
-    from timm.layers import EcaModule, SEModule
-    from timm.layers.cbam import CbamModule, ChannelAttn, SpatialAttn
+    import torch
+    from timm.layers import EcaModule, EffectiveSEModule, SEModule
+    from timm.layers.cbam import (
+        CbamModule,
+        ChannelAttn,
+        LightCbamModule,
+        SpatialAttn,
+    )
+
+    se = {"rd_ratio": 0.3, "rd_divisor": 4, "norm_layer": torch.nn.BatchNorm2d}
 
     pairs = [
         (SEModule(64), presets.timm_se()),
+        (
+            SEModule(64, add_maxpool=True, **se),
+            presets.timm_se(reduction=0.3, divisor=4, pool="avg+max", hidden_norm=NORM),
+        ),
+        (EffectiveSEModule(64), presets.timm_ese()),
+        (EffectiveSEModule(64, add_maxpool=True), presets.timm_ese(pool="avg+max")),
+        (LightCbamModule(64), presets.timm_lcbam(train=False)()),
         (EcaModule(64), flax_attn.ECA()),
         (ChannelAttn(64), flax_attn.ChannelAttention(hidden_features=4)),
         (SpatialAttn(5), flax_attn.SpatialAttention(kernel_size=5, norm=NORM)),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flax_attn import presets
+from flax_attn.blocks.channel import hidden_width
 from tests import cases
 from tests.parity import parity_table, timm_layers
 
@@ -32,7 +33,7 @@ def test_widths_for_any_number_of_channels():
             (presets.timm_cbam(train=False), 1),
         ):
             expected = timm.make_divisible(channels / 16, divisor, round_limit=0.0)
-            assert preset.keywords["hidden_features"](channels) == expected, channels
+            assert hidden_width(preset(), channels) == expected, channels
     for channels in (*range(1, 20), *(2**i for i in range(5, 14)), 54, 320, 1000, 8191):
         for preset, module in (
             (presets.timm_eca, timm.eca.EcaModule),
