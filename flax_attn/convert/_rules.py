@@ -136,6 +136,7 @@ _SE = (
     Rule("fc2", "expand", _DENSE_AS_CONV),
 )
 _ECA = (Rule("conv", "conv", _ALONG_CHANNELS),)
+_TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
 _TIMM_SPATIAL = (
     Rule("conv.conv", "conv", _MEAN_MAX),
     Rule("conv.bn", "norm", _NORM),
@@ -182,6 +183,7 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
         *_SE,
         *_ECA,
+        *_TIMM_ESE,
         *_TIMM_SPATIAL,
         *(rule.under("channel.", "channel/") for rule in _SE),
         *(rule.under("spatial.", "spatial/") for rule in _TIMM_SPATIAL),
@@ -239,6 +241,10 @@ _TIMM_DEEP_STEM = (
     Rule("conv1.4", "norm_stem2", _NORM),
     Rule("conv1.6", "conv_stem3", _CONV),
 )
+_TIMM_STEM_POOL = (
+    Rule("maxpool.0", "conv_stem_pool", _CONV),
+    Rule("maxpool.1", "norm_stem_pool", _NORM),
+)
 _TIMM_POOLED_SHORTCUT = (
     Rule("downsample.1", "conv_pooled_shortcut", _CONV),
     Rule("downsample.2", "norm_pooled_shortcut", _NORM),
@@ -257,7 +263,7 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     """The rules for modules outside of residual blocks."""
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
-        rules += _TIMM_DEEP_STEM
+        rules += _TIMM_DEEP_STEM + _TIMM_STEM_POOL
     return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
 
 

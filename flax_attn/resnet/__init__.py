@@ -17,15 +17,19 @@ from flax_attn.resnet._network import (
     cifar_resnet,
     imagenet_resnet,
 )
+from flax_attn.resnet._pretrained import Preprocessing, Pretrained, from_pretrained
 
 __all__ = [
     "ATTENTIONS",
     "IMAGENET_STAGES",
     "BasicBlock",
     "BottleneckBlock",
+    "Preprocessing",
+    "Pretrained",
     "ResNet",
     "check_cifar_depth",
     "check_imagenet_depth",
     "cifar_resnet",
+    "from_pretrained",
     "imagenet_resnet",
 ]
