@@ -63,6 +63,7 @@ def timm(torch, flax):
         | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
         | norm(f"{torch}spatial.conv.bn", f"{flax}spatial/norm"),
+        dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
     ]
 
 
@@ -123,7 +124,9 @@ RULES = {
         | norm("conv1.1", "norm_stem1")
         | conv("conv1.3", "conv_stem2")
         | norm("conv1.4", "norm_stem2")
-        | conv("conv1.6", "conv_stem3"),
+        | conv("conv1.6", "conv_stem3")
+        | conv("maxpool.0", "conv_stem_pool")
+        | norm("maxpool.1", "norm_stem_pool"),
         conv("layer1.0.downsample.1", "stage1_block1/conv_pooled_shortcut")
         | norm("layer1.0.downsample.2", "stage1_block1/norm_pooled_shortcut"),
     ],
