@@ -125,11 +125,11 @@ def from_pretrained(
         variables = convert.to_flax(state, naming="timm", like=like)
     except convert.ConversionError as error:
         # The whole list may have hundreds of lines; it is in the cause.
-        lines = str(error).splitlines()
-        first = next((line.strip() for line in lines if line[:1] == " "), lines[0])
+        headline, *lines = str(error).splitlines()
+        reason = " ".join(line.strip() for line in lines[:2]) or headline
         raise ValueError(
             f"{weights_path} does not fit the {config['architecture']!r} of "
-            f"{config_path} ({first}); one of the two was changed."
+            f"{config_path} ({reason}); one of the two was changed."
         ) from error
     variables = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), variables, like)
     return Pretrained(model, variables, _preprocessing(config))

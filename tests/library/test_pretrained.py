@@ -151,11 +151,12 @@ def test_missing_extras(tmp_path, monkeypatch, module):
 
 
 def test_files_that_were_changed(tmp_path):
-    assert "head/kernel (16, 3): expected (16, 4)" in error_of(tmp_path)
-    tiny_hub.write(
-        tmp_path, model_args={"layers": [1, 2], "channels": [8, 16]}, num_classes=3
-    )
-    assert "'seresnet18' of" in error_of(tmp_path)
+    shape = {"layers": [1, 1], "channels": [8, 16]}
+    tiny_hub.write(tmp_path, model_args=shape, num_classes=4)
+    message = error_of(tmp_path)
+    assert "2 of the wrong shape: fc.bias as params/head/bias (3,): exp" in message
+    tiny_hub.write(tmp_path, model_args=shape | {"layers": [1, 2]})
+    assert "14 missing: batch_stats/stage2_block2" in error_of(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     assert "is truncated" in error_of(tmp_path)
