@@ -18,9 +18,9 @@ from flax_attn.resnet._blocks import BasicBlock, BottleneckBlock
 from flax_attn.resnet._network import IMAGENET_STAGES
 
 _NAME = re.compile(
-    r"(?P<attention>se|eca)?(?P<wide>wide_)?resne(?P<next>x?)t(?P<kind>aa|blur|rs)?"
+    r"(?P<attention>se|eca)?(?P<wide>wide_)?resnex?t(?P<kind>aa|blur|rs)?"
     r"(?P<depth>[0-9]+|light)(?P<stem>[cdst])?"
-    r"(?(next)(?:_(?P<groups>[0-9]+)x(?P<width>[0-9]+)d)?)(?(wide)_2)"
+    r"(?:_(?P<groups>[0-9]+)x(?P<width>[0-9]+)d)?(?(wide)_2)"
 )
 _BASIC = (10, 18, 34)
 _STAGES: Mapping[str, tuple[int, ...]] = {
@@ -102,7 +102,7 @@ def arguments_of(architecture: str) -> dict[str, Any]:
     depth = match["depth"]
     basic = depth.isdigit() and int(depth) in _BASIC
     found: dict[str, Any] = {"block": 1 if basic else 4, "layers": _STAGES[depth]}
-    stem = "d" if match["kind"] == "rs" or depth == "201" else match["stem"]
+    stem = "d" if match["kind"] == "rs" else match["stem"]
     if stem:
         wide = stem == "s" or depth == "201"
         found["stem_type"] = "deep_tiered" if stem == "t" else "deep"

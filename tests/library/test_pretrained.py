@@ -111,7 +111,7 @@ def test_the_hub(hub):
         ("RepositoryNotFoundError", ValueError, "`source` must be a folder or file"),
         ("GatedRepoError", ValueError, "asks you to agree to its terms"),
         ("RevisionNotFoundError", ValueError, "`revision` must be .* got 'v9'"),
-        ("RemoteEntryNotFoundError", ValueError, "which has none"),
+        ("EntryNotFoundError", ValueError, "which has none"),
         ("LocalEntryNotFoundError", ConnectionError, "cannot be reached"),
         ("HfHubHTTPError", ConnectionError, r"does not give .* \(503 busy\)"),
     ],
