@@ -183,7 +183,6 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
         *_SE,
         *_ECA,
-        *_TIMM_ESE,
         *_TIMM_SPATIAL,
         *(rule.under("channel.", "channel/") for rule in _SE),
         *(rule.under("spatial.", "spatial/") for rule in _TIMM_SPATIAL),
@@ -214,7 +213,7 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
 }
 # The attention of a residual block, by its names there.
 _RESIDUAL_ATTENTION: dict[Naming, tuple[Rule, ...]] = {
-    "timm": tuple(rule.under("se.", "") for rule in BLOCK_RULES["timm"]),
+    "timm": tuple(r.under("se.", "") for r in (*BLOCK_RULES["timm"], *_TIMM_ESE)),
     "article": tuple(rule.under("attention.", "") for rule in BLOCK_RULES["article"]),
     "official": (
         *(rule.under("cbam.", "") for rule in _OFFICIAL_CBAM),
@@ -263,7 +262,8 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     """The rules for modules outside of residual blocks."""
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
-        rules += _TIMM_DEEP_STEM + _TIMM_STEM_POOL
+        # After the head, which is an `fc` too.
+        rules += _TIMM_DEEP_STEM + _TIMM_STEM_POOL + _TIMM_ESE
     return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
 
 
