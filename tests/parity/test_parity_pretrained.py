@@ -1,6 +1,7 @@
 """Pretrained networks from folders that timm writes, and the list of those covered."""
 
 import importlib.util
+import json
 import re
 from unittest import mock
 
@@ -47,13 +48,14 @@ def test_logits_and_maps(timm, tmp_path, name):
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
     model, variables, preprocessing = from_pretrained(tmp_path)
 
-    config = timm.data.resolve_model_data_config(theirs)
+    written = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    config = timm.data.resolve_data_config(pretrained_cfg=written)
     assert preprocessing.mean == tuple(config["mean"])
     assert preprocessing.std == tuple(config["std"])
     assert preprocessing.input_size == tuple(config["input_size"][1:])
     for key in ("interpolation", "crop_pct", "crop_mode"):
         assert getattr(preprocessing, key) == config[key]
-    config = timm.data.resolve_model_data_config(theirs, use_test_size=True)
+    config = timm.data.resolve_data_config(pretrained_cfg=written, use_test_size=True)
     assert preprocessing.test_input_size == tuple(config["input_size"][1:])
     assert preprocessing.test_crop_pct == config["crop_pct"]
 
