@@ -136,6 +136,7 @@ _SE = (
     Rule("fc2", "expand", _DENSE_AS_CONV),
 )
 _ECA = (Rule("conv", "conv", _ALONG_CHANNELS),)
+# In a residual block alone: elsewhere `fc` is the head.
 _TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
 _TIMM_SPATIAL = (
     Rule("conv.conv", "conv", _MEAN_MAX),
@@ -262,8 +263,7 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     """The rules for modules outside of residual blocks."""
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
-        # After the head, which is an `fc` too.
-        rules += _TIMM_DEEP_STEM + _TIMM_STEM_POOL + _TIMM_ESE
+        rules += _TIMM_DEEP_STEM + _TIMM_STEM_POOL
     return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
 
 

@@ -63,7 +63,6 @@ def timm(torch, flax):
         | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
         | norm(f"{torch}spatial.conv.bn", f"{flax}spatial/norm"),
-        dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
     ]
 
 
@@ -120,6 +119,7 @@ RULES = {
         *COMMON,
         *timm("", ""),
         *timm("layer3.1.se.", "stage3_block2/attention/"),
+        dense("layer3.1.se.fc", "stage3_block2/attention/excite", axes=(1, 1)),
         conv("conv1.0", "conv_stem1")
         | norm("conv1.1", "norm_stem1")
         | conv("conv1.3", "conv_stem2")

@@ -124,7 +124,9 @@ def test_errors_of_the_hub(tmp_path, monkeypatch, error, kind, message):
     def fail(*arguments, **options):
         assert options["revision"] == "v9"
         # Their constructors want a response.
-        raise BaseException.__new__(error, "503 busy\nand more")
+        raised = error.__new__(error)
+        raised.args = ("503 busy\nand more",)
+        raise raised
 
     monkeypatch.setattr(library, "hf_hub_download", fail)
     with pytest.raises(kind, match=message) as found:
