@@ -7,9 +7,9 @@ The same is a command, which needs no model::
 Modules are translated by name. ``naming`` selects the names of the PyTorch side:
 
 * ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, as in most SENets in
-  PyTorch, and so is ESE's ``fc`` in a residual block; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and
-  ``spatial.conv.bn``, with the inputs [mean, max], which are swapped here. In a
-  residual block all of it is under ``se``.
+  PyTorch; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and ``spatial.conv.bn``, with
+  the inputs [mean, max], which are swapped here. In a residual block all of it is under
+  ``se``, and ESE is ``se.fc``.
 * ``"torchvision"``: ResNets without attention, and ``torchvision.ops``'s
   ``SqueezeExcitation``.
 * ``"article"``: the classes of the article, with ``fc_layers.0``, ``fc_layers.2`` and
