@@ -82,18 +82,34 @@ def test_half_precision_is_averaged_in_single():
     assert cam.dtype == jnp.float32
 
 
-class Several(nn.Module):
-    """A layer that is called twice, one in a loop, and one that returns no map."""
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(2, (1, 1), name="conv")(x), None
 
+
+class Several(nn.Module):
     @nn.compact
     def __call__(self, x):
         twice = nn.Conv(2, (1, 1), name="twice")
-        x = nn.Conv(2, (1, 1), name="once")(twice(twice(x)))
-        loop = nn.scan(
-            nn.Conv, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
-        )
-        x, _ = Loop(name="loop")(x, None) if False else (x, loop)
+        params = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        loop = nn.scan(Step, **params, length=2)(name="loop")
+        x, _ = loop(twice(twice(x)), None)
         return nn.Dense(3, name="head")(x.mean((-3, -2)))
+
+
+@pytest.mark.parametrize(
+    "layer, says",
+    [
+        ("twice", "got 'twice', which is called 2 times"),
+        ("loop/conv", "got 'loop/conv', which is inside nn.scan or nn.vmap"),
+    ],
+)
+def test_a_layer_is_called_once(layer, says):
+    x = normal((1, 4, 4, 2), 0)
+    variables = jax.eval_shape(Several().init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(partial(grad_cam, Several(), layer=layer, label=0), variables, x)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,7 @@ class Several(nn.Module):
 )
 def test_what_it_refuses(options, says):
     x = normal((2, 4, 4, 2), 0)
+    variables = jax.eval_shape(Model().init, jax.random.key(0), x)
     arguments = {"layer": "conv", "label": 0} | options
     with pytest.raises(ValueError, match=says):
-        grad_cam(Model(), variables_for(Model(), x), x, **arguments)
+        jax.eval_shape(partial(grad_cam, Model(), **arguments), variables, x)
