@@ -57,6 +57,7 @@ def plot(
     try:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError(
             "`plot` needs matplotlib, which is not installed: pip install matplotlib."
@@ -83,8 +84,8 @@ def plot(
             "attention_maps returns."
         )
 
-    size = (PANEL_INCHES * (1 + 2 * len(columns)) + 0.4, PANEL_INCHES * len(images) + 1)
-    figure = Figure(figsize=size, layout="constrained")
+    size = (PANEL_INCHES * (1 + 2 * len(columns)) + 0.4, PANEL_INCHES * len(images) + 0.8)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06))
     axes = figure.subplots(len(images), 1 + 2 * len(columns), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
