@@ -53,7 +53,8 @@ def grad_cam(
         normalization must use its running average.
       x: its input, such as images ``(N, H, W, 3)``.
       layer: path of a submodule whose output is a map ``(..., h, w, C)``, names joined
-        by slashes as in ``attention_maps``; usually that of the last map.
+        by slashes as in ``attention_maps``; usually that of the last map. Attention
+        that ``insert`` put behind it counts as part of it.
       label: the class, from 0 to K - 1: an integer, or an integer array ``(...)``, one
         for each input. Not checked if it is traced.
       *args: further arguments of the call.
