@@ -84,7 +84,8 @@ def plot(
             "attention_maps returns."
         )
 
-    size = (PANEL_INCHES * (1 + 2 * len(columns)) + 0.4, PANEL_INCHES * len(images) + 0.8)
+    width = PANEL_INCHES * (1 + 2 * len(columns)) + 0.4
+    size = (width, PANEL_INCHES * len(images) + 0.8)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06))
     axes = figure.subplots(len(images), 1 + 2 * len(columns), squeeze=False)
     for axis in axes.flat:
