@@ -187,7 +187,8 @@ from flax_attn.resnet import cifar_resnet
 mesh = Mesh(np.array(jax.devices()), ("batch",))
 split = NamedSharding(mesh, PartitionSpec("batch"))
 whole = NamedSharding(mesh, PartitionSpec())
-batch_size = max(1, 128 // mesh.size) * mesh.size
+wanted = 64 if dataset == "digits" else 128
+batch_size = max(1, wanted // mesh.size) * mesh.size
 steps = len(train_images) // batch_size
 
 make_attention = None
