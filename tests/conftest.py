@@ -34,7 +34,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def quick_compilations():
-    """For programs that run for moments, of blocks without a maximum, as ``QUICK``."""
+    """For programs that run for moments and prove nothing about the optimizer."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -17,6 +17,9 @@ import flax_attn.nnx
 from flax_attn import blocks
 from tests.cases import normal, variables_for
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 every_block = pytest.mark.parametrize("name", blocks.BLOCKS)
 # What NNX does to a module depends on its layers and blocks inside, not on more.
 REPRESENTATIVE = {"se", "cbam", "bam"}
