@@ -112,7 +112,7 @@ def test_every_attention_takes_part(attention):
     apply = partial(model.apply, mutable=["intermediates"])
     _, state = jax.eval_shape(apply, variables, x)
     gates = jax.tree.leaves(state)
-    two = attention.startswith(("cbam", "scse"))
+    two = attention.startswith(("cbam", "lcbam", "scse"))
     per_block = 0 if attention == "none" else 1 + two
     assert len(gates) == 3 * per_block
 
