@@ -10,9 +10,6 @@ import pytest
 from flax_attn.blocks import BLOCKS
 from tests.cases import IMPLEMENTATIONS, normal, variables_for
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 blocks = pytest.mark.parametrize("block", BLOCKS)
 
 

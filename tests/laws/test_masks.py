@@ -15,9 +15,6 @@ from tests.cases import (
     variables_for,
 )
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 SIZES = {1: (9,), 2: (5, 4), 3: (3, 5, 4)}
 CHANNELS = 20
 blocks = pytest.mark.parametrize("block", BLOCKS)
