@@ -37,6 +37,7 @@ class Recipe(Config):
     attention: tyro.conf.Suppress[str] = BASELINE
     init: tyro.conf.Suppress[Literal["default", "identity"]] = "default"
     preset: tyro.conf.Suppress[str | None] = None
+    attention_lr_scale: tyro.conf.Suppress[float] = 1.0
     seed: tyro.conf.Suppress[int] = 0
     workdir: tyro.conf.Suppress[Path | None] = None
     # A comparison always resumes, in one process.
@@ -53,8 +54,9 @@ class Options:
 
     attentions: tuple[str, ...] = (BASELINE, "se", "eca", "cbam")
     """Blocks to compare, or published variants such as timm_cbam; with +identity after
-    its name, such as se+identity, a block starts as the identity. The baseline none is
-    added where it is left out."""
+    its name, such as se+identity, a block starts as the identity, and with +0.1lr, such
+    as cbam+0.1lr or cbam+identity+0.1lr, its parameters have a tenth of the learning
+    rate. The baseline none is added where it is left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each trains every block once. One alone gives no interval."""
     workdir: Path = Path("runs/compare")
@@ -149,8 +151,12 @@ def plan(options: Options) -> list[Config]:
     """
     from train.engine.attention import attention_fields  # With jax.
 
-    for field in ("attentions", "seeds"):
-        values = getattr(options, field)
+    blocks = [attention_fields(name) for name in options.attentions]
+    named = {
+        "attentions": [config_lib.block_name(fields) for fields in blocks],
+        "seeds": options.seeds,
+    }
+    for field, values in named.items():
         if not values:
             raise ValueError(f"`{field}` must be at least one, got none.")
         twice = sorted({str(value) for value in values if values.count(value) > 1})
@@ -159,17 +165,16 @@ def plan(options: Options) -> list[Config]:
                 f"`{field}` must differ from each other, got {', '.join(twice)} more "
                 "than once; name each once."
             )
-    attentions = options.attentions
-    if BASELINE not in attentions:
-        attentions = (BASELINE, *attentions)
+    if BASELINE not in options.attentions:
+        blocks.insert(0, attention_fields(BASELINE))
     common = {
         field.name: getattr(options.recipe, field.name)
         for field in dataclasses.fields(Config)
     }
     return [
-        Config(**common | attention_fields(attention) | {"seed": seed})
+        Config(**common | block | {"seed": seed})
         for seed in options.seeds
-        for attention in attentions
+        for block in blocks
     ]
 
 

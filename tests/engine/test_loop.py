@@ -204,6 +204,35 @@ def test_only_kernels_decay(done):
         assert bool(update.any()) == (path[-1].key == "kernel"), path
 
 
+def test_the_learning_rate_of_the_attention(done):
+    """A step's updates are scaled exactly, and the default is the optimizer without."""
+    params = done[0].state.params
+    updates, states = {}, {}
+    for factor in (1.0, 0.25):
+        config = dataclasses.replace(TINY, attention_lr_scale=factor)
+        optimizer = loop.make_optimizer(
+            config_lib.resolve(config), optax.constant_schedule(1.0)
+        )
+        states[factor] = optimizer.init(params)
+        updates[factor], _ = optimizer.update(params, states[factor], params)
+    before = (
+        optax.add_decayed_weights(0.1, model.kernel_mask),
+        optax.sgd(lambda step: 1.0, 0.9),
+    )
+    chex.assert_trees_all_equal_structs(states[1.0], optax.chain(*before).init(params))
+    scaled = set()
+    for (path, full), slow in zip(
+        jax.tree_util.tree_leaves_with_path(updates[1.0]),
+        jax.tree.leaves(updates[0.25]),
+        strict=True,
+    ):
+        factor = 0.25 if "attention" in {part.key for part in path} else 1.0
+        assert full.any()
+        np.testing.assert_array_equal(slow, factor * full, str(path))
+        scaled.add(factor)
+    assert scaled == {0.25, 1.0}
+
+
 def test_the_schedule():
     config = dataclasses.replace(TINY, learning_rate=0.4, warmup_epochs=2)
     schedule = loop.make_schedule(config, steps_per_epoch=10, total=400)
@@ -241,6 +270,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, monkeypatch):
     [
         ({"init": "zeros"}, "`init` must be one of default, identity, got 'zeros'"),
         ({"attention": "none", "init": "identity"}, "`init` .* with `attention` none"),
+        (
+            {"attention": "none", "attention_lr_scale": 0.1},
+            "`attention_lr_scale` is for .* got 0.1 with `attention` none; pass",
+        ),
+        ({"attention_lr_scale": -1.0}, "`attention_lr_scale` must be finite and at le"),
         ({"preset": "timm_se"}, "`preset` names the block itself, got timm_se and `at"),
         (
             {"attention": "none", "preset": "official_eca"},
@@ -278,7 +312,9 @@ def test_bad_configurations(images, fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["none", "se+identity", "timm_cbam+identity"])
+@pytest.mark.parametrize(
+    "name", ["none", "se+identity", "timm_cbam+identity", "se+1e-05lr"]
+)
 def test_a_name_gives_block_and_init(name):
     config = Config(**attention.attention_fields(name))
     assert config.block == name
@@ -297,6 +333,10 @@ def test_a_name_gives_block_and_init(name):
             "none": {},
             "se+identity": {
                 "expand/kernel": False,
+                "reduce/kernel": True,
+            },
+            "se+1e-05lr": {
+                "expand/kernel": True,
                 "reduce/kernel": True,
             },
             "timm_cbam+identity": {

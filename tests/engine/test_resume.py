@@ -240,6 +240,7 @@ def test_a_field_missing_from_an_older_run_has_its_default(uninterrupted, tmp_pa
     facts = json.loads((uninterrupted / "run.json").read_text())
     assert facts["config"].pop("init") == "default"
     assert facts["config"].pop("preset") is None
+    assert facts["config"].pop("attention_lr_scale") == 1.0
     (tmp_path / "run.json").write_text(json.dumps(facts))
     config = CONFIG
     loop.workdir.check_resumable(tmp_path, config)

@@ -129,7 +129,7 @@ def test_help_is_complete(capsys):
     own = ["--attentions", "--seeds", "--workdir", "--report-only"]
     # Every option of a recipe; those that are the comparison's own only once.
     assert options[:4] == own
-    own += ["--init", "--preset"]
+    own += ["--init", "--preset", "--attention-lr-scale"]
     own += ["--attention", "--seed", "--resume", "--coordinator", "--num-processes"]
     own += ["--process-id", "--peer-timeout"]
     assert sorted(options[4:]) == sorted(fields - {*own})
@@ -141,6 +141,7 @@ def test_help_is_complete(capsys):
     [
         (["--attentions", "none", "cbm"], "`attention` must be one of none, se,"),
         (["--attentions", "se", "se"], "`attentions` must differ from each other, got"),
+        (["--attentions", "se", "se+1.0lr"], "got se more than once; name each once."),
         (["--attentions"], "`attentions` must be at least one, got none."),
         (["--seeds"], "`seeds` must be at least one, got none."),
         (["--seeds", "1", "0", "1"], "got 1 more than once; name each once."),

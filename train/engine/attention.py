@@ -1,9 +1,11 @@
-"""The attention of a run: a block or a published variant, and its initialization.
+"""The attention of a run: a block or a published variant, its start and learning rate.
 
-A comparison writes both in one name: ``se``, ``se+identity``, ``timm_cbam+identity``.
+A comparison writes them in one name: ``se``, ``timm_se+identity``,
+``cbam+identity+0.1lr``.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,6 +15,7 @@ from flax_attn.resnet import ATTENTIONS
 from train.engine.config import IDENTITY, Config, check_choice
 
 ModuleDef = Callable[..., Any]
+LR_SCALE = re.compile(r"\+(\d*\.?\d+(?:e-?\d+)?)lr$")
 
 
 def _fits_any_network(preset: Any) -> bool:
@@ -44,7 +47,7 @@ def make_attention(config: Config, *, train: bool) -> ModuleDef | None:
 
 
 def check_attention(config: Config) -> None:
-    """Raises ``ValueError`` for an unknown attention, or an ``init`` it cannot have."""
+    """Raises ``ValueError`` for an unknown attention, or one with a wrong option."""
     check_choice("attention", config.attention, ATTENTIONS)
     if config.preset is not None:
         check_choice("preset", config.preset, PRESETS)
@@ -54,27 +57,39 @@ def check_attention(config: Config) -> None:
                 f"{config.preset} and `attention` {config.attention}; pass one of "
                 "the two."
             )
-    elif config.attention == "none" and config.init != "default":
-        raise ValueError(
-            "`init` is the start of an attention block, got "
-            f"{config.init} with `attention` none; pass --attention or --preset, or "
-            "leave --init out."
-        )
+    elif config.attention == "none":
+        if config.init != "default":
+            raise ValueError(
+                "`init` is the start of an attention block, got "
+                f"{config.init} with `attention` none; pass --attention or --preset, "
+                "or leave --init out."
+            )
+        if config.attention_lr_scale != 1:
+            raise ValueError(
+                "`attention_lr_scale` is for the parameters of attention blocks, got "
+                f"{config.attention_lr_scale} with `attention` none; pass --attention "
+                "or --preset, or leave --attention-lr-scale out."
+            )
 
 
 def attention_fields(name: str) -> dict[str, Any]:
-    """The fields of ``Config`` for a name such as ``se`` or ``timm_cbam+identity``.
+    """The fields of ``Config`` for a name such as ``se`` or ``cbam+identity+0.1lr``.
 
     The inverse of ``Config.block``; whether the name exists is for
     ``check_attention`` to say.
 
       >>> attention_fields("se+identity")
-      {'attention': 'se', 'preset': None, 'init': 'identity'}
-      >>> attention_fields("timm_se")
-      {'attention': 'none', 'preset': 'timm_se', 'init': 'default'}
+      {'attention': 'se', 'preset': None, 'init': 'identity', 'attention_lr_scale': 1.0}
+      >>> attention_fields("timm_se+0.1lr")["attention_lr_scale"]
+      0.1
     """
-    init = "identity" if name.endswith(IDENTITY) else "default"
-    block = name.removesuffix(IDENTITY)
-    if block in PRESETS:
-        return {"attention": "none", "preset": block, "init": init}
-    return {"attention": block, "preset": None, "init": init}
+    factor = re.search(LR_SCALE, name)
+    start = name[: factor.start()] if factor else name
+    block = start.removesuffix(IDENTITY)
+    is_preset = block in PRESETS
+    return {
+        "attention": "none" if is_preset else block,
+        "preset": block if is_preset else None,
+        "init": "default" if block == start else "identity",
+        "attention_lr_scale": float(factor[1]) if factor else 1.0,
+    }

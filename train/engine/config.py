@@ -24,6 +24,8 @@ LOGGERS = ("tensorboard", "wandb")
 INITS = ("default", "identity")
 # The suffix of a block's name if it is initialized as the identity.
 IDENTITY = "+identity"
+# The fields that this name stands for.
+OF_BLOCK = ("attention", "preset", "init", "attention_lr_scale")
 
 
 def one_of(names: Callable[[], Iterable[str]]) -> Any:
@@ -50,6 +52,9 @@ class Config:
     every gate is 1 and the network starts as if it had no attention."""
     preset: str | None = None
     """Published variant in place of attention, from flax_attn.presets."""
+    attention_lr_scale: float = 1.0
+    """Factor on the learning rate of the attention blocks' parameters. Spatial
+    attention (cbam, spatial, ...) starts faster with 0.1."""
     dataset: Annotated[str | None, one_of(lambda: DEFAULTS)] = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
@@ -132,9 +137,14 @@ def block_name(fields: Mapping[str, Any]) -> str:
 
     >>> block_name({"attention": "se", "init": "identity", "preset": None})
     'se+identity'
+    >>> block_name({"attention": "cbam", "attention_lr_scale": 0.1})
+    'cbam+0.1lr'
     """
     name = fields.get("preset") or fields["attention"]
-    return name + IDENTITY if fields.get("init") == "identity" else name
+    if fields.get("init") == "identity":
+        name += IDENTITY
+    factor = fields.get("attention_lr_scale", 1.0)
+    return name if factor == 1 else f"{name}+{factor}lr"
 
 
 # Fields that may differ when a run is resumed: they do not change its result.
@@ -208,7 +218,9 @@ def check_fields(config: Resolved) -> None:
         check_count(field, getattr(config, field))
     # A busy process may be silent for a few seconds.
     check_count("peer_timeout", config.peer_timeout, least=5)
-    for field in ("learning_rate", "warmup_epochs", "weight_decay"):
+    for field in (
+        *("learning_rate", "attention_lr_scale", "warmup_epochs", "weight_decay"),
+    ):
         value = getattr(config, field)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"`{field}` must be finite and at least 0, got {value}.")

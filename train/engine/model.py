@@ -10,9 +10,10 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 
+from flax_attn import parameter_labels
 from flax_attn.resnet import cifar_resnet, imagenet_resnet
 from train.engine.attention import make_attention
-from train.engine.config import Config
+from train.engine.config import Config, Resolved
 
 
 class TrainState(train_state.TrainState):
@@ -62,13 +63,31 @@ def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Sch
 
 
 def make_optimizer(
-    config: Config, schedule: optax.Schedule
+    config: Resolved, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum and an L2 penalty on kernels."""
-    return optax.chain(
+    """SGD with Nesterov momentum and an L2 penalty on kernels.
+
+    The updates of the attention are multiplied by ``attention_lr_scale``; its default
+    adds nothing, so that the state is that of runs without this option.
+    """
+    transformations = [
         optax.add_decayed_weights(config.weight_decay, mask=kernel_mask),
         optax.sgd(schedule, momentum=config.momentum, nesterov=True),
+    ]
+    if config.attention_lr_scale != 1:
+        scale = optax.scale(config.attention_lr_scale)
+        transformations.append(optax.masked(scale, attention_mask(config)))
+    return optax.chain(*transformations)
+
+
+def attention_mask(config: Resolved) -> Any:
+    """A tree of bools like the parameters, true where they are of attention."""
+    # The number of classes does not matter.
+    images = jax.ShapeDtypeStruct(
+        (1, config.image_size, config.image_size, 3), "float32"
     )
+    labels = parameter_labels(make_model(config, 1), images)
+    return jax.tree.map(lambda label: label != "backbone", labels)
 
 
 def kernel_mask(params: Any) -> Any:

@@ -106,7 +106,7 @@ def read_configs(workdir: Path) -> list[dict[str, Any]]:
 
 def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's configuration that all runs of a comparison share."""
-    own = ("attention", "init", "preset", "seed")
+    own = (*config_lib.OF_BLOCK, "seed")
     return {k: v for k, v in config_lib.completed(config).items() if k not in own}
 
 

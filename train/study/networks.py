@@ -16,7 +16,7 @@ from flax_attn.resnet import cifar_resnet, imagenet_resnet
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs
 from train.engine import devices
-from train.engine.config import Config, Resolved
+from train.engine.config import Resolved
 from train.engine.model import TrainState, make_optimizer, make_schedule, make_state
 from train.engine.steps import make_train_steps
 from train.study.timing import Call, fastest, wait
@@ -40,7 +40,7 @@ def make_network(network: Any, block: str, contender: str) -> tuple[nn.Module, A
     if block != "none":
         attention = partial(BLOCKS[block], implementation=contender)
     model = make(num_classes=CLASSES, attention=attention, dtype=jnp.dtype(dtype))
-    config = Config()
+    config = Resolved()
     return model, make_optimizer(config, make_schedule(config, 1, 100))
 
 
@@ -81,7 +81,7 @@ class _Step:
         self.indices = devices.shard(
             np.arange(BATCH, dtype=np.int32)[None], inputs.mesh, axis=1
         )
-        self.train_steps = make_train_steps(Config(), inputs)
+        self.train_steps = make_train_steps(Resolved(), inputs)
 
     def __call__(self) -> None:
         arguments = (self.state, self.data, self.key, self.indices)
