@@ -8,6 +8,7 @@ Exit codes: 0 drawn, 2 invalid command line, data or workdir.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,36 +18,43 @@ import tyro
 
 from train.engine.command import exit_codes
 from train.engine.config import Config, Resolved, check_count, resolve
+from train.engine.options import parse
 from train.engine.workdir import RUN
 from train.study import gates as study
 
+PROG = "train.gates"
 TRUE_CLASS = "Grad-CAM, true class"
 
 
-def draw(
-    run: Annotated[Path, tyro.conf.Positional],
-    out: Path = Path("gates.png"),
-    data_dir: Path = Config.data_dir,
-    images: int = 6,
-    limits: tuple[float, float] | None = None,
-) -> None:
-    """Draw the spatial gates of a trained network beside test images.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Draw the spatial gates of a trained network beside test images."""
 
-    Args:
-        run: workdir of train.cifar.
-        out: the picture to write; its suffix selects the format.
-        data_dir: folder of the images it was trained on.
-        images: how many images to show, at least 1; at most a batch.
-        limits: gates with the darkest and the lightest color; by default the lowest
-            and the highest of each block.
-    """
-    check_count("images", images)
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Workdir of train.cifar."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PICTURE")] = Path("gates.png")
+    """The picture to write; its suffix selects the format."""
+    data_dir: Path = Config.data_dir
+    """Folder of the images it was trained on."""
+    images: Annotated[int, tyro.conf.arg(metavar="COUNT")] = 6
+    """How many images to show, at least 1; at most a batch."""
+    limits: Annotated[
+        tuple[float, float] | None, tyro.conf.arg(metavar="LOWEST HIGHEST")
+    ] = None
+    """Gates with the darkest and the lightest color; by default the lowest and the
+    highest of each block."""
+
+
+def draw(options: Options) -> None:
+    """Writes the picture; raises ``ValueError`` where there is nothing to draw."""
+    check_count("images", options.images)
+    limits = options.limits
     if limits is not None and not limits[0] < limits[1]:
         raise ValueError(
             f"`limits` must be two numbers, the lower one first, got {limits[0]} "
             f"{limits[1]}; a sigmoid has 0 1."
         )
-    config = read_config(run, data_dir)
+    config = read_config(options.run, options.data_dir)
     # Only now, so that a mistyped path answers at once.
     from flax_attn import inspect
     from flax_attn.blocks import BLOCKS
@@ -54,18 +62,19 @@ def draw(
 
     inputs = loop.make_inputs(config, loop.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
-        model, variables = loop.last_saved(config, inputs, run)
-        shown, gates = study.spatial_gates(model, variables, inputs, count=images)
+        model, variables = loop.last_saved(config, inputs, options.run)
+        trained = model, variables, inputs
+        shown, gates = study.spatial_gates(*trained, count=options.images)
         if not gates:
             names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
             raise ValueError(
                 f"`run` must have a spatial gate, got attention {config.block}; train "
                 f"with --attention one of {names}."
             )
-        cam = study.grad_cam(model, variables, inputs, count=images)
+        cam = study.grad_cam(*trained, count=options.images)
     figure = inspect.plot(shown, gates, cams={TRUE_CLASS: cam}, limits=limits)
-    figure.savefig(out, dpi=130)
-    print(f"Wrote {out}.")
+    figure.savefig(options.out, dpi=130)
+    print(f"Wrote {options.out}.")
 
 
 def read_config(run: Path, data_dir: Path) -> Resolved:
@@ -85,8 +94,9 @@ def read_config(run: Path, data_dir: Path) -> Resolved:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    with exit_codes("train.gates"):
-        tyro.cli(draw, prog="python -m train.gates", args=args)
+    options = parse(Options, prog=PROG, args=args)
+    with exit_codes(PROG):
+        draw(options)
 
 
 if __name__ == "__main__":
