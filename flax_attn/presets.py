@@ -26,7 +26,9 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``official_eca(widths)``        ECA-Net: a fixed width for each number of channels
 ``official_eca50``              ECA-Net50: 3, 5, 5, 7 in the stages
 ``official_eca101``             ECA-Net101 and ECA-Net152: 3, 3, 5, 7
+``official_bam(train=...)``     BAM: the branches multiplied, BatchNorm inside them
 ``official_cbam(train=...)``    CBAM: MLP with biases, BatchNorm after the 7x7
+``official_simam``              SimAM: variance over H * W - 1
 ``timm_se``                     ``se``: biases, hidden width a multiple of 8
 ``timm_eca``                    ``eca``: width by the formula, at least 3
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
@@ -55,7 +57,15 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
-from flax_attn.blocks import CBAM, ECA, SE, ChannelAttention, SpatialAttention
+from flax_attn.blocks import (
+    BAM,
+    CBAM,
+    ECA,
+    SE,
+    ChannelAttention,
+    SimAM,
+    SpatialAttention,
+)
 from flax_attn.functional import Array, checks
 
 __all__ = [
@@ -67,11 +77,13 @@ __all__ = [
     "article_se",
     "article_se_max",
     "article_spatial",
+    "official_bam",
     "official_cbam",
     "official_eca",
     "official_eca101",
     "official_eca50",
     "official_se",
+    "official_simam",
     "timm_cbam",
     "timm_ceca",
     "timm_eca",
@@ -235,6 +247,43 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
     )
 
 
+def official_bam(*, train: bool) -> partial[BAM]:
+    """BAM as its authors' code has it, https://github.com/Jongchan/attention-module.
+
+    The logits are the product of the branches, which have a BatchNorm and a ReLU after
+    each layer but the last, and none at their ends::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> block = presets.official_bam(train=True)()
+      >>> variables = jax.eval_shape(block.init, jax.random.key(0), x)
+      >>> for name in variables["batch_stats"]:
+      ...     print(name)
+      reduce_norm
+      spatial_conv1_norm
+      spatial_conv2_norm
+      spatial_reduce_norm
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``BAM`` with the fields of the official code.
+    """
+    return partial(
+        BAM,
+        reduction=16,
+        dilation=4,
+        combine="multiply",
+        hidden_norm=_batch_norm(train=train, momentum=0.9),
+        spatial_act=nn.relu,
+        use_bias=True,
+        kernel_init=_official_cbam_init,
+    )
+
+
 def _official_cbam_init(key: PRNGKey, shape: Shape, dtype: Dtype) -> Array:
     # The official ResNet's initialization looks for "conv" in a name: it finds the 7x7
     # and not the linear layers of the MLP; it would find a convolution in their place.
@@ -252,6 +301,10 @@ def _batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
         # where they are nearly equal the difference of two squares is mostly rounding.
         use_fast_variance=False,
     )
+
+
+#: SimAM's code, https://github.com/ZjjConan/SimAM: the unbiased variance.
+official_simam = partial(SimAM, lam=1e-4, ddof=1)
 
 
 def _timm_se_width(features: int) -> int:

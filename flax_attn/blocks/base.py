@@ -121,12 +121,21 @@ class Attention(nn.Module, kw_only=True):
         return 2 * self.gate(logits)
 
     def normalized(
-        self, norm: ModuleDef | None, x: Array, mask: Array | None, *, name: str
+        self,
+        norm: ModuleDef | None,
+        x: Array,
+        mask: Array | None,
+        *,
+        name: str,
+        is_last: bool = True,
     ) -> Array:
-        """``x`` through ``norm``, if any, over what ``mask`` admits."""
+        """``x`` through ``norm``, if any, over what ``mask`` admits.
+
+        ``is_last``: it makes the logits, so it starts at zero with ``identity_init``.
+        """
         if norm is None:
             return x
-        module = self._make_norm(norm, name)
+        module = self._make_norm(norm, name, is_last)
         if mask is None:
             return module(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
@@ -136,14 +145,14 @@ class Attention(nn.Module, kw_only=True):
         valid = mask.any(None if shared else axes, keepdims=True)
         return module(x, mask=mask | ~valid)
 
-    def _make_norm(self, norm: ModuleDef, name: str) -> Any:
+    def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
         if isinstance(norm, nn.Module) or not callable(norm):
             raise ValueError(
                 "`norm` must make a module, such as nn.BatchNorm or a "
                 f"functools.partial of it, got {norm!r}; pass "
                 "partial(nn.BatchNorm, use_running_average=not train)."
             )
-        if not self.identity_init:
+        if not (self.identity_init and is_last):
             return norm(name=name)
         try:
             module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)

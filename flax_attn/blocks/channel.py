@@ -237,8 +237,13 @@ def hidden_width(module: Attention, features: int) -> int:
     return hidden
 
 
-def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
+def mlp(
+    module: Attention, features: int, act: Callable[[Array], Array] | None = None
+) -> Callable[[Array], Array]:
+    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``.
+
+    ``act`` stands between them in the place of the module's.
+    """
     layer = partial(
         nn.Dense,
         use_bias=module.use_bias,
@@ -251,7 +256,8 @@ def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
     )
     expand = layer(features, **module.last_layer(), name="expand")
     checks.check_callable("act", module.act)
-    return lambda s: expand(module.act(reduce(s)))
+    act = act or module.act
+    return lambda s: expand(act(reduce(s)))
 
 
 def _conv(module: Attention, features: int) -> Callable[[Array], Array]:

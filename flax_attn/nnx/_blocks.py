@@ -212,7 +212,9 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
         def create(x: Array) -> Array:
             owner: Any = place.parent
             factory = _Factory(place.factory, x.shape[-1], rngs)
-            norms[place.path] = owner._make_norm(factory, place.name)
+            norms[place.path] = owner._make_norm(
+                factory, place.name, is_last=place.scale_init is not None
+            )
             return x  # Not normalized: the statistics are to start as they are.
 
         return create

@@ -15,9 +15,10 @@ from jax.sharding import AxisType
 
 import flax_attn.nnx
 from flax_attn import blocks
-from tests.cases import normal, variables_for
+from tests.cases import has_parameters, normal, variables_for
 
 every_block = pytest.mark.parametrize("name", blocks.BLOCKS)
+learned = pytest.mark.parametrize("name", list(filter(has_parameters, blocks.BLOCKS)))
 # What NNX does to a module depends on its layers and blocks inside, not on more.
 REPRESENTATIVE = {"se", "cbam", "bam"}
 every_class = pytest.mark.parametrize(
@@ -31,17 +32,21 @@ every_class = pytest.mark.parametrize(
 SHAPE = (4, 6, 5, 16)
 X, COTANGENT = normal(SHAPE, 1), normal(SHAPE, 2)
 MASK = np.arange(5) < np.array([5, 3, 0, 4])[:, None, None] * np.ones((6, 1))
-WITH_NORM = [
-    name
-    for name, make in blocks.BLOCKS.items()
-    if {"norm", "spatial_norm"} & vars(make()).keys()
-]
-with_norm = pytest.mark.parametrize("name", WITH_NORM)
+NORM_FIELDS = ("spatial_norm", "norm", "hidden_norm")
 
 
 def norm_field(name):
-    has_field = hasattr(blocks.BLOCKS[name](), "spatial_norm")
-    return "spatial_norm" if has_field else "norm"
+    block = blocks.BLOCKS[name]()
+    return next((field for field in NORM_FIELDS if hasattr(block, field)), None)
+
+
+# Without `extra_params` there is nothing that `ge` would normalize.
+WITH_NORM = [name for name in blocks.BLOCKS if norm_field(name) and name != "ge"]
+with_norm = pytest.mark.parametrize("name", WITH_NORM)
+# Only a norm that makes the logits starts at zero.
+with_last_norm = pytest.mark.parametrize(
+    "name", [name for name in WITH_NORM if norm_field(name) != "hidden_norm"]
+)
 
 
 def pair(name, x=X, **fields):
@@ -118,7 +123,7 @@ def test_other_numbers_of_spatial_axes(name, shape):
     assert (block(x) == linen.apply(variables, x)).all()
 
 
-@every_block
+@learned
 def test_starts_as_the_identity(name):
     block = flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), identity_init=True)
     np.testing.assert_allclose(block(X), X, rtol=1e-6)
@@ -312,7 +317,7 @@ def test_a_norm_of_each_sample_is_that_of_linen(name):
     )
 
 
-@with_norm
+@with_last_norm
 def test_a_norm_that_starts_as_the_identity(name):
     make = partial(flax_attn.nnx.create, name, 16, rngs=nnx.Rngs(0), identity_init=True)
     field = norm_field(name)

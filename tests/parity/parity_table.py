@@ -54,6 +54,8 @@ class Preset:
     channels: tuple[int, ...]
     mean_first: bool = False
     """Whether the spatial kernel's inputs are [mean, max]."""
+    small: tuple[int, int] = (1, 1)
+    """The size of the smallest map that the module takes."""
     shares_ties: bool = False
     """Whether elements that tie for a maximum share its gradient, as with amax."""
 
@@ -63,7 +65,7 @@ class Preset:
 
     @property
     def has_maximum(self):
-        return any(name.startswith("spatial") for name in self.layers)
+        return any(name.startswith("spatial/") for name in self.layers)
 
     def make(self, *, train):
         preset = getattr(presets, self.name)
@@ -128,6 +130,32 @@ PRESETS = [
             "spatial/norm": "SpatialGate.spatial.bn",
         },
         (64, 20),
+    ),
+    Preset(
+        "official: BAM",
+        "official_bam",
+        _official("BAM"),
+        {
+            "reduce": "channel_att.gate_c.gate_c_fc_0",
+            "reduce_norm": "channel_att.gate_c.gate_c_bn_1",
+            "expand": "channel_att.gate_c.gate_c_fc_final",
+            "spatial_reduce": "spatial_att.gate_s.gate_s_conv_reduce0",
+            "spatial_reduce_norm": "spatial_att.gate_s.gate_s_bn_reduce0",
+            "spatial_conv1": "spatial_att.gate_s.gate_s_conv_di_0",
+            "spatial_conv1_norm": "spatial_att.gate_s.gate_s_bn_di_0",
+            "spatial_conv2": "spatial_att.gate_s.gate_s_conv_di_1",
+            "spatial_conv2_norm": "spatial_att.gate_s.gate_s_bn_di_1",
+            "spatial_expand": "spatial_att.gate_s.gate_s_conv_final",
+        },
+        (64, 80),
+    ),
+    Preset(
+        "official: SimAM",
+        "official_simam",
+        lambda channels: _official("SimAM")(),
+        {},
+        (20,),
+        small=(1, 2),  # The unbiased variance of one element is NaN.
     ),
     Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
     Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
@@ -196,7 +224,7 @@ def _cases(preset):
     yield Case(preset, (2, 5, 7, first))
     # Of few logits that are nearly equal, float32 gives no BatchNorm gradient to 1e-5,
     # in PyTorch no more than here.
-    yield Case(preset, (8, 1, 1, first), train)
+    yield Case(preset, (8, *preset.small, first), train)
     for channels in others:
         yield Case(preset, (2, 5, 7, channels), train)
     if preset.has_maximum:
@@ -238,13 +266,15 @@ def run_torch(case, variables, x, cotangent):
     arrays = make_golden.output_and_gradient(module, x, cotangent)
     if not case.has_gradients:
         del arrays["x"]
-    n = math.prod(x.shape[:-1])
     for name, leaf in named(variables).items():
         if name.startswith("batch_stats"):
             arrays[name] = places[name].numpy().copy()
             if case.train and name.endswith("var"):
-                momentum = _norm(module).momentum
-                kept = (1 - momentum) * leaf
+                _, *layer, _ = name.split("/")
+                norm = module.get_submodule(case.preset.layers["/".join(layer)])
+                of_rows = isinstance(norm, torch.nn.BatchNorm1d)
+                n = len(x) if of_rows else math.prod(x.shape[:-1])
+                kept = (1 - norm.momentum) * leaf
                 # The biased variance, of which Flax keeps the average.
                 arrays[name] = kept + (arrays[name] - kept) * (n - 1) / n
         elif case.has_gradients:
@@ -269,13 +299,6 @@ def _places(preset, variables, module):
         _, *layer, leaf = name.split("/")
         yield name, tensors.pop(f"{preset.layers['/'.join(layer)]}.{LEAVES[leaf]}")
     assert not tensors, tensors.keys()
-
-
-def _norm(module):
-    import torch
-
-    (norm,) = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    return norm
 
 
 def _to_torch(preset, leaf, shape):
