@@ -33,6 +33,8 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``timm_eca``                    ``eca``: width by the formula, at least 3
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
+``timm_coordinate(train=...)``  ``coord``: a multiple of 8 wide, BatchNorm inside
+``timm_gc``, ``timm_gca``       ``gc`` scales and ``gca`` adds the global context
 ==============================  ======================================================
 
 "article" is the one that the README names; it follows the papers' equations.
@@ -63,6 +65,8 @@ from flax_attn.blocks import (
     ECA,
     SE,
     ChannelAttention,
+    CoordinateAttention,
+    GlobalContext,
     SimAM,
     SpatialAttention,
 )
@@ -86,7 +90,10 @@ __all__ = [
     "official_simam",
     "timm_cbam",
     "timm_ceca",
+    "timm_coordinate",
     "timm_eca",
+    "timm_gc",
+    "timm_gca",
     "timm_se",
 ]
 
@@ -343,6 +350,60 @@ timm_eca = partial(
 #: timm's ``ceca``, ``timm.layers.CecaModule``: ``timm_eca``, in which the first channel
 #: and the last are neighbors.
 timm_ceca = partial(timm_eca, padding="circular")
+
+
+def _timm_gc_width(features: int) -> int:
+    """C / 8 to the nearest integer, halves up, and at least 1."""
+    return max((features + 4) // 8, 1)
+
+
+#: timm's ``gc``, ``timm.layers.GlobalContext``: x is scaled by a gate; biases.
+timm_gc = partial(
+    GlobalContext,
+    fuse="scale",
+    hidden_features=_timm_gc_width,
+    use_bias=True,
+    epsilon=1e-6,
+    kernel_init=_TORCH_UNIFORM,
+)
+
+#: timm's ``gca``: the context is added, and starts at zero.
+timm_gca = partial(timm_gc, fuse="add", identity_init=True)
+
+
+def _timm_coordinate_width(features: int) -> int:
+    """C / 24 to the nearest multiple of 8, halves up, and at least 8."""
+    return max((features + 96) // 192 * 8, 8)
+
+
+def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
+    """timm's ``coord``, ``timm.layers.CoordAttn``.
+
+    The hidden width is C / 24 rounded to a multiple of 8, at least 8; a BatchNorm
+    follows the first layer, and no layer has a bias::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> block = presets.timm_coordinate(train=False)()
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params["reduce"])
+      {'kernel': (64, 8)}
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``CoordinateAttention`` with the fields of timm.
+    """
+    return partial(
+        CoordinateAttention,
+        hidden_features=_timm_coordinate_width,
+        hidden_norm=_batch_norm(train=train, momentum=0.9),
+        use_bias=False,
+        kernel_init=_TORCH_UNIFORM,
+    )
 
 
 def timm_cbam(*, train: bool) -> partial[CBAM]:

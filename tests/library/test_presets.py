@@ -18,7 +18,7 @@ from flax_attn.resnet import cifar_resnet, imagenet_resnet
 from tests.cases import ARTICLE, normal, variables_for
 
 # Those that are functions of `train`, and those of anything else.
-TRAINED = ("official_bam", "official_cbam", "timm_cbam")
+TRAINED = ("official_bam", "official_cbam", "timm_cbam", "timm_coordinate")
 FUNCTIONS = (*TRAINED, "official_eca")
 NAMES = [name for name in presets.__all__ if name != "official_eca"]
 

@@ -9,7 +9,7 @@ demand at most ``LIMIT`` of every case.
 """
 
 import dataclasses
-import math
+import inspect
 import zlib
 from collections.abc import Callable
 from itertools import chain
@@ -54,6 +54,8 @@ class Preset:
     channels: tuple[int, ...]
     mean_first: bool = False
     """Whether the spatial kernel's inputs are [mean, max]."""
+    ignored: tuple[str, ...] = ()
+    """The module's tensors that change nothing."""
     small: tuple[int, int] = (1, 1)
     """The size of the smallest map that the module takes."""
     shares_ties: bool = False
@@ -61,7 +63,7 @@ class Preset:
 
     @property
     def has_norm(self):
-        return any(name.endswith("norm") for name in self.layers)
+        return "train" in inspect.signature(getattr(presets, self.name)).parameters
 
     @property
     def has_maximum(self):
@@ -81,17 +83,23 @@ def _official(name):
     return make
 
 
-def _timm(file, name):
+def _timm(file, name, **options):
     def make(channels):
         from tests.parity import timm_layers
 
-        return getattr(getattr(timm_layers.load(), file), name)(channels)
+        return getattr(getattr(timm_layers.load(), file), name)(channels, **options)
 
     return make
 
 
 def _eca(widths):
     return lambda channels: _official("ECANet")(widths[channels])
+
+
+def _context(mlp):
+    layers = {"reduce": "fc1", "norm": "norm", "expand": "fc2"}
+    inside = {ours: f"{mlp}.{theirs}" for ours, theirs in layers.items()}
+    return {"pool": "conv_attn", **inside}
 
 
 MLP = {"reduce": "fc1", "expand": "fc2"}
@@ -173,6 +181,34 @@ PRESETS = [
         (64, 24),
         mean_first=True,
         shares_ties=True,
+    ),
+    Preset(
+        "timm: `coord`",
+        "timm_coordinate",
+        _timm("coord_attn", "CoordAttn"),
+        {
+            "reduce": "conv1",
+            "hidden_norm": "bn1",
+            "expand_h": "conv_h",
+            "expand_w": "conv_w",
+        },
+        (64, 20),
+    ),
+    Preset(
+        "timm: `gc`",
+        "timm_gc",
+        _timm("global_context", "GlobalContext"),
+        _context("mlp_scale"),
+        (64, 20),
+        ignored=("conv_attn.bias",),
+    ),
+    Preset(
+        "timm: `gca`",
+        "timm_gca",
+        _timm("global_context", "GlobalContext", fuse_add=True, fuse_scale=False),
+        _context("mlp_add"),
+        (64, 20),
+        ignored=("conv_attn.bias",),
     ),
 ]
 
@@ -263,6 +299,7 @@ def run_torch(case, variables, x, cotangent):
     with torch.no_grad():
         for name, leaf in named(variables).items():
             places[name].copy_(_to_torch(case.preset, leaf, places[name].shape))
+    counts = _count_samples(module)
     arrays = make_golden.output_and_gradient(module, x, cotangent)
     if not case.has_gradients:
         del arrays["x"]
@@ -272,8 +309,7 @@ def run_torch(case, variables, x, cotangent):
             if case.train and name.endswith("var"):
                 _, *layer, _ = name.split("/")
                 norm = module.get_submodule(case.preset.layers["/".join(layer)])
-                of_rows = isinstance(norm, torch.nn.BatchNorm1d)
-                n = len(x) if of_rows else math.prod(x.shape[:-1])
+                n = counts[norm]
                 kept = (1 - norm.momentum) * leaf
                 # The biased variance, of which Flax keeps the average.
                 arrays[name] = kept + (arrays[name] - kept) * (n - 1) / n
@@ -291,6 +327,21 @@ LEAVES = {
 }
 
 
+def _count_samples(module):
+    """The number of samples of each BatchNorm, once ``module`` has been called."""
+    import torch
+
+    counts = {}
+
+    def count(norm, arguments, _):
+        counts[norm] = arguments[0].numel() // norm.num_features
+
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.register_forward_hook(count)
+    return counts
+
+
 def _places(preset, variables, module):
     """The PyTorch tensor for each of our leaves, which are all that there are."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -298,7 +349,7 @@ def _places(preset, variables, module):
     for name in named(variables):
         _, *layer, leaf = name.split("/")
         yield name, tensors.pop(f"{preset.layers['/'.join(layer)]}.{LEAVES[leaf]}")
-    assert not tensors, tensors.keys()
+    assert set(tensors) == set(preset.ignored)
 
 
 def _to_torch(preset, leaf, shape):
