@@ -34,7 +34,8 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
 ``timm_coordinate(train=...)``  ``coord``: a multiple of 8 wide, BatchNorm inside
-``timm_gc``, ``timm_gca``       ``gc`` scales and ``gca`` adds the global context
+``timm_gc``                     ``gc``: the global context gates x
+``timm_gca``                    ``gca``: the global context is added to x
 ==============================  ======================================================
 
 "article" is the one that the README names; it follows the papers' equations.

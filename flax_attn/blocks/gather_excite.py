@@ -117,6 +117,7 @@ class GatherExcite(Attention, kw_only=True):
         """What is gathered, excited: ``(..., ceil(H / e), ceil(W / e), C)``."""
         x, mask = self.validated(x, mask)
         self._check_fields()
+        checks.check_callable("act", self.act)
         if self.extra_params:
             y = self._convolved(x, mask)
         elif self.extent:
@@ -135,9 +136,7 @@ class GatherExcite(Attention, kw_only=True):
     def _averaged(self, x: Array, mask: Array | None) -> Array:
         """Means of the positions nearer than e to every e-th one."""
         valid = jnp.ones_like(x[..., :1], bool) if mask is None else mask
-        dtype, e = functional.accumulator(x), self.extent
-
-        dims = self.spatial_dims
+        dtype, e, dims = functional.accumulator(x), self.extent, self.spatial_dims
         window = (2 * e - 1,) * dims, (e,) * dims, ((e - 1, e - 1),) * dims
 
         def sums(x: Array) -> Array:

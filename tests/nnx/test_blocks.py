@@ -402,7 +402,7 @@ def test_what_is_no_block():
         flax_attn.nnx.native(nn.Dense)
 
 
-@every_block
+@learned
 def test_variables_move_without_renaming(name):
     block, _, variables = pair(name)
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), variables)

@@ -155,7 +155,7 @@ PRESETS = [
             "spatial_conv2_norm": "spatial_att.gate_s.gate_s_bn_di_1",
             "spatial_expand": "spatial_att.gate_s.gate_s_conv_final",
         },
-        (64, 80),
+        (64, 48),
     ),
     Preset(
         "official: SimAM",
