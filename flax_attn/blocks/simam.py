@@ -4,6 +4,7 @@ import math
 import numbers
 
 import jax.numpy as jnp
+from jax import lax
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention
@@ -67,10 +68,13 @@ class SimAM(Attention, kw_only=True):
         """Returns the gate alone, ``(..., H, W, C)``."""
         self._check_fields()
         x, mask = self.validated(x, mask)
-        mean = self._mean(x, mask)
-        # Two passes: the difference of two squares would be mostly rounding.
-        squares = functional.apply_mask((x.astype(mean.dtype) - mean) ** 2, mask)
-        variance = self._mean(squares, mask)
+        # Shifted by a mean, the variance is no difference of large squares; and of that
+        # mean, the rounding is taken out again, which lam would magnify.
+        mean = lax.stop_gradient(self._mean(x, mask))
+        shifted = x.astype(mean.dtype) - mean
+        rest = self._mean(shifted, mask)
+        variance = self._mean(shifted**2, mask) - rest**2
+        squares = functional.apply_mask((shifted - rest) ** 2, mask)
         if self.ddof:
             axes = tuple(range(-1 - self.spatial_dims, -1))
             size = math.prod(x.shape[axis] for axis in axes)
