@@ -26,13 +26,18 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``official_eca(widths)``        ECA-Net: a fixed width for each number of channels
 ``official_eca50``              ECA-Net50: 3, 5, 5, 7 in the stages
 ``official_eca101``             ECA-Net101 and ECA-Net152: 3, 3, 5, 7
+``official_bam(train=...)``     BAM: the branches multiplied, BatchNorm inside them
 ``official_cbam(train=...)``    CBAM: MLP with biases, BatchNorm after the 7x7
+``official_simam``              SimAM: variance over H * W - 1
 ``timm_se``                     ``se``: biases, hidden width a multiple of 8
 ``timm_eca``                    ``eca``: width by the formula, at least 3
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
 ``timm_ese``                    ``ese``: bias, hard sigmoid
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
 ``timm_lcbam(train=...)``       ``lcbam``: the same with one squeeze in each half
+``timm_coordinate(train=...)``  ``coord``: a multiple of 8 wide, BatchNorm inside
+``timm_gc``                     ``gc``: the global context gates x
+``timm_gca``                    ``gca``: the global context is added to x
 ==============================  ======================================================
 
 "article" is the one that the README names; it follows the papers' equations.
@@ -59,12 +64,16 @@ from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
 from flax_attn.blocks import (
+    BAM,
     CBAM,
     ECA,
     ESE,
     SE,
     ChannelAttention,
+    CoordinateAttention,
+    GlobalContext,
     LightCBAM,
+    SimAM,
     SpatialAttention,
 )
 from flax_attn.functional import Array, checks
@@ -78,15 +87,20 @@ __all__ = [
     "article_se",
     "article_se_max",
     "article_spatial",
+    "official_bam",
     "official_cbam",
     "official_eca",
     "official_eca101",
     "official_eca50",
     "official_se",
+    "official_simam",
     "timm_cbam",
     "timm_ceca",
+    "timm_coordinate",
     "timm_eca",
     "timm_ese",
+    "timm_gc",
+    "timm_gca",
     "timm_lcbam",
     "timm_se",
 ]
@@ -282,6 +296,43 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
     )
 
 
+def official_bam(*, train: bool) -> partial[BAM]:
+    """BAM as its authors' code has it, https://github.com/Jongchan/attention-module.
+
+    The logits are the product of the branches, which have a BatchNorm and a ReLU after
+    each layer but the last, and none at their ends::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> block = presets.official_bam(train=True)()
+      >>> variables = jax.eval_shape(block.init, jax.random.key(0), x)
+      >>> for name in variables["batch_stats"]:
+      ...     print(name)
+      reduce_norm
+      spatial_conv1_norm
+      spatial_conv2_norm
+      spatial_reduce_norm
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``BAM`` with the fields of the official code.
+    """
+    return partial(
+        BAM,
+        reduction=16,
+        dilation=4,
+        combine="multiply",
+        hidden_norm=_batch_norm(train=train, momentum=0.9),
+        spatial_act=nn.relu,
+        use_bias=True,
+        kernel_init=_official_cbam_init,
+    )
+
+
 def _official_cbam_init(key: PRNGKey, shape: Shape, dtype: Dtype) -> Array:
     # The official ResNet's initialization looks for "conv" in a name: it finds the 7x7
     # and not the linear layers of the MLP; it would find a convolution in their place.
@@ -299,6 +350,12 @@ def _batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
         # where they are nearly equal the difference of two squares is mostly rounding.
         use_fast_variance=False,
     )
+
+
+official_simam: partial[SimAM] = _documented(
+    partial(SimAM, lam=1e-4, ddof=1),
+    """SimAM's code, https://github.com/ZjjConan/SimAM: the unbiased variance.""",
+)
 
 
 def _timm_eca_width(features: int) -> int:
@@ -350,6 +407,66 @@ timm_ceca: partial[ECA] = _documented(
     It is ``timm_eca`` with the first channel and the last as neighbors.
     """,
 )
+
+
+def _timm_gc_width(features: int) -> int:
+    """C / 8 to the nearest integer, halves up, and at least 1."""
+    return max((features + 4) // 8, 1)
+
+
+timm_gc: partial[GlobalContext] = _documented(
+    partial(
+        GlobalContext,
+        fuse="scale",
+        hidden_features=_timm_gc_width,
+        use_bias=True,
+        epsilon=1e-6,
+        kernel_init=_TORCH_UNIFORM,
+    ),
+    """timm's ``gc``, ``timm.layers.GlobalContext``: x is scaled by a gate; biases.""",
+)
+
+timm_gca: partial[GlobalContext] = _documented(
+    partial(
+        GlobalContext, **{**timm_gc.keywords, "fuse": "add", "identity_init": True}
+    ),
+    """timm's ``gca``: the context is added, and starts at zero.""",
+)
+
+
+def _timm_coordinate_width(features: int) -> int:
+    """C / 24 to the nearest multiple of 8, halves up, and at least 8."""
+    return max((features + 96) // 192 * 8, 8)
+
+
+def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
+    """timm's ``coord``, ``timm.layers.CoordAttn``.
+
+    The hidden width is C / 24 rounded to a multiple of 8, at least 8; a BatchNorm
+    follows the first layer, and no layer has a bias::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> block = presets.timm_coordinate(train=False)()
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params["reduce"])
+      {'kernel': (64, 8)}
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``CoordinateAttention`` with the fields of timm.
+    """
+    return partial(
+        CoordinateAttention,
+        hidden_features=_timm_coordinate_width,
+        hidden_norm=_batch_norm(train=train, momentum=0.9),
+        use_bias=False,
+        kernel_init=_TORCH_UNIFORM,
+    )
 
 
 def timm_cbam(*, train: bool) -> partial[CBAM]:

@@ -119,7 +119,8 @@ CASES += [("silu", "bfloat16", SHAPES[3])]
 
 # What is constant decides a maximum or nothing.
 CONSTANT = {"padding", "zeros"}
-MEANS_ONLY = {"se", "eca", "ese", "bam", "scse"}
+MEANS_ONLY = {"se", "eca", "ese", "bam", "sse", "scse", "simam", "coordinate"}
+MEANS_ONLY |= {"gc", "ge", "ge-plus"}
 
 
 @pytest.mark.parametrize(
