@@ -78,33 +78,6 @@ from flax_attn.blocks import (
 )
 from flax_attn.functional import Array, checks
 
-__all__ = [
-    "article_cbam",
-    "article_cbam_conv",
-    "article_channel",
-    "article_channel_conv",
-    "article_eca",
-    "article_se",
-    "article_se_max",
-    "article_spatial",
-    "official_bam",
-    "official_cbam",
-    "official_eca",
-    "official_eca101",
-    "official_eca50",
-    "official_se",
-    "official_simam",
-    "timm_cbam",
-    "timm_ceca",
-    "timm_coordinate",
-    "timm_eca",
-    "timm_ese",
-    "timm_gc",
-    "timm_gca",
-    "timm_lcbam",
-    "timm_se",
-]
-
 # The default of PyTorch's linear and convolutional layers: uniform within
 # 1 / sqrt(fan-in) of zero.
 _TORCH_UNIFORM: Initializer = nn.initializers.variance_scaling(
@@ -526,3 +499,8 @@ def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
       ``LightCBAM`` with the fields of timm.
     """
     return partial(LightCBAM, **timm_cbam(train=train).keywords)
+
+
+__all__ = sorted(
+    n for n in globals() if n.startswith(("article_", "official_", "timm_"))
+)

@@ -141,6 +141,7 @@ _SE = (
 _ECA = (Rule("conv", "conv", _ALONG_CHANNELS),)
 # A norm between SE's layers has the names of timm's `norm_layer`.
 _TIMM_SE = (*_SE, Rule("bn", "reduce_norm", _NORM))
+# In a residual block alone: elsewhere `fc` is the head.
 _TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
 _TIMM_SPATIAL = (
     Rule("conv.conv", "conv", _MEAN_MAX),
@@ -238,7 +239,7 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
 }
 # The attention of a residual block, by its names there.
 _RESIDUAL_ATTENTION: dict[Naming, tuple[Rule, ...]] = {
-    "timm": tuple(rule.under("se.", "") for rule in (*BLOCK_RULES["timm"], *_TIMM_ESE)),
+    "timm": tuple(r.under("se.", "") for r in (*BLOCK_RULES["timm"], *_TIMM_ESE)),
     "article": tuple(rule.under("attention.", "") for rule in BLOCK_RULES["article"]),
     "official": (
         *(rule.under("cbam.", "") for rule in _OFFICIAL_CBAM),
@@ -265,6 +266,10 @@ _TIMM_DEEP_STEM = (
     Rule("conv1.4", "norm_stem2", _NORM),
     Rule("conv1.6", "conv_stem3", _CONV),
 )
+_TIMM_STEM_POOL = (
+    Rule("maxpool.0", "conv_stem_pool", _CONV),
+    Rule("maxpool.1", "norm_stem_pool", _NORM),
+)
 _TIMM_POOLED_SHORTCUT = (
     Rule("downsample.1", "conv_pooled_shortcut", _CONV),
     Rule("downsample.2", "norm_pooled_shortcut", _NORM),
@@ -284,7 +289,7 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
         # Last, since `fc` is the head first.
-        rules += (*_TIMM_DEEP_STEM, *_TIMM_ESE)
+        rules += (*_TIMM_DEEP_STEM, *_TIMM_STEM_POOL, *_TIMM_ESE)
     return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
 
 

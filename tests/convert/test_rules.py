@@ -127,11 +127,14 @@ RULES = {
         *COMMON,
         *timm("", ""),
         *timm("layer3.1.se.", "stage3_block2/attention/"),
+        dense("layer3.1.se.fc", "stage3_block2/attention/excite", axes=(1, 1)),
         conv("conv1.0", "conv_stem1")
         | norm("conv1.1", "norm_stem1")
         | conv("conv1.3", "conv_stem2")
         | norm("conv1.4", "norm_stem2")
-        | conv("conv1.6", "conv_stem3"),
+        | conv("conv1.6", "conv_stem3")
+        | conv("maxpool.0", "conv_stem_pool")
+        | norm("maxpool.1", "norm_stem_pool"),
         conv("layer1.0.downsample.1", "stage1_block1/conv_pooled_shortcut")
         | norm("layer1.0.downsample.2", "stage1_block1/norm_pooled_shortcut"),
     ],

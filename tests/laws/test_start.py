@@ -9,6 +9,9 @@ from flax import linen as nn
 from flax_attn.blocks import BLOCKS
 from tests.cases import IMPLEMENTATIONS, has_parameters, normal, variables_for
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 blocks = pytest.mark.parametrize("block", BLOCKS)
 
 

@@ -13,15 +13,11 @@ from jax.sharding import AxisType
 
 from flax_attn import functional
 from flax_attn.blocks import BLOCKS
-from tests.cases import (
-    forward_and_gradients,
-    has_parameters,
-    normal,
-    variables_for,
-)
+from tests.cases import forward_and_gradients, has_parameters, normal, variables_for
 
 blocks = pytest.mark.parametrize("block", BLOCKS)
 learned = pytest.mark.parametrize("block", list(filter(has_parameters, BLOCKS)))
+quick = pytest.mark.usefixtures("quick_compilations")
 SHAPE = (4, 6, 8, 16)
 
 
@@ -39,14 +35,15 @@ MESHES = {
 }
 
 
-# Flax's own convolution, which BAM has inside, refuses the others; a convolution with a
-# stride, a sharded axis.
+# Flax's own convolution, which BAM has inside, refuses the other meshes, and slices with a
+# stride a sharded axis.
 POSSIBLE = {
     "bam": ["batch", "one device"],
     "ge-plus": ["batch", "channels", "one device"],
 }
 
 
+@quick
 @blocks
 @pytest.mark.parametrize("implementation", ["fast", "plain"])
 def test_explicit_meshes(block, implementation):
@@ -71,6 +68,7 @@ def test_explicit_meshes(block, implementation):
         chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@quick
 @blocks
 def test_shard_map_with_replicated_parameters(block):
     module, variables, x, cotangent = arrays(block)
@@ -91,6 +89,7 @@ def test_shard_map_with_replicated_parameters(block):
     chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
 
 
+@quick
 @blocks
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
@@ -200,6 +199,7 @@ def test_means_of_large_maps(size):
     np.testing.assert_allclose(slope, exact, rtol=2e-6)
 
 
+@quick
 @blocks
 def test_second_derivatives(block):
     """Of a gradient by the gradient: each rule is differentiable in reverse mode."""

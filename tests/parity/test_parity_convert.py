@@ -2,7 +2,6 @@
 
 import importlib.util
 import pickle
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -36,31 +35,8 @@ D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
 CBAM = {"block_args": {"attn_layer": "cbam"}}
 NETWORKS = {
     "seresnet18": (18, presets.timm_se, {}, {}),
-    "seresnet50": (50, presets.timm_se, {}, {}),
-    "ecaresnet50d": (50, presets.timm_eca, D_VARIANT, {}),
     "resnet18": (18, timm_cbam, {}, CBAM),
-    "resnet50": (50, timm_cbam, {}, CBAM),
 }
-
-
-@pytest.fixture(scope="module")
-def timm():
-    """timm; it imports torchvision for names that the tests do not use."""
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # A build for CUDA on a CPU build of PyTorch: its operators do not load, but for
-        # the import it is enough that they are declared.
-        for name in [x for x in sys.modules if x.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", signature)
-    import timm
-
-    return timm
 
 
 def randomize(model, seed=0):

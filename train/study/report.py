@@ -12,7 +12,6 @@ from typing import Any
 from train.engine import config as config_lib
 from train.engine import workdir as workdir_lib
 from train.engine.config import Config
-from train.study import gates as gates_lib
 from train.study.gates import has_spatial_gate
 from train.study.logs import GATES, Log, name_of, read_runs
 from train.study.statistics import BASELINE, summarize
@@ -255,9 +254,12 @@ def _draw(
     for block in blocks:
         attention, seed = block["attention"], block["gates_seed"]
         if seed is not None:
+            # Only now, since it imports jax.
+            from flax_attn.inspect import plot
+
             path = workdir / name_of(attention, seed) / GATES
             with np.load(path) as arrays:
                 gates = dict(arrays)
-            figures[f"gates-{attention}"] = gates_lib.plot(gates.pop("images"), gates)
+            figures[f"gates-{attention}"] = plot(gates.pop("images"), gates)
     for name, figure in figures.items():
         figure.savefig(workdir / f"{name}.png", dpi=150)
