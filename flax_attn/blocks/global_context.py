@@ -78,9 +78,23 @@ class GlobalContext(Attention, kw_only=True):
         checks.check_choice("fuse", self.fuse, FUSIONS)
         x, valid = self.validated(x, mask)
         if self.fuse == "scale":
-            return self.scaled(x, self.channel_gate(x, mask))
+            return self.scaled(x, self.multiplier(x, mask))
         x, shift = promote_dtype(x, self.channel_shift(x, mask), dtype=self.dtype)
         return functional.apply_mask(x + shift, valid)
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what ``fuse="scale"`` multiplies ``x`` by, its gate.
+
+        Raises:
+          ValueError: with ``fuse="add"``, which multiplies by nothing.
+        """
+        checks.check_choice("fuse", self.fuse, FUSIONS)
+        if self.fuse == "add":
+            raise ValueError(
+                '`fuse` must be "scale" for a multiplier, got "add", which adds to x; '
+                'pass fuse="scale", or add the result of `channel_shift` instead.'
+            )
+        return self.channel_gate(x, mask)
 
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
@@ -134,7 +148,8 @@ class GlobalContext(Attention, kw_only=True):
         )
         logits = logits.astype(functional.accumulator(logits))
         # The quotient does not depend on the maximum, so neither does its gradient.
-        weights = jnp.exp(logits - lax.stop_gradient(squeeze(logits, pool="max")))
+        largest = squeeze(lax.stop_gradient(logits), pool="max")
+        weights = jnp.exp(logits - largest)
         weights = functional.apply_mask(weights, mask)
         total = squeeze(weights)
         if mask is not None:

@@ -120,3 +120,9 @@ def test_bad_fields(module, message):
     x = jnp.ones((1, 4, 4, 16))
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+def test_what_adds_has_no_multiplier():
+    init = partial(GlobalContext().init, method="multiplier")
+    with pytest.raises(ValueError, match='`fuse` must .*"add".* pass fuse="scale"'):
+        jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 4, 4, 16)))

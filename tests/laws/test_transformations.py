@@ -35,8 +35,8 @@ MESHES = {
 }
 
 
-# Flax's own convolution, which BAM has inside, refuses the other meshes, and slices with a
-# stride a sharded axis.
+# Flax's own convolution, which BAM has inside, refuses the other meshes; slices with a
+# stride refuse a sharded axis.
 POSSIBLE = {
     "bam": ["batch", "one device"],
     "ge-plus": ["batch", "channels", "one device"],
