@@ -218,13 +218,13 @@ def _depthwise(
     XLA's depthwise convolution is slow on CPU, and its gradient with a stride cannot be
     exported for any size.
     """
-    dtype, sizes = functional.accumulator(x), x.shape[1:-1]
+    dtype = functional.accumulator(x)
     padded = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
     terms = []
     for tap in np.ndindex(*kernel.shape[:-2]):
-        window = padded
-        for axis, (t, n, stride) in enumerate(zip(tap, sizes, strides, strict=True)):
-            window = lax.slice_in_dim(window, t, t + n, stride, axis + 1)
+        start = (0, *tap, 0)
+        limit = [t + n for t, n in zip(start, x.shape, strict=True)]
+        window = lax.slice(padded, start, limit, (1, *strides, 1))
         weights = kernel[tap].astype(dtype)
         terms.append(window * weights.reshape(*(1,) * (x.ndim - 1), -1))
     return sum(terms[1:], terms[0]).astype(x.dtype)
