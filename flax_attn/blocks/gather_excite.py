@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from flax_attn import functional
@@ -79,19 +78,6 @@ class GatherExcite(Attention, kw_only=True):
     hidden_features: Width | None = None
     hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
-
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and a gate of elements is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        gate = self.multiplier(x, mask)
-        if self.extent == 0:
-            return self.scaled(x, gate)
-        x, gate = promote_dtype(x, gate, dtype=self.dtype)
-        return x * gate
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
         """Returns what the block multiplies ``x`` by, its gate."""
