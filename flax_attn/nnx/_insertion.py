@@ -9,7 +9,14 @@ import jax
 from flax import nnx
 
 from flax_attn.insertion import Site, Sites
-from flax_attn.insertion.selection import described, is_map, listed, most_axes, selector
+from flax_attn.insertion.selection import (
+    check_batch_axis,
+    described,
+    is_map,
+    listed,
+    most_axes,
+    selector,
+)
 from flax_attn.nnx._blocks import Attention, modules
 
 Path = tuple[Any, ...]
@@ -107,12 +114,7 @@ def insert(
             )
         block = attention(y.shape[-1], rngs=rngs, **fields)
         dims = block.linen.spatial_dims if isinstance(block, Attention) else None
-        if dims is not None and dims == y.ndim - 1 and axes != y.ndim:
-            raise ValueError(
-                f"`attention` with spatial_dims={dims} would read the batch axis of "
-                f"{y.shape}, the output of {site}, as a spatial axis; pass "
-                f"spatial_dims={dims - 1}."
-            )
+        check_batch_axis(dims, y.shape, axes, site)
         size = sum(a.size for a in jax.tree.leaves(nnx.state(block, nnx.Param)))
         made[path] = block, Site(_joined(path), type(module).__name__, y.shape, size)
     for path, (block, _) in made.items():
