@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_attn import nnx
+from flax_attn import ChannelsFirst, nnx
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
     IMPLEMENTATIONS,
@@ -115,7 +115,7 @@ ADDING = {"gc"}
 
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name not in ADDING])
 def test_the_multiplier_multiplies_back(block):
-    """In both APIs, with a mask and without."""
+    """In both APIs and layouts, with a mask and without."""
     x = normal((2, 5, 4, 16), 0)
     mask = np.ones(x.shape[:-1], bool)
     mask[1, 3:] = mask[1, :, 2:] = False
@@ -130,9 +130,17 @@ def test_the_multiplier_multiplies_back(block):
             y = linen.apply(variables, x, mask)
             return y, linen.apply(variables, x, mask, method="multiplier")
 
-        return pair(), pair(mask), (native(x, mask), native.multiplier(x, mask))
+        first = ChannelsFirst(linen).apply(
+            variables, jnp.moveaxis(x, -1, -3), mask, method="multiplier"
+        )
+        return (
+            pair(),
+            pair(mask),
+            (native(x, mask), native.multiplier(x, mask)),
+            (native(x, mask), jnp.moveaxis(first, -3, -1)),
+        )
 
-    masks = (1, mask[..., None], mask[..., None])
+    masks = (1, *(mask[..., None],) * 3)
     for (y, multiplier), within in zip(run(x), masks, strict=True):
         np.testing.assert_allclose(x * within * multiplier, y, rtol=1e-5, atol=1e-6)
 
