@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from flax_attn.functional import Array
 from flax_attn.insertion._linen import Call, Path, watch
-from flax_attn.insertion._trees import separate_arrays
+from flax_attn.insertion.trees import separate_arrays
 from flax_attn.insertion.selection import listed
 
 

@@ -20,7 +20,7 @@ from flax_attn.insertion._linen import (
     recorded_once,
     with_hook,
 )
-from flax_attn.insertion._trees import to_dicts
+from flax_attn.insertion.trees import to_dicts
 from flax_attn.insertion.selection import (
     Select,
     Where,
