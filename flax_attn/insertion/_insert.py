@@ -20,7 +20,6 @@ from flax_attn.insertion._linen import (
     recorded_once,
     with_hook,
 )
-from flax_attn.insertion.trees import to_dicts
 from flax_attn.insertion.selection import (
     Select,
     Where,
@@ -32,6 +31,7 @@ from flax_attn.insertion.selection import (
     most_axes,
     selector,
 )
+from flax_attn.insertion.trees import to_dicts
 
 
 def insert(
