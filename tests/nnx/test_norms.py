@@ -93,7 +93,11 @@ def test_a_norm_of_each_sample_is_that_of_linen(name):
 
 @with_last_norm
 def test_a_norm_that_starts_as_the_identity(name):
-    make = partial(flax_attn.nnx.create, name, 16, rngs=nnx.Rngs(0), identity_init=True)
+    def make(**fields):
+        return flax_attn.nnx.create(
+            name, 16, rngs=nnx.Rngs(0), identity_init=True, **fields
+        )
+
     field = norm_field(name)
     y = nnx.jit(lambda x: make(**{field: nnx.BatchNorm})(x))(X)
     np.testing.assert_allclose(y, X, rtol=1e-6)

@@ -102,14 +102,10 @@ def test_variables_move_without_renaming(name):
 
 
 def test_converted_weights_fit():
-    linen = flax_attn.presets.timm_cbam(train=False, reduction=4)
+    linen = flax_attn.presets.timm_cbam(train=False)()
     variables = variables_for(linen, X)
     state = convert.to_torch(variables, naming="timm")
-    norm = nnx.BatchNorm if "batch_stats" in variables else None
-    fields = {
-        field: getattr(linen, field)
-        for field in ("reduction", "use_bias", "hidden_features")
-    }
-    block = create("cbam", spatial_norm=norm, **fields)
+    assert "spatial.conv.bn.running_var" in state
+    block = create("cbam", divisor=1, spatial_norm=nnx.BatchNorm)
     flax_attn.nnx.from_linen(block, convert.to_flax(state, naming="timm"))
     chex.assert_trees_all_equal(flax_attn.nnx.to_linen(block), variables)
