@@ -11,7 +11,8 @@ Every block maps a feature map ``(..., H, W, C)`` to one of the same shape::
 """
 
 import importlib
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from flax_attn import blocks, presets
 from flax_attn import inspect as inspect
@@ -34,10 +35,18 @@ __all__ = [
 ]
 __all__ += blocks.__all__
 
+_LAZY = ("convert", "nnx")
 
-def __getattr__(name: str) -> Any:
-    # Imported when asked for: `python -m flax_attn.convert` is to be the first, and
-    # importing Flax NNX takes time.
-    if name in ("convert", "nnx"):
-        return importlib.import_module(f"flax_attn.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from flax_attn import convert as convert
+    from flax_attn import nnx as nnx
+else:
+    # Imported on first use: `python -m flax_attn.convert` must be the first to import
+    # its module, and importing Flax NNX takes time.
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f"flax_attn.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY})

@@ -1,7 +1,7 @@
 """The published variants of the blocks by name, as ready sets of fields.
 
-A preset is a ``functools.partial`` of a block, so it is used as the block is, with
-further fields, of which the last win::
+A preset is a ``functools.partial`` of a block, so it is used like the block. Further
+fields override its own::
 
   >>> import jax, jax.numpy as jnp
   >>> from flax_attn import presets
@@ -30,7 +30,9 @@ A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the w
 ``timm_se``                     ``se``: biases, hidden width a multiple of 8
 ``timm_eca``                    ``eca``: width by the formula, at least 3
 ``timm_ceca``                   ``ceca``: the same, circular along the channels
+``timm_ese``                    ``ese``: bias, hard sigmoid
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
+``timm_lcbam(train=...)``       ``lcbam``: the same with one squeeze in each half
 ==============================  ======================================================
 
 "article" is the one that the README names; it follows the papers' equations.
@@ -39,8 +41,8 @@ Models 1.x under the names that it gives these blocks.
 
 Deviations, common to all:
 
-- Of elements that tie for a maximum the first one takes its gradient, as in the
-  article's and the official code; timm's ``amax`` shares it evenly.
+- If elements tie for a maximum, the first one gets the gradient, as in the article's
+  and the official code; timm's ``amax`` splits it evenly.
 - ``timm_cbam`` stacks [max, mean] as everything here does; timm stacks [mean, max], so
   the two inputs of its spatial kernel are swapped when weights are converted.
 - Flax's BatchNorm keeps an average of the biased variance of the n logits of a batch,
@@ -50,33 +52,22 @@ Deviations, common to all:
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TypeVar
 
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PRNGKey, Shape
 
 from flax_attn import functional
-from flax_attn.blocks import CBAM, ECA, SE, ChannelAttention, SpatialAttention
+from flax_attn.blocks import (
+    CBAM,
+    ECA,
+    ESE,
+    SE,
+    ChannelAttention,
+    LightCBAM,
+    SpatialAttention,
+)
 from flax_attn.functional import Array, checks
-
-__all__ = [
-    "article_cbam",
-    "article_cbam_conv",
-    "article_channel",
-    "article_channel_conv",
-    "article_eca",
-    "article_se",
-    "article_se_max",
-    "article_spatial",
-    "official_cbam",
-    "official_eca",
-    "official_eca101",
-    "official_eca50",
-    "official_se",
-    "timm_cbam",
-    "timm_ceca",
-    "timm_eca",
-    "timm_se",
-]
 
 # The default of PyTorch's linear and convolutional layers: uniform within
 # 1 / sqrt(fan-in) of zero.
@@ -87,50 +78,79 @@ _KAIMING_FAN_OUT: Initializer = nn.initializers.variance_scaling(
     2.0, "fan_out", "normal"
 )
 
-#: ``SEBlock("avg", channels, 16)`` of the article.
-article_se = partial(SE, reduction=16, pool="avg", use_bias=False)
+_Block = TypeVar("_Block", bound=nn.Module)
 
-#: ``SEBlock("max", channels, 16)`` of the article.
-article_se_max = partial(article_se, pool="max")
 
-#: ``ECABlock(channels, 2, 1)`` of the article.
-article_eca = partial(ECA, gamma=2, b=1, padding="zeros", use_bias=False)
+def _documented(preset: partial[_Block], doc: str) -> partial[_Block]:
+    """``preset`` with a docstring of its own instead of the one of ``partial``."""
+    preset.__doc__ = doc
+    return preset
 
-#: ``Channel_Attention_Module_FC(channels, 16)`` of the article.
-article_channel = partial(ChannelAttention, excite="mlp", reduction=16, use_bias=False)
 
-#: ``Channel_Attention_Module_Conv(channels, 2, 1)`` of the article.
-article_channel_conv = partial(
-    ChannelAttention, excite="conv", gamma=2, b=1, padding="zeros", use_bias=False
+article_se: partial[SE] = _documented(
+    partial(SE, reduction=16, pool="avg", use_bias=False),
+    """``SEBlock("avg", channels, 16)`` of the article.""",
 )
 
-#: ``Spatial_Attention_Module(7)`` of the article.
-article_spatial = partial(SpatialAttention, kernel_size=7, norm=None, use_bias=False)
-
-#: ``CBAMBlock("FC", 7, channels=channels, ratio=16)`` of the article.
-article_cbam = partial(
-    CBAM,
-    excite="mlp",
-    reduction=16,
-    spatial_kernel_size=7,
-    spatial_norm=None,
-    use_bias=False,
+article_se_max: partial[SE] = _documented(
+    partial(SE, reduction=16, pool="max", use_bias=False),
+    """``SEBlock("max", channels, 16)`` of the article.""",
 )
 
-#: ``CBAMBlock("Conv", 7, channels=channels, gamma=2, b=1)`` of the article.
-article_cbam_conv = partial(
-    CBAM,
-    excite="conv",
-    gamma=2,
-    b=1,
-    spatial_kernel_size=7,
-    spatial_norm=None,
-    use_bias=False,
+article_eca: partial[ECA] = _documented(
+    partial(ECA, gamma=2, b=1, padding="zeros", use_bias=False),
+    """``ECABlock(channels, 2, 1)`` of the article.""",
 )
 
-#: SENet's block: biases in both layers, whose initial values are not in its files.
-#: https://github.com/hujie-frank/SENet
-official_se = partial(SE, reduction=16, pool="avg", use_bias=True)
+article_channel: partial[ChannelAttention] = _documented(
+    partial(ChannelAttention, excite="mlp", reduction=16, use_bias=False),
+    """``Channel_Attention_Module_FC(channels, 16)`` of the article.""",
+)
+
+article_channel_conv: partial[ChannelAttention] = _documented(
+    partial(
+        ChannelAttention, excite="conv", gamma=2, b=1, padding="zeros", use_bias=False
+    ),
+    """``Channel_Attention_Module_Conv(channels, 2, 1)`` of the article.""",
+)
+
+article_spatial: partial[SpatialAttention] = _documented(
+    partial(SpatialAttention, kernel_size=7, norm=None, use_bias=False),
+    """``Spatial_Attention_Module(7)`` of the article.""",
+)
+
+article_cbam: partial[CBAM] = _documented(
+    partial(
+        CBAM,
+        excite="mlp",
+        reduction=16,
+        spatial_kernel_size=7,
+        spatial_norm=None,
+        use_bias=False,
+    ),
+    """``CBAMBlock("FC", 7, channels=channels, ratio=16)`` of the article.""",
+)
+
+article_cbam_conv: partial[CBAM] = _documented(
+    partial(
+        CBAM,
+        excite="conv",
+        gamma=2,
+        b=1,
+        spatial_kernel_size=7,
+        spatial_norm=None,
+        use_bias=False,
+    ),
+    """``CBAMBlock("Conv", 7, channels=channels, gamma=2, b=1)`` of the article.""",
+)
+
+official_se: partial[SE] = _documented(
+    partial(SE, reduction=16, pool="avg", use_bias=True),
+    """SENet's block: biases in both layers, whose initial values its files do not have.
+
+    https://github.com/hujie-frank/SENet
+    """,
+)
 
 
 def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
@@ -171,14 +191,15 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
         checks.check_odd("widths", width)
     return partial(
         ECA,
-        kernel_size=partial(_width_of, dict(widths)),
+        kernel_size=partial(_width_of, tuple(widths.items())),
         padding="zeros",
         use_bias=False,
         kernel_init=_TORCH_UNIFORM,
     )
 
 
-def _width_of(widths: Mapping[int, int], features: int) -> int:
+def _width_of(stages: tuple[tuple[int, int], ...], features: int) -> int:
+    widths = dict(stages)
     if features not in widths:
         raise ValueError(
             f"`x` must have {' or '.join(map(str, widths))} channels, for which this "
@@ -189,11 +210,15 @@ def _width_of(widths: Mapping[int, int], features: int) -> int:
     return widths[features]
 
 
-#: ECA-Net50's block, for the four stages of a ResNet-50.
-official_eca50 = official_eca({256: 3, 512: 5, 1024: 5, 2048: 7})
+official_eca50: partial[ECA] = _documented(
+    official_eca({256: 3, 512: 5, 1024: 5, 2048: 7}),
+    """ECA-Net50's block, for the four stages of a ResNet-50.""",
+)
 
-#: The block of ECA-Net101 and ECA-Net152, for the four stages of their ResNets.
-official_eca101 = official_eca({256: 3, 512: 3, 1024: 5, 2048: 7})
+official_eca101: partial[ECA] = _documented(
+    official_eca({256: 3, 512: 3, 1024: 5, 2048: 7}),
+    """The block of ECA-Net101 and ECA-Net152, for the four stages of their ResNets.""",
+)
 
 
 def official_cbam(*, train: bool) -> partial[CBAM]:
@@ -254,42 +279,55 @@ def _batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
     )
 
 
-def _timm_se_width(features: int) -> int:
-    """C / 16 to the nearest multiple of 8, halves up, and at least 8."""
-    return max((features + 64) // 128 * 8, 8)
-
-
-def _timm_cbam_width(features: int) -> int:
-    """C / 16 to the nearest integer, halves up, and at least 1."""
-    return max((features + 8) // 16, 1)
-
-
 def _timm_eca_width(features: int) -> int:
     return max(functional.eca_kernel_size(features, gamma=2, b=1), 3)
 
 
-#: timm's ``se``, ``timm.layers.SEModule``: biases in both layers; the hidden width is
-#: C / 16 rounded to a multiple of 8, at least 8.
-timm_se = partial(
-    SE,
-    hidden_features=_timm_se_width,
-    pool="avg",
-    use_bias=True,
-    kernel_init=_TORCH_UNIFORM,
+timm_se: partial[SE] = _documented(
+    partial(
+        SE,
+        reduction=16,
+        divisor=8,
+        pool="avg",
+        use_bias=True,
+        kernel_init=_TORCH_UNIFORM,
+    ),
+    """timm's ``se``, ``timm.layers.SEModule``.
+
+    Both layers have biases; the hidden width is C / 16 rounded to a multiple of 8, at
+    least 8.
+    """,
 )
 
-#: timm's ``eca``, ``timm.layers.EcaModule``: width by the formula, but at least 3.
-timm_eca = partial(
-    ECA,
-    kernel_size=_timm_eca_width,
-    padding="zeros",
-    use_bias=False,
-    kernel_init=_TORCH_UNIFORM,
+timm_ese: partial[ESE] = _documented(
+    partial(
+        ESE,
+        pool="avg",
+        gate=nn.hard_sigmoid,
+        use_bias=True,
+        kernel_init=_TORCH_UNIFORM,
+    ),
+    """timm's ``ese``, ``timm.layers.EffectiveSEModule``: a bias and a hard sigmoid.""",
 )
 
-#: timm's ``ceca``, ``timm.layers.CecaModule``: ``timm_eca``, in which the first channel
-#: and the last are neighbors.
-timm_ceca = partial(timm_eca, padding="circular")
+timm_eca: partial[ECA] = _documented(
+    partial(
+        ECA,
+        kernel_size=_timm_eca_width,
+        padding="zeros",
+        use_bias=False,
+        kernel_init=_TORCH_UNIFORM,
+    ),
+    """timm's ``eca``, ``timm.layers.EcaModule``: width by the formula, at least 3.""",
+)
+
+timm_ceca: partial[ECA] = _documented(
+    partial(ECA, **{**timm_eca.keywords, "padding": "circular"}),
+    """timm's ``ceca``, ``timm.layers.CecaModule``.
+
+    It is ``timm_eca`` with the first channel and the last as neighbors.
+    """,
+)
 
 
 def timm_cbam(*, train: bool) -> partial[CBAM]:
@@ -319,9 +357,38 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
     return partial(
         CBAM,
         excite="mlp",
-        hidden_features=_timm_cbam_width,
+        reduction=16,
+        divisor=1,
         spatial_kernel_size=7,
         spatial_norm=_batch_norm(train=train, momentum=0.9),
         use_bias=False,
         kernel_init=_TORCH_UNIFORM,
     )
+
+
+def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
+    """timm's ``lcbam``, ``timm.layers.cbam.LightCbamModule``.
+
+    Widths, norm and start are those of ``timm_cbam``::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_attn import presets
+      >>> x = jnp.ones((2, 8, 8, 24))
+      >>> block = presets.timm_lcbam(train=False)()
+      >>> params = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params["spatial"])
+      {'conv': {'kernel': (7, 7, 1, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
+
+    Args:
+      train: whether to normalize by the batch, and update the running averages, or by
+        those averages.
+
+    Returns:
+      ``LightCBAM`` with the fields of timm.
+    """
+    return partial(LightCBAM, **timm_cbam(train=train).keywords)
+
+
+__all__ = sorted(
+    n for n in globals() if n.startswith(("article_", "official_", "timm_"))
+)

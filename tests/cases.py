@@ -1,5 +1,6 @@
 """The blocks and inputs that several test files share."""
 
+import contextlib
 import dataclasses
 import zlib
 from functools import partial
@@ -20,6 +21,17 @@ ARTICLE = {
     for name, make in BLOCKS.items()
     if hasattr(presets, f"article_{name.replace('-', '_')}")
 }
+
+
+@contextlib.contextmanager
+def compiling_quickly():
+    """Without most of the compiler's optimizations, and then as before."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def normal(shape, seed):

@@ -6,6 +6,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests import processes
+from tests.cases import compiling_quickly
 
 # Eight devices, for the tests of sharding; before the first use of a device.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,10 +35,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def quick_compilations():
-    """For programs that run for moments, of blocks without a maximum, as ``QUICK``."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """For programs that run for moments and prove nothing about the optimizer."""
+    with compiling_quickly():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,15 @@ def cbam(params, x, dims=2, excite=mlp):
     return spatial(params["spatial"], y)
 
 
+def lcbam(params, x, dims=2):
+    """Half the sum of mean and maximum, in the place of both."""
+    s = (average(x, dims) + peak(x, dims)) / 2
+    y = x * sigmoid(mlp(params["channel"], s))
+    t = (y.mean(axis=-1, keepdims=True) + y.max(axis=-1, keepdims=True)) / 2
+    layer = params["spatial"]["conv"]
+    return y * sigmoid(convolve(t, layer["kernel"]) + layer.get("bias", 0.0))
+
+
 def bam(params, x, dims=2, dilation=4):
     """x * (1 + sigmoid(channel + spatial))."""
 
@@ -107,6 +116,7 @@ REFERENCES = {
     "spatial": spatial,
     "cbam": cbam,
     "cbam-conv": partial(cbam, excite=conv_along_channels),
+    "lcbam": lcbam,
     "bam": bam,
     "scse": scse,
     "scse-max": partial(scse, combine=np.maximum),

@@ -1,1 +1,32 @@
 """A small training room: puts the blocks into a ResNet and trains it on images."""
+
+import sys
+from importlib.util import find_spec
+
+# The modules of the extra `train`.
+NEEDED = (
+    *("filelock", "matplotlib", "optax", "orbax", "pooch", "requests", "scipy"),
+    *("sklearn", "tqdm", "tyro"),
+)
+
+
+def _check_installed() -> None:
+    """Ends a command with one line if the extra is missing.
+
+    Raises:
+      ImportError: it is missing, and this is not a command.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if not missing:
+        return
+    message = (
+        f"The training commands need {', '.join(missing)}, which this Python lacks; "
+        'install the extra train: pip install -e ".[train]"'
+    )
+    if sys.argv[0] != "-m":  # As `python -m` sets it until it has found the command.
+        raise ImportError(message)
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+_check_installed()

@@ -16,12 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from train.engine.command import exit_codes
 from train.engine.config import check_choice, check_count
+from train.engine.options import parse
 from train.study.tables import format_table
-from train.study.usage import with_blocks
+from train.study.usage import block_names
 
 PROG = "train.benchmark"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,8 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure the attention blocks in copies of the feature map: times are divided by
-    that of x * 1.0001 on the same array in the same run."""
+    """Measure the attention blocks: times in those of a copy, x * 1.0001."""
 
     blocks: tuple[str, ...] = ()
     """Blocks to measure; by default all of them."""
@@ -41,7 +39,7 @@ class Options:
     TPU only that."""
     against: tuple[Literal["plain", "torch"], ...] = ()
     """What to measure beside: the plain implementation; the article's block in PyTorch,
-    eager and compiled (needs the extra parity; other blocks are left out)."""
+    eager and compiled (needs the group parity; other blocks are left out)."""
     inside: bool = False
     """Also time each block behind a 1x1 convolution from C/16 channels, BatchNorm and
     ReLU in one program, forward and with the gradients of x and of all parameters,
@@ -54,7 +52,7 @@ class Options:
     and the seconds to compile."""
     compile_for: str | None = None
     """Compile for a TPU topology such as v5e:2x2 instead of running; needs no TPU but
-    the extra tpu-aot."""
+    the group tpu-aot."""
     rounds: int = 20
     """How often each contender has its turn."""
     json: Path | None = None
@@ -70,11 +68,11 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = tyro.cli(
+    options = parse(
         Options,
-        prog=f"python -m {PROG}",
-        description=with_blocks(Options.__doc__, args),
+        prog=PROG,
         args=args,
+        notes={"blocks": block_names(args)},
     )
     with exit_codes(PROG):
         options = _resolve(options)

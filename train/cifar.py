@@ -8,10 +8,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
-import tyro
-
 from train.engine.command import exit_codes
 from train.engine.config import Config, one_of
+from train.engine.options import parse
 
 
 def _attentions() -> Iterable[str]:
@@ -44,7 +43,7 @@ def main(
 ) -> None:
     """Runs the command line ``args``, by default that of the process."""
     options = Options(**vars(default or Config()))
-    config = tyro.cli(Options, prog=f"python -m {prog}", args=args, default=options)
+    config = parse(Options, prog=prog, args=args, default=options)
     with exit_codes(prog):
         _run(config)
 
@@ -60,13 +59,15 @@ def _run(config: Config) -> None:
     devices.on_main(lambda: workdir.check_resumable(folder, config))
     images = loop.load(config)
     loop.check_batch(config, images)
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(folder.as_posix())  # Also understood on Windows.
     try:
         with interrupt.listening():
             run = loop.train(config, images, folder)
     except interrupt.Interrupted as error:
+        if not error.saved:
+            raise
         resume = f"{error} Resume by the same command with --workdir {quoted}."
-        raise interrupt.Interrupted(error.signal, resume) from None
+        raise interrupt.Interrupted(error.signal, resume, saved=True) from None
     if devices.is_main():
         print(run.summary())
         print(f"The run is in {quoted}. Next:\n  python -m train.report {quoted}")

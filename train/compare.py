@@ -18,12 +18,13 @@ from typing import Literal
 import tyro
 
 from train.engine import config as config_lib
-from train.engine.command import exit_codes, stop
+from train.engine.command import debugging, exit_codes, stop
 from train.engine.config import Config
+from train.engine.options import parse
 from train.study import gates, logs
 from train.study import report as study
 from train.study.statistics import BASELINE
-from train.study.usage import with_blocks
+from train.study.usage import block_names
 
 PROG = "train.compare"
 
@@ -65,11 +66,11 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = tyro.cli(
+    options = parse(
         Options,
-        prog=f"python -m {PROG}",
-        description=with_blocks(Options.__doc__, args, BASELINE),
+        prog=PROG,
         args=args,
+        notes={"attentions": block_names(args, BASELINE)},
     )
     with exit_codes(PROG):
         all_finite = options.report_only or _train(options)
@@ -112,6 +113,8 @@ def _train(options: Options) -> bool:
                 run = loop.train(config, images, folder)
                 gates.save_gates(folder, run, images)
             except FloatingPointError as error:
+                if debugging():
+                    raise
                 # A result for this block; the other runs go on.
                 bar.write(f"{PROG}: {name}: {error}", file=sys.stderr)
                 all_finite = False

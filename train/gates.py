@@ -1,8 +1,8 @@
 """``python -m train.gates RUN --out gates.png``: where a trained network attends.
 
 RUN is a workdir of ``train.cifar`` whose block has a spatial gate. The picture shows
-test images and, beside them, the spatial gates of each stage's last block, from the
-last checkpoint: alone, and applied to the image.
+test images and, beside them, the spatial gates of each stage's last block and Grad-CAM
+of the true class, from the last checkpoint: alone, and over the image.
 
 Exit codes: 0 drawn, 2 invalid command line, data or workdir.
 """
@@ -19,6 +19,8 @@ from train.engine.command import exit_codes
 from train.engine.config import Config, Resolved, check_count, resolve
 from train.engine.workdir import RUN
 from train.study import gates as study
+
+TRUE_CLASS = "Grad-CAM, true class"
 
 
 def draw(
@@ -46,6 +48,7 @@ def draw(
         )
     config = read_config(run, data_dir)
     # Only now, so that a mistyped path answers at once.
+    from flax_attn import inspect
     from flax_attn.blocks import BLOCKS
     from train.engine import devices, loop
 
@@ -53,13 +56,15 @@ def draw(
     with contextlib.closing(inputs):
         model, variables = loop.last_saved(config, inputs, run)
         shown, gates = study.spatial_gates(model, variables, inputs, count=images)
-    if not gates:
-        names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
-        raise ValueError(
-            f"`run` must have a spatial gate, got attention {config.block}; train "
-            f"with --attention one of {names}."
-        )
-    study.plot(shown, gates, limits=limits).savefig(out, dpi=130)
+        if not gates:
+            names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
+            raise ValueError(
+                f"`run` must have a spatial gate, got attention {config.block}; train "
+                f"with --attention one of {names}."
+            )
+        cam = study.grad_cam(model, variables, inputs, count=images)
+    figure = inspect.plot(shown, gates, cams={TRUE_CLASS: cam}, limits=limits)
+    figure.savefig(out, dpi=130)
     print(f"Wrote {out}.")
 
 

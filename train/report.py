@@ -50,7 +50,11 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def draw(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
+    ],
     out: Path = Path("curves.png"),
 ) -> None:
     """Draw the loss and accuracy of runs into one picture.

@@ -1,6 +1,7 @@
 """The site: guides in Markdown, and a reference made from the docstrings."""
 
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from flax import linen as nn
 import flax_attn
 
 project = "flax_attn"
+copyright = "The flax_attn authors"
 release = version = flax_attn.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"flax_attn {release}"
+pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+html_theme_options = {
+    "source_repository": pyproject["project"]["urls"]["Repository"],
+    "source_branch": "main",
+    "source_directory": ".github/docs/",
+}
 exclude_patterns = ["_build"]
-highlight_language = "none"
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True

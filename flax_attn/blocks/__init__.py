@@ -13,6 +13,7 @@ from flax_attn.blocks.cbam import CBAM
 from flax_attn.blocks.channel import ECA, SE, ChannelAttention
 from flax_attn.blocks.ese import ESE
 from flax_attn.blocks.layout import ChannelsFirst
+from flax_attn.blocks.light_cbam import LightCBAM
 from flax_attn.blocks.scse import scSE
 from flax_attn.blocks.spatial import SpatialAttention
 
@@ -25,6 +26,7 @@ __all__ = [
     "ChannelsFirst",
     "ECA",
     "ESE",
+    "LightCBAM",
     "SE",
     "SpatialAttention",
     "create",
@@ -41,6 +43,7 @@ _blocks: dict[str, Callable[..., nn.Module]] = {
     "spatial": SpatialAttention,
     "cbam": CBAM,
     "cbam-conv": partial(CBAM, excite="conv"),
+    "lcbam": LightCBAM,
     "bam": BAM,
     "scse": scSE,
     "scse-max": partial(scSE, combine="max"),

@@ -1,10 +1,10 @@
 """BAM: channel and spatial attention side by side, in one gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
 from flax_attn.blocks.base import (
@@ -42,8 +42,8 @@ class BAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r; the hidden width of both branches is ``max(C // r, 1)``
-        (default: 16).
+      reduction: divisor r, or a ratio; the hidden width of both branches is
+        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
       dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
@@ -64,24 +64,19 @@ class BAM(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06514, 2018.
     """
 
-    gates = {"element_gate": "element_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"element_gate": "element_gate"}
 
-    reduction: int = 16
+    reduction: int | float = 16
     dilation: int = 4
     hidden_features: Width | None = None
     norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
     use_bias: bool = True
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
-        return x * gate if self.identity_init else x * (1 + gate)
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, ``1 + gate``."""
+        gate = self.element_gate(x, mask)
+        return gate if self.identity_init else 1 + gate
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:

@@ -1,6 +1,7 @@
 """What a block is, and what the blocks share beside the arithmetic."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -20,22 +21,28 @@ Width = int | Callable[[int], int]
 class Attention(nn.Module, kw_only=True):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
-    A subclass adds its own fields, declares in ``gates`` what it sows, and is called
-    with a map and an optional boolean mask ``(..., H, W)``::
+    A subclass adds its own fields and defines what the map is multiplied by; in
+    ``gates`` it declares what it sows::
 
       >>> class Energy(Attention, kw_only=True):
-      ...     def __call__(self, x, mask=None):
+      ...     def multiplier(self, x, mask=None):
       ...         x, _ = self.validated(x, mask)
-      ...         return self.scaled(x, self.gate_from(x**2))
+      ...         return self.gate_from(x**2)
       >>> Energy().apply({}, jnp.zeros((4, 4, 8))).shape
       (4, 4, 8)
+
+    The gates of one map multiply another by ``multiplier``, as in
+    ``low * block.multiplier(high)`` inside a module, or outside::
+
+      >>> block, low, high = Energy(), jnp.ones((8, 8, 8)), jnp.zeros((8, 8, 8))
+      >>> (low * block.apply({}, high, method="multiplier")).mean().item()
+      0.5
 
     All fields are keyword-only. Those that every block has:
 
     Attributes:
       gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether the layers add a bias; a bias before a norm, which has one of
-        its own, is left out (default: False; of BAM: True).
+      use_bias: whether the layers add a bias (default: False; of BAM: True).
       dtype: the dtype of the result (default: infer from input and params). Means are
         accumulated in float32 or wider whatever this is.
       param_dtype: the dtype passed to parameter initializers (default: float32).
@@ -69,9 +76,34 @@ class Attention(nn.Module, kw_only=True):
     identity_init: bool = False
     spatial_dims: int = 2
 
+    def __post_init__(self) -> None:
+        """Makes blocks with equal fields equal, so that jit knows them again."""
+        for name, value in vars(self).copy().items():
+            if type(value) is partial:
+                object.__setattr__(self, name, _comparable(value))
+        super().__post_init__()
+
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and a gate of positions is zero there.
+        """
+        x, _ = self.validated(x, mask)
+        return self.scaled(x, self.multiplier(x, mask))
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by: all its gates in one.
+
+        Shape ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)``. A block with
+        one gate need not define it, if the method in ``gates`` takes ``x, mask``.
+        """
+        if len(self.gates) != 1:
+            name = type(self).__name__
+            raise NotImplementedError(f"{name} must define `multiplier`.")
+        (method,) = self.gates
+        gate: Array = getattr(self, method)(x, mask)
+        return gate
 
     def validated(self, x: Any, mask: Any = None) -> tuple[Array, Array | None]:
         """The input of the block: zero where masked, and the mask ``(..., H, W, 1)``.
@@ -110,6 +142,12 @@ class Attention(nn.Module, kw_only=True):
         checks.check_callable("gate", self.gate)
         if not self.identity_init:
             return self.gate(logits)
+        if isinstance(self.gate, nn.Module):
+            raise ValueError(
+                "`identity_init` doubles the gate, so `gate` must be a function that "
+                f"is 0.5 at 0, got the module {type(self.gate).__name__}, whose "
+                "parameters may change that; pass nn.sigmoid, or identity_init=False."
+            )
         with jax.ensure_compile_time_eval():
             # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
             at_zero = float(jax.jit(self.gate)(jnp.zeros(())))
@@ -121,29 +159,41 @@ class Attention(nn.Module, kw_only=True):
         return 2 * self.gate(logits)
 
     def normalized(
-        self, norm: ModuleDef | None, x: Array, mask: Array | None, *, name: str
+        self,
+        norm: ModuleDef | None,
+        x: Array,
+        mask: Array | None,
+        *,
+        name: str,
+        is_last: bool = True,
     ) -> Array:
-        """``x`` through ``norm``, if any, over what ``mask`` admits."""
+        """``x`` through ``norm``, if any, over what ``mask`` admits.
+
+        ``is_last``: it makes the logits, so it starts at zero with ``identity_init``.
+        """
         if norm is None:
             return x
-        module = self._make_norm(norm, name)
+        return self.over_valid(self._make_norm(norm, name, is_last), x, mask)
+
+    def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
+        """``x`` through the module ``norm``, over what ``mask`` admits."""
         if mask is None:
-            return module(x)
+            return norm(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
         # NaN: a row, or for statistics of the batch, the whole of it.
         axes = tuple(range(-1 - self.spatial_dims, -1))
-        shared = hasattr(module, "use_running_average")
+        shared = hasattr(norm, "use_running_average")
         valid = mask.any(None if shared else axes, keepdims=True)
-        return module(x, mask=mask | ~valid)
+        return norm(x, mask=mask | ~valid)
 
-    def _make_norm(self, norm: ModuleDef, name: str) -> Any:
+    def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
         if isinstance(norm, nn.Module) or not callable(norm):
             raise ValueError(
                 "`norm` must make a module, such as nn.BatchNorm or a "
                 f"functools.partial of it, got {norm!r}; pass "
                 "partial(nn.BatchNorm, use_running_average=not train)."
             )
-        if not self.identity_init:
+        if not (self.identity_init and is_last):
             return norm(name=name)
         try:
             module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
@@ -152,6 +202,28 @@ class Attention(nn.Module, kw_only=True):
         if not getattr(module, "use_scale", True):
             raise ValueError(_NO_SCALE.format(norm))
         return module
+
+
+class _Partial(partial[Any]):
+    """A ``functools.partial`` that equals those of the same function and arguments."""
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.func, self.args, frozenset(self.keywords.items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Partial) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def _comparable(made: partial[Any]) -> partial[Any]:
+    same = _Partial(made.func, *made.args, **made.keywords)
+    try:
+        hash(same)
+    except TypeError:  # An argument that is no value, such as an array.
+        return made
+    return same
 
 
 def zeros_like(init: Initializer) -> Initializer:

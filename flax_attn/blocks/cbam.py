@@ -8,7 +8,7 @@ from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, ModuleDef, Width
-from flax_attn.blocks.channel import ChannelAttention
+from flax_attn.blocks.channel import ChannelAttention, Pools
 from flax_attn.blocks.spatial import SpatialAttention
 from flax_attn.functional import Array, Excite, checks
 
@@ -37,8 +37,12 @@ class CBAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel MLP; the hidden width is ``max(C // r, 1)``
-        (default: 16).
+      reduction: divisor r of the channel MLP, or a ratio; the hidden width is
+        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
+      divisor: what the hidden width is a multiple of, see ``SE.divisor``
+        (default: None).
+      pool: ``"both"`` as in the paper; or ``"avg+max"``, with which each half squeezes
+        once, to half the sum of mean and maximum (default: "both").
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
       hidden_features: the MLP's hidden width itself, at least 1, or a function from C
@@ -47,8 +51,8 @@ class CBAM(Attention, kw_only=True):
         (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
       gamma: slope divisor of the rule for that width, not 0 (default: 2).
       b: offset of the rule for that width (default: 1).
-      spatial_norm: module between the spatial convolution and its gate, see
-        ``SpatialAttention.norm`` (default: None).
+      spatial_norm: module between the spatial convolution, which then has no bias, and
+        its gate, see ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
 
     Raises:
@@ -60,7 +64,9 @@ class CBAM(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    reduction: int = 16
+    reduction: int | float = 16
+    divisor: int | None = None
+    pool: Pools = "both"
     spatial_kernel_size: int = 7
     excite: Excite = "mlp"
     hidden_features: Width | None = None
@@ -70,13 +76,23 @@ class CBAM(Attention, kw_only=True):
     spatial_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
-    @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
 
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the spatial gate is zero there.
         """
+        y, _, spatial = self._halves(x, mask)
+        return self.scaled(y, spatial)
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, the product of its gates."""
+        _, channel, spatial = self._halves(x, mask)
+        return channel * spatial
+
+    @nn.compact
+    def _halves(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        """``x`` times its channel gate, that gate, and the spatial gate."""
         # Checked here as well, under the name that the user wrote.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
         common: dict[str, Any] = {
@@ -92,6 +108,8 @@ class CBAM(Attention, kw_only=True):
         }
         channel = ChannelAttention(
             reduction=self.reduction,
+            divisor=self.divisor,
+            pool=self.pool,
             excite=self.excite,
             hidden_features=self.hidden_features,
             kernel_size=self.kernel_size,
@@ -104,6 +122,7 @@ class CBAM(Attention, kw_only=True):
         )
         spatial = SpatialAttention(
             kernel_size=self.spatial_kernel_size,
+            pool=self.pool,
             norm=self.spatial_norm,
             use_bias=self.use_bias and self.spatial_norm is None,
             **common,
@@ -118,4 +137,4 @@ class CBAM(Attention, kw_only=True):
             spatial_dims=self.spatial_dims,
             implementation=self.implementation,
         )
-        return spatial.scaled(y, spatial.gate_of(maps.astype(y.dtype), mask))
+        return y, gate, spatial.gate_of(maps.astype(y.dtype), mask)

@@ -4,31 +4,30 @@ The three differ in two words only, how they squeeze (one pool or two) and how t
 excite (an MLP or a 1-D convolution), so one function builds all of their gates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, Conv, Width, width_of
-from flax_attn.functional import Array, Excite, Padding, Pool, checks
+from flax_attn.blocks.base import Attention, Conv, ModuleDef, Width, width_of
+from flax_attn.functional import Array, Excite, Padding, checks
+
+PoolDef = Literal["avg", "max", "avg+max"] | Callable[..., Array]
+"""A squeeze over H and W: by name, or called as ``jnp.std`` is."""
+Pools = Literal["both", "avg+max"]
+"""Whether mean and maximum are used side by side, or half the sum of the two."""
+
+POOLS = (*functional.POOLS, "avg+max")
+BOTH_POOLS: tuple[Pools, ...] = ("both", "avg+max")
 
 
 class ChannelBlock(Attention, kw_only=True):
     """A block with one gate for each channel, ``channel_gate``."""
 
-    gates = {"channel_gate": "channel_gate"}
-
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.channel_gate(x, mask))
+    gates: ClassVar[Mapping[str, str]] = {"channel_gate": "channel_gate"}
 
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
@@ -39,7 +38,7 @@ class ChannelBlock(Attention, kw_only=True):
         x: Array,
         mask: Array | None,
         *,
-        pools: tuple[Pool, ...],
+        pools: tuple[PoolDef, ...],
         excite: Callable[..., Any],
     ) -> Array:
         """The gate, sown, of ``x`` squeezed by ``pools`` and excited by ``excite``."""
@@ -65,10 +64,18 @@ class SE(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 16).
+      reduction: divisor r; the hidden width is ``max(C // r, 1)``, so 1 where r > C. Or
+        a ratio below 1: the width is ``ratio * C``, rounded (default: 16).
+      divisor: what the hidden width is a multiple of, the nearest one and at least
+        ``divisor`` itself, as timm's ``rd_divisor`` (default: None, no rounding).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
-      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
+      pool: squeeze over H and W: ``"avg"``, ``"max"``, or ``"avg+max"``, half the sum
+        of the two. Or a function called as ``jnp.std(x, axis=axes, keepdims=True)``,
+        with ``where=`` where the block has a mask (default: "avg").
+      hidden_norm: module between ``reduce`` and ``act``, such as
+        ``partial(nn.BatchNorm, use_running_average=not train)``; called as Flax's norms
+        are, with ``mask=`` where the block has a mask (default: None).
       act: activation between the two layers (default: nn.relu).
 
     Raises:
@@ -81,15 +88,18 @@ class SE(ChannelBlock, kw_only=True):
     https://arxiv.org/abs/1709.01507, 2017.
     """
 
-    reduction: int = 16
+    reduction: int | float = 16
+    divisor: int | None = None
     hidden_features: Width | None = None
-    pool: Pool = "avg"
+    pool: PoolDef = "avg"
+    hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        return self.sown_gate(x, mask, pools=(self.pool,), excite=mlp)
+        excite = _normalized_mlp(self, x, mask)
+        return self.sown_gate(x, mask, pools=(self.pool,), excite=excite)
 
 
 class ECA(ChannelBlock, kw_only=True):
@@ -115,7 +125,7 @@ class ECA(ChannelBlock, kw_only=True):
         widths: 3, 5, 5, 7 in the four stages of a ResNet-50.
       gamma: slope divisor of the rule for k, not 0 (default: 2).
       b: offset of the rule for k (default: 1).
-      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
+      pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
       padding: what stands beyond the first and last channel, ``"zeros"`` or
         ``"circular"`` (default: "zeros").
 
@@ -131,7 +141,7 @@ class ECA(ChannelBlock, kw_only=True):
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
-    pool: Pool = "avg"
+    pool: PoolDef = "avg"
     padding: Padding = "zeros"
 
     @nn.compact
@@ -161,8 +171,12 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the MLP; the hidden width is ``max(C // r, 1)``
-        (default: 16).
+      reduction: divisor r of the MLP, or a ratio; the hidden width is ``max(C // r,
+        1)``, see ``SE.reduction`` (default: 16).
+      divisor: what the hidden width is a multiple of, see ``SE.divisor``
+        (default: None).
+      pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites half the sum of
+        the two squeezes instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
       hidden_features: the MLP's hidden width itself, at least 1, or a function from C
         to it; it overrides ``reduction`` (default: None).
@@ -172,6 +186,8 @@ class ChannelAttention(ChannelBlock, kw_only=True):
       b: offset of the rule for k (default: 1).
       padding: what the convolution finds beyond the first and last channel,
         ``"zeros"`` or ``"circular"`` (default: "zeros").
+      hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; it
+        normalizes either squeeze on its own (default: None).
       act: activation between the MLP's layers (default: nn.relu).
 
     Raises:
@@ -185,21 +201,35 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    reduction: int = 16
+    reduction: int | float = 16
+    divisor: int | None = None
+    pool: Pools = "both"
     excite: Excite = "mlp"
     hidden_features: Width | None = None
     kernel_size: Width | None = None
     gamma: float = 2
     b: float = 1
     padding: Padding = "zeros"
+    hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
         checks.check_choice("excite", self.excite, functional.EXCITES)
-        excite = mlp if self.excite == "mlp" else _conv
-        return self.sown_gate(x, mask, pools=functional.POOLS, excite=excite)
+        checks.check_choice("pool", self.pool, BOTH_POOLS)
+        pools: tuple[PoolDef, ...] = ("avg+max",)
+        if self.pool == "both":
+            pools = functional.POOLS
+        if self.excite == "conv":
+            if self.hidden_norm is not None:
+                raise ValueError(
+                    "`hidden_norm` goes between the layers of the MLP, so `excite` "
+                    'must be "mlp", got "conv"; leave `hidden_norm` out.'
+                )
+            return self.sown_gate(x, mask, pools=pools, excite=_conv)
+        excite = _normalized_mlp(self, x, mask)
+        return self.sown_gate(x, mask, pools=pools, excite=excite)
 
 
 def channel_logits(
@@ -207,38 +237,91 @@ def channel_logits(
     x: Array,
     mask: Array | None,
     *,
-    pools: tuple[Pool, ...],
+    pools: tuple[PoolDef, ...],
     excite: Callable[..., Any],
 ) -> Array:
     """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
     x = checks.check_feature_map(x, spatial_dims=module.spatial_dims)
+    mask = checks.check_mask(mask, x)
     logits_of = excite(module, x.shape[-1])
-    squeeze = partial(
+    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
+    dtype = module.dtype or x.dtype
+    squeezed = [squeeze(module, x, mask, pool).astype(dtype) for pool in pools]
+    # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
+    return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
+
+
+def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> Array:
+    """``x`` reduced over H and W to size 1; ``mask`` is ``(..., H, W, 1)``."""
+    if callable(pool):
+        return _squeeze_by(pool, x, mask, module.spatial_dims)
+    checks.check_choice("pool", pool, POOLS)
+    by = partial(
         functional.squeeze_spatial,
         x,
-        mask=checks.check_mask(mask, x),
+        mask=mask,
         spatial_dims=module.spatial_dims,
         implementation=module.implementation,
     )
-    # The mean comes in float32; Linen's promotion starts from the dtype of the input.
-    squeezed = [squeeze(pool=p).astype(module.dtype or x.dtype) for p in pools]
-    # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
-    return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
+    if pool != "avg+max":
+        return by(pool=pool)
+    mean = by(pool="avg")
+    return mean / 2 + by(pool="max").astype(mean.dtype) / 2
+
+
+def _squeeze_by(
+    pool: Callable[..., Array], x: Array, mask: Array | None, spatial_dims: int
+) -> Array:
+    axes = tuple(range(-1 - spatial_dims, -1))
+    where = {}
+    if mask is not None:
+        # What has nothing valid is squeezed as it is, which is zero.
+        where["where"] = mask | ~mask.any(axes, keepdims=True)
+    y = pool(functional.apply_mask(x, mask), axis=axes, keepdims=True, **where)
+    ones = (1,) * spatial_dims
+    expected = (*x.shape[: -1 - spatial_dims], *ones, x.shape[-1])
+    if jnp.shape(y) != expected:
+        raise ValueError(
+            "`pool` is a function, which must reduce `axis` to size 1, got shape "
+            f"{jnp.shape(y)} for {expected}; return what jnp.std does with "
+            "keepdims=True."
+        )
+    return y
 
 
 def hidden_width(module: Attention, features: int) -> int:
     """The hidden width that ``module`` asks for at ``features`` channels."""
     hidden = module.hidden_features
     if hidden is None:
-        checks.check_positive("reduction", module.reduction)
-        hidden = max(features // module.reduction, 1)
+        divisor = getattr(module, "divisor", None)
+        hidden = _reduced(features, module.reduction, divisor)
     hidden = width_of("hidden_features", hidden, features)
     checks.check_positive("hidden_features", hidden)
     return hidden
 
 
-def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
-    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``."""
+def _reduced(features: int, reduction: int | float, divisor: int | None) -> int:
+    is_ratio = isinstance(reduction, float) and 0 < reduction < 1
+    if not is_ratio and (not checks.is_int(reduction) or reduction < 1):
+        raise ValueError(
+            "`reduction` must be an integer of at least 1, or a ratio between 0 and 1, "
+            f"got {reduction!r}; pass e.g. 16 or 1 / 16."
+        )
+    if divisor is None and not is_ratio:
+        return max(int(features // reduction), 1)
+    divisor = 1 if divisor is None else divisor
+    checks.check_positive("divisor", divisor)
+    width = features * reduction if is_ratio else features / reduction
+    return max(int(width + divisor / 2) // divisor * divisor, divisor)
+
+
+def mlp(
+    module: Attention, features: int, act: Callable[[Array], Array] | None = None
+) -> Callable[[Array], Array]:
+    """The two layers C -> h -> C, as a function of descriptors ``(..., C)``.
+
+    ``act`` stands between them in the place of the module's.
+    """
     layer = partial(
         nn.Dense,
         use_bias=module.use_bias,
@@ -251,7 +334,26 @@ def mlp(module: Attention, features: int) -> Callable[[Array], Array]:
     )
     expand = layer(features, **module.last_layer(), name="expand")
     checks.check_callable("act", module.act)
-    return lambda s: expand(module.act(reduce(s)))
+    act = act or module.act
+    return lambda s: expand(act(reduce(s)))
+
+
+def _normalized_mlp(
+    module: SE | ChannelAttention, x: Array, mask: Array | None
+) -> Callable[..., Any]:
+    """``mlp`` with the norm of ``module``, if any, before its activation."""
+    if module.hidden_norm is None:
+        return mlp
+    x, valid = module.validated(x, mask)
+    axes = tuple(range(-1 - module.spatial_dims, -1))
+    rows = None if valid is None else valid.any(axes, keepdims=True)
+    norm = module._make_norm(module.hidden_norm, "reduce_norm", is_last=False)
+
+    def act(s: Array) -> Array:
+        # Of one pool at a time, as if the MLP were called once for each.
+        return module.act(jnp.stack([module.over_valid(norm, row, rows) for row in s]))
+
+    return partial(mlp, act=act)
 
 
 def _conv(module: Attention, features: int) -> Callable[[Array], Array]:

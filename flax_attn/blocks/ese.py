@@ -5,8 +5,8 @@ from collections.abc import Callable
 from flax import linen as nn
 
 from flax_attn.blocks.base import Attention
-from flax_attn.blocks.channel import ChannelBlock
-from flax_attn.functional import Array, Pool
+from flax_attn.blocks.channel import ChannelBlock, PoolDef
+from flax_attn.functional import Array
 
 
 class ESE(ChannelBlock, kw_only=True):
@@ -27,19 +27,19 @@ class ESE(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      pool: squeeze, ``"avg"`` or ``"max"`` over H and W (default: "avg").
+      pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the released code and timm have a bias and the gate
-    ``nn.hard_sigmoid``; set ``use_bias=True, gate=nn.hard_sigmoid`` for them.
+    ``nn.hard_sigmoid``: ``flax_attn.presets.timm_ese``.
 
     References: Lee, Park. CenterMask: Real-Time Anchor-Free Instance Segmentation.
     https://arxiv.org/abs/1911.06667, 2019.
     """
 
-    pool: Pool = "avg"
+    pool: PoolDef = "avg"
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:

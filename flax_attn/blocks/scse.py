@@ -1,8 +1,9 @@
 """scSE: two recalibrations of one map, by channel and by position, combined."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
@@ -37,8 +38,8 @@ class scSE(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel half; its hidden width is ``max(C // r, 1)``
-        (default: 2).
+      reduction: divisor r of the channel half, or a ratio; its hidden width is
+        ``max(C // r, 1)``, see ``SE.reduction`` (default: 2).
       combine: what makes one map of the two, element by element: ``"add"`` as in the
         paper or ``"max"`` as in its successor (default: "add").
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
@@ -56,9 +57,9 @@ class scSE(Attention, kw_only=True):
     Channel 'Squeeze & Excitation' Blocks. https://arxiv.org/abs/1808.08127, 2018.
     """
 
-    gates = {"spatial_gate": "spatial_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"spatial_gate": "spatial_gate"}
 
-    reduction: int = 2
+    reduction: int | float = 2
     combine: Combine = "add"
     hidden_features: Width | None = None
     act: Callable[[Array], Array] = nn.relu
@@ -72,7 +73,7 @@ class scSE(Attention, kw_only=True):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        self.channel = SE(
+        self.channel: SE = SE(
             reduction=self.reduction,
             hidden_features=self.hidden_features,
             act=self.act,
@@ -84,7 +85,7 @@ class scSE(Attention, kw_only=True):
             spatial_dims=self.spatial_dims,
             **common,
         )
-        self.spatial = nn.Dense(1, **common, **self.last_layer())
+        self.spatial: nn.Dense = nn.Dense(1, **common, **self.last_layer())
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
@@ -92,27 +93,34 @@ class scSE(Attention, kw_only=True):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero, and the spatial gate is zero there.
         """
-        x, _ = self.validated(x, mask)
-        x, channel, spatial = promote_dtype(
-            x,
-            self.channel.channel_gate(x, mask),
-            self.spatial_gate(x, mask),
-            dtype=self.dtype,
-        )
-        by_channel, by_position = (
-            functional.scale(
-                x,
-                gate,
-                spatial_dims=self.spatial_dims,
-                implementation=self.implementation,
-            )
-            for gate in (channel, spatial)
-        )
+        x, channel, spatial = self._promoted(x, mask)
+        by_channel, by_position = self.scaled(x, channel), self.scaled(x, spatial)
         if self.combine == "max":
             return functional.larger(by_channel, by_position)
         if self.identity_init:  # Halved before they are added: twice x may overflow.
             return by_channel / 2 + by_position / 2
         return by_channel + by_position
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, ``(..., H, W, C)``.
+
+        The sum of its gates; with ``combine="max"`` the larger one where ``x`` is
+        positive and the smaller one where it is negative, so that ``x`` times it is the
+        larger product.
+        """
+        x, channel, spatial = self._promoted(x, mask)
+        if self.combine == "add":
+            return (channel + spatial) / 2 if self.identity_init else channel + spatial
+        sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
+        return sign * functional.larger(sign * channel, sign * spatial)
+
+    def _promoted(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        """The map and its two gates in the block's dtype."""
+        x, _ = self.validated(x, mask)
+        channel = self.channel.channel_gate(x, mask)
+        spatial = self.spatial_gate(x, mask)
+        x, channel, spatial = promote_dtype(x, channel, spatial, dtype=self.dtype)
+        return x, channel, spatial
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""

@@ -1,11 +1,14 @@
 """Spatial attention: the second half of CBAM."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import ClassVar
 
 from flax import linen as nn
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, Conv, ModuleDef
+from flax_attn.blocks.channel import BOTH_POOLS, Pools
 from flax_attn.functional import Array, checks
 
 
@@ -28,6 +31,8 @@ class SpatialAttention(Attention, kw_only=True):
 
     Attributes:
       kernel_size: k, any odd size (default: 7).
+      pool: ``"both"``, two maps as in the paper, or ``"avg+max"``, one map that is half
+        their sum; the kernel is ``(k, k, 1, 1)`` then (default: "both").
       norm: module between the convolution and the gate, such as
         ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
         official code; called as Flax's norms are, with ``mask=`` where the block has a
@@ -44,19 +49,15 @@ class SpatialAttention(Attention, kw_only=True):
     https://arxiv.org/abs/1807.06521, 2018.
     """
 
-    gates = {"gate_of": "spatial_gate"}
+    gates: ClassVar[Mapping[str, str]] = {"gate_of": "spatial_gate"}
 
     kernel_size: int = 7
+    pool: Pools = "both"
     norm: ModuleDef | None = None
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.spatial_gate(x, mask))
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, its gate."""
+        return self.spatial_gate(x, mask)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, 1)``."""
@@ -71,13 +72,16 @@ class SpatialAttention(Attention, kw_only=True):
         They are to be zero where ``mask`` is False, as the convolution's padding is.
         """
         checks.check_odd("kernel_size", self.kernel_size)
+        checks.check_choice("pool", self.pool, BOTH_POOLS)
+        if self.pool == "avg+max":
+            maps = maps.mean(-1, keepdims=True)
         logits = Conv(
             partial(
                 functional.conv_spatial,
                 precision=self.precision,
                 implementation=self.implementation,
             ),
-            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, 2, 1),
+            kernel_shape=(*(self.kernel_size,) * self.spatial_dims, maps.shape[-1], 1),
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -9,7 +9,7 @@ Modules are translated by name. ``naming`` selects the names of the PyTorch side
 * ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, as in most SENets in
   PyTorch; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and ``spatial.conv.bn``, with
   the inputs [mean, max], which are swapped here. In a residual block all of it is under
-  ``se``.
+  ``se``, and ESE is ``se.fc``.
 * ``"torchvision"``: ResNets without attention, and ``torchvision.ops``'s
   ``SqueezeExcitation``.
 * ``"article"``: the classes of the article, with ``fc_layers.0``, ``fc_layers.2`` and
@@ -31,7 +31,8 @@ ResNets have the same names in all of them: ``conv1``, ``bn1``, ``layer1.0.conv1
 ``layer1.0.downsample.0``, ``fc``; here they are ``conv_stem``, ``norm_stem``,
 ``stage1_block1/conv1``, ``conv_shortcut`` and ``head``. ``linear`` is read as ``fc``
 and ``shortcut`` as ``downsample``, since PyTorch code for CIFAR often has them. timm's
-deep stem and pooled shortcut (its "d" variants) are known as well.
+deep stem and pooled shortcut (its "d" variants) and its convolution in place of the
+maximum are known as well.
 
 A PyTorch file is safetensors with dotted keys; a Flax file is safetensors with keys
 like ``params/head/kernel``. Files of PyTorch's own format (``.pth``, ``.pt``,

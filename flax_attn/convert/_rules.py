@@ -93,6 +93,7 @@ _DENSE = _transposed((None, None), 1, 0)
 _ALONG_CHANNELS = _transposed((1, 1, None), 2, 1, 0)
 _MAX_MEAN = _transposed((1, 2, None, None), 2, 3, 1, 0)
 _MEAN_MAX = _transposed((1, 2, None, None), 2, 3, 1, 0, flip=True)
+_ONE_MAP = _transposed((1, 1, None, None), 2, 3, 1, 0)
 _DENSE_AS_CONV = Kind(
     {"torch": (None, None, 1, 1), "flax": (None, None)},
     {"flax": lambda w: w[:, :, 0, 0].T, "torch": lambda k: k.T[:, :, None, None]},
@@ -136,8 +137,13 @@ _SE = (
     Rule("fc2", "expand", _DENSE_AS_CONV),
 )
 _ECA = (Rule("conv", "conv", _ALONG_CHANNELS),)
+# A norm between SE's layers has the names of timm's `norm_layer`.
+_TIMM_SE = (*_SE, Rule("bn", "reduce_norm", _NORM))
+# In a residual block alone: elsewhere `fc` is the head.
+_TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
 _TIMM_SPATIAL = (
     Rule("conv.conv", "conv", _MEAN_MAX),
+    Rule("conv.conv", "conv", _ONE_MAP),
     Rule("conv.bn", "norm", _NORM),
 )
 _ARTICLE_CHANNEL = (
@@ -180,7 +186,7 @@ _CA_SA = (
 # Of rules with the same Flax name, the first is written; all are read.
 BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
-        *_SE,
+        *_TIMM_SE,
         *_ECA,
         *_TIMM_SPATIAL,
         *(rule.under("channel.", "channel/") for rule in _SE),
@@ -212,7 +218,7 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
 }
 # The attention of a residual block, by its names there.
 _RESIDUAL_ATTENTION: dict[Naming, tuple[Rule, ...]] = {
-    "timm": tuple(rule.under("se.", "") for rule in BLOCK_RULES["timm"]),
+    "timm": tuple(r.under("se.", "") for r in (*BLOCK_RULES["timm"], *_TIMM_ESE)),
     "article": tuple(rule.under("attention.", "") for rule in BLOCK_RULES["article"]),
     "official": (
         *(rule.under("cbam.", "") for rule in _OFFICIAL_CBAM),
@@ -239,6 +245,10 @@ _TIMM_DEEP_STEM = (
     Rule("conv1.4", "norm_stem2", _NORM),
     Rule("conv1.6", "conv_stem3", _CONV),
 )
+_TIMM_STEM_POOL = (
+    Rule("maxpool.0", "conv_stem_pool", _CONV),
+    Rule("maxpool.1", "norm_stem_pool", _NORM),
+)
 _TIMM_POOLED_SHORTCUT = (
     Rule("downsample.1", "conv_pooled_shortcut", _CONV),
     Rule("downsample.2", "norm_pooled_shortcut", _NORM),
@@ -257,7 +267,8 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     """The rules for modules outside of residual blocks."""
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
-        rules += _TIMM_DEEP_STEM
+        # Last, since `fc` is the head first.
+        rules += (*_TIMM_DEEP_STEM, *_TIMM_STEM_POOL, *_TIMM_ESE)
     return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
 
 

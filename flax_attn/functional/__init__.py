@@ -188,16 +188,17 @@ def scale(
     spatial_dims: int = 2,
     implementation: Implementation = "fast",
 ) -> Array:
-    """Multiplies a feature map by a channel gate or a spatial gate: ``x * gate``.
+    """Multiplies a feature map by a gate: ``x * gate``.
 
     Args:
       x: array ``(..., H, W, C)``.
-      gate: array ``(..., 1, 1, C)`` or ``(..., H, W, 1)`` of the same dtype.
+      gate: array ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)`` of the
+        same dtype.
       spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
       implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "plain":
+    if implementation == "plain" or gate.shape == x.shape:
         return x * gate
     of_channels = gate.shape[-1] == x.shape[-1] and all(
         n == 1 for n in gate.shape[-1 - spatial_dims : -1]

@@ -137,7 +137,7 @@ class Hook:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.token = str(uuid.uuid4())
+        self.token: str = str(uuid.uuid4())
 
     def __hash__(self) -> int:
         return hash(self.token)

@@ -82,6 +82,16 @@ class Attention(nnx.Module):
         Raises:
           ValueError: ``x`` is no feature map of C channels, or ``mask`` does not fit.
         """
+        return self._run("__call__", x, mask)
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, for another map too.
+
+        Args and errors are those of the call.
+        """
+        return self._run("multiplier", x, mask)
+
+    def _run(self, method: str, x: Array, mask: Array | None) -> Array:
         if (shape := jnp.shape(x))[-1:] not in ((), (self.features,)):
             raise ValueError(
                 f"`x` must have {self.features} channels on its last axis, got shape "
@@ -91,9 +101,11 @@ class Attention(nnx.Module):
         linen = _with_norms(self.linen, lambda norm: self._at(norm.path))
         y: Any
         if not (self.sow_gates or hasattr(self, "__captures__")):
-            y = linen.apply(variables, x, mask)
+            y = linen.apply(variables, x, mask, method=method)
             return y
-        y, sown = linen.apply(variables, x, mask, mutable=["intermediates"])
+        y, sown = linen.apply(
+            variables, x, mask, method=method, mutable=["intermediates"]
+        )
         for path, values in _leaves(sown["intermediates"]):
             for value in values:
                 self._at(path[:-1]).sow(nnx.Intermediate, path[-1], value)
@@ -212,7 +224,9 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
         def create(x: Array) -> Array:
             owner: Any = place.parent
             factory = _Factory(place.factory, x.shape[-1], rngs)
-            norms[place.path] = owner._make_norm(factory, place.name)
+            norms[place.path] = owner._make_norm(
+                factory, place.name, is_last=place.scale_init is not None
+            )
             return x  # Not normalized: the statistics are to start as they are.
 
         return create

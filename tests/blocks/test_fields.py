@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_attn import BAM, CBAM, ECA, SE, ChannelAttention, SpatialAttention, scSE
+from flax_attn import (
+    BAM,
+    CBAM,
+    ECA,
+    ESE,
+    SE,
+    ChannelAttention,
+    SpatialAttention,
+    scSE,
+)
 from flax_attn.blocks import BLOCKS
+from tests import references
 from tests.cases import assert_alike, fast_and_plain, normal, variables_for
 
 
@@ -43,15 +53,16 @@ def test_parameter_trees(use_bias):
     }
 
 
+def is_shape(node):
+    return isinstance(node, tuple)
+
+
 def test_parameter_counts_of_the_papers():
     """BAM: C/r (2 C + 9 C/r 2 + 2) and biases; scSE: C^2 + C."""
 
     def count(module):
         shapes = tree(module, 64)
         return sum(map(np.prod, jax.tree.leaves(shapes, is_leaf=is_shape)))
-
-    def is_shape(node):
-        return isinstance(node, tuple)
 
     c, h = 64, 4
     weights = c * h + h * c + c * h + 9 * h * h + 9 * h * h + h
@@ -64,6 +75,29 @@ def test_hidden_width_is_not_rounded():
         assert tree(SE(**fields), 54)["reduce"]["kernel"] == (54, width)
     params = tree(CBAM(hidden_features=5), 54)
     assert params["channel"]["reduce"]["kernel"] == (54, 5)
+
+
+@pytest.mark.parametrize(
+    "features, fields, width",
+    [
+        (54, {"reduction": 1 / 16}, 3),
+        (54, {"reduction": 1 / 4}, 14),  # 13.5, halves up.
+        (100, {"reduction": 0.29}, 29),  # 28.999999999999996 in floating point.
+        (4, {"reduction": 1 / 16}, 1),
+        (4, {"reduction": 16}, 1),
+        (200, {"reduction": 16, "divisor": 8}, 16),
+        (200, {"reduction": 1 / 16, "divisor": 8}, 16),
+        (191, {"reduction": 16, "divisor": 8}, 8),
+        (191, {"divisor": 1}, 12),
+        (4, {"divisor": 8}, 8),
+    ],
+)
+def test_ratios_and_divisors(features, fields, width):
+    for block in (SE, ChannelAttention):
+        params = tree(block(**fields), features)
+        assert params["reduce"]["kernel"] == (features, width)
+    params = tree(CBAM(**fields), features)
+    assert params["channel"]["reduce"]["kernel"] == (features, width)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +138,18 @@ def test_fields_reach_the_computation():
     conv = partial(ChannelAttention, excite="conv")
     changes = [
         (SE, {"pool": "max"}),
+        (SE, {"pool": "avg+max"}),
+        (SE, {"hidden_norm": nn.LayerNorm}),
         (SE, {"act": nn.gelu}),
         (SE, {"gate": nn.hard_sigmoid}),
         (ECA, {"pool": "max"}),
+        (ECA, {"pool": "avg+max"}),
         (ECA, {"padding": "circular"}),
         (ECA, {"gate": nn.tanh}),
+        (ESE, {"pool": "max"}),
         (conv, {"padding": "circular"}),
+        (conv, {"pool": "avg+max"}),
+        (SpatialAttention, {"pool": "avg+max"}),
         (CBAM, {"act": nn.gelu}),
         (CBAM, {"gate": nn.hard_sigmoid}),
         (BAM, {"act": nn.gelu}),
@@ -146,12 +186,24 @@ def test_initializers_and_their_dtype():
 @pytest.mark.parametrize(
     "module, message",
     [
-        (SE(reduction=0), "`reduction` must be an integer of at least 1, got 0"),
+        (
+            SE(reduction=0),
+            "`reduction` must be an integer of at least 1, or a ratio .* got 0",
+        ),
+        (SE(reduction=1.0), "`reduction` .* got 1.0; pass e.g. 16 or 1 / 16"),
+        (SE(divisor=0), "`divisor` must be an integer of at least 1, got 0"),
         (SE(reduction=-4), "`reduction` .* got -4"),
         (CBAM(reduction=2.5), "`reduction` .* got 2.5"),
         (BAM(reduction=0), "`reduction` must be an integer of at least 1"),
         (SE(hidden_features=0), "`hidden_features` .* got 0"),
-        (SE(pool="mean"), '`pool` must be "avg" or "max", got \'mean\''),
+        (SE(pool="mean"), "`pool` must be \"avg\" or .* got 'mean'"),
+        (SE(pool=lambda x, **_: x), r"`pool` .* got shape \(1, 4, 4, 64\) for"),
+        (CBAM(pool="avg"), '`pool` must be "both" or "avg\\+max", got \'avg\''),
+        (SpatialAttention(pool="avg"), '`pool` must be "both" or'),
+        (
+            ChannelAttention(excite="conv", hidden_norm=nn.LayerNorm),
+            '`excite` must be "mlp", got "conv"; leave `hidden_norm` out',
+        ),
         (ECA(pool=None), "`pool` must be .* got None"),
         (ECA(kernel_size=4), "`kernel_size` must be an odd .* got 4.* as 5"),
         (ECA(kernel_size=-3), "`kernel_size` must be an odd .* got -3"),
@@ -168,8 +220,45 @@ def test_initializers_and_their_dtype():
             ECA(identity_init=True, gate=nn.relu),
             "`gate` must be 0.5 at 0, got 0.0",
         ),
+        (
+            CBAM(identity_init=True, gate=nn.PReLU()),
+            "`gate` must be a function .* got the module PReLU",
+        ),
     ],
 )
 def test_bad_fields(module, message):
     with pytest.raises(ValueError, match=message):
         tree(module)
+
+
+def test_a_gate_that_is_a_module():
+    """Its parameters are the block's; both halves of CBAM share one."""
+    gate = nn.PReLU()
+    assert tree(SE(gate=gate))["gate"] == {"negative_slope": ()}
+    block = CBAM(gate=gate)
+    slopes = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(tree(block, 16), is_leaf=is_shape)
+        if path[-1].key == "negative_slope"
+    ]
+    assert slopes == [()]
+    x = normal((2, 4, 4, 16), 0)
+    y, _ = jax.jit(block.init_with_output)(jax.random.key(0), x)
+    assert np.isfinite(y).all()
+
+
+def test_a_squeeze_of_your_own():
+    """As jnp.std is called; in a padded map, over what is valid."""
+    x = normal((2, 5, 4, 16), 0)
+    padded = np.pad(x, [(0, 1), (0, 2), (0, 3), (0, 0)], constant_values=np.nan)
+    mask = ~np.isnan(padded[..., 0])
+    block = SE(pool=jnp.std)
+    variables = variables_for(block, x)
+    y, in_padded = jax.jit(
+        lambda x, p: (block.apply(variables, x), block.apply(variables, p, mask))
+    )(x, padded)
+    s = x.std((1, 2), keepdims=True)
+    expected = x * references.sigmoid(references.mlp(variables["params"], s))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_padded[mask], y.reshape(-1, 16), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(in_padded[~mask], 0)

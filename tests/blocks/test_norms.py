@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_attn import BAM, CBAM, SpatialAttention
+from flax_attn import BAM, CBAM, SE, ChannelAttention, SpatialAttention
 from tests.cases import normal, variables_for
+
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 CHANNELS = 20
 # Norms know no implementation, and this one compiles faster.
@@ -82,16 +85,58 @@ def test_identity_needs_a_norm_with_a_scale(norm):
         jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
 
 
+def test_a_norm_between_the_layers():
+    """Of either squeeze on its own; the start as the identity is not its business."""
+    norm = partial(nn.GroupNorm, num_groups=1, use_fast_variance=False)
+    module = ChannelAttention(reduction=2, hidden_norm=norm, **PLAIN)
+    start = SE(hidden_norm=NORMS["batch"], identity_init=True, **PLAIN)
+    x = normal((2, 3, 4, 8), 1)
+    variables = variables_for(module, x)
+
+    @jax.jit
+    def run(x):
+        first = start.init(jax.random.key(0), x)
+
+        def output(params):
+            y, state = start.apply(first | {"params": params}, x, mutable="batch_stats")
+            return (y**2).sum(), (y, state)
+
+        gradients, aux = jax.grad(output, has_aux=True)(first["params"])
+        return module.apply(variables, x), gradients, *aux
+
+    y, gradients, same, state = run(x)
+    params = jax.tree.map(np.float64, variables["params"])
+
+    def logits(s):
+        z = s @ params["reduce"]["kernel"]
+        z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+        z = z * params["reduce_norm"]["scale"] + params["reduce_norm"]["bias"]
+        return np.maximum(z, 0) @ params["expand"]["kernel"]
+
+    sum_of_both = logits(x.mean((1, 2))) + logits(x.max((1, 2)))
+    expected = x * (1 / (1 + np.exp(-sum_of_both)))[:, None, None]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(same, x)
+    assert np.abs(gradients["expand"]["kernel"]).max() > 1e-3
+    assert np.abs(state["batch_stats"]["reduce_norm"]["mean"]).max() > 0
+
+
 # A row of BAM's channel branch has no spatial axes left to take statistics over.
 @pytest.mark.parametrize(
     "block, norm",
-    [(SpatialAttention, "batch"), (SpatialAttention, "group"), (BAM, "batch")],
+    [
+        (SpatialAttention, "batch"),
+        (SpatialAttention, "group"),
+        (BAM, "batch"),
+        (ChannelAttention, "batch"),
+    ],
 )
 def test_a_row_of_nothing_before_a_norm(block, norm):
     x = normal((3, 5, 4, CHANNELS), 1)
     mask = np.ones(x.shape[:-1], bool)
     mask[1] = False
-    module = block(norm=NORMS[norm], **PLAIN)
+    field = "hidden_norm" if block is ChannelAttention else "norm"
+    module = block(**{field: NORMS[norm]}, **PLAIN)
     variables = variables_for(module, x)
 
     def loss(params, x, mask):

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
@@ -12,20 +13,42 @@ import flax_attn
 COLAB = Path(__file__).parents[2] / "colab"
 
 
-def test_runs_from_top_to_bottom():
-    notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
+def run(notebook, epochs):
+    """Executes it with the form's number of epochs changed; returns what it printed."""
+    (form,) = (
+        cell for cell in notebook.cells if "epochs = 10  # @param" in cell.source
+    )
+    form.source = form.source.replace("epochs = 10", f"epochs = {epochs}")
     client = NotebookClient(
         notebook, timeout=170, resources={"metadata": {"path": str(COLAB)}}
     )
     client.execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    text = "".join(o.get("text", "") for o in outputs)
+    return outputs, "".join(o.get("text", "") for o in outputs)
+
+
+def test_runs_from_top_to_bottom(monkeypatch):
+    # Two devices, as a stand-in for the cores of a TPU.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
+    outputs, text = run(notebook, epochs=3)
+    assert f"kept: jax=={version('jax')} jaxlib=={version('jaxlib')} flax==" in text
+    assert f"from {COLAB.parent / 'flax_attn'}\n" in text
     assert "backend: cpu" in text and "WARNING: no accelerator" in text
-    assert "ResNet-8, attention cbam, on digits" in text
+    assert "ResNet-8, attention cbam, " in text and "on 2 × cpu" in text
+    losses = [float(loss) for loss in re.findall(r"epoch +\d+: loss ([\d.]+)", text)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 2
     if folder := os.environ.get("SAVE_NOTEBOOK"):
         nbformat.write(notebook, Path(folder) / "flax_attn.ipynb")
+
+
+def test_it_needs_no_other_room():
+    """Who installed the wheel has the library and its extras, and not ``train``."""
+    text = (COLAB / "flax_attn.py").read_text()
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
+    assert "flax_attn" in imported and not {"train", "tests"} & imported
 
 
 def test_the_form_offers_every_block():
@@ -39,5 +62,5 @@ def test_the_pair_is_in_step_and_has_no_outputs():
     notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
     assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    badge = "colab.research.google.com/github/"
-    assert badge in notebook.cells[0].source
+    # No address of a repository: none is known to exist.
+    assert not any("github" in cell.source for cell in notebook.cells)

@@ -25,7 +25,7 @@ def norm_state(name, size=3):
 
 
 def numbers(*shape, dtype=np.float32):
-    """Distinct numbers, so that any exchange is seen."""
+    """Distinct numbers, so that any swap is noticed."""
     return np.arange(1, 1 + math.prod(shape)).reshape(shape).astype(dtype)
 
 
@@ -54,7 +54,7 @@ def assert_same(actual, expected):
         assert actual[key].tobytes() == array.tobytes(), key
 
 
-# What does not fit.
+# The state dict of an SE, and the shapes that it converts to.
 SE_STATE = {"fc1.weight": numbers(2, 32, 1, 1), "fc2.weight": numbers(32, 2, 1, 1)}
 SE_LIKE = {
     "params": {
@@ -75,7 +75,7 @@ def report_of(state, **options):
 
 
 def strange_tensors(torch):
-    """Tensors that NumPy has no like of, and what the error says of them."""
+    """Tensors without a NumPy equivalent, by what the error says about them."""
     ones = torch.ones(2, 2)
     return {
         "got torch.float8_e4m3fn, .*float": ones.to(torch.float8_e4m3fn),

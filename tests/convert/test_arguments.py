@@ -1,4 +1,4 @@
-"""Arguments that are no weights at all, and the wrong direction."""
+"""Arguments that are not weights, and the wrong direction."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_other_wrappers_are_named():
     headline = report_of(state).headline
     assert headline.startswith("No key fits (naming 'timm'): all start with 'encoder.'")
     assert report_of(state | {"more.weight": numbers(1)}).headline.endswith("naming.")
-    # Not the stage, which all keys share: they fit the rules and only misfit `like`.
+    # Not "layer1.", which all keys share: they fit the rules, just not `like`.
     state = {"layer1.0.conv1.weight": numbers(2, 2, 3, 3)}
     assert report_of(state, like=SE_LIKE).headline.endswith("another naming.")
 

@@ -1,4 +1,4 @@
-"""Keys that do not fit, what is said of them, and what is left."""
+"""Keys that do not fit: what is reported, and what is kept."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,18 +24,18 @@ def test_all_that_is_wrong_is_in_one_error():
     state = {
         "fc1.weight": numbers(2, 32, 1, 1),
         "fc2.weight": numbers(32, 3, 1, 1),
-        "bn.weight": numbers(2),
+        "norm.weight": numbers(2),
         "fc2.bias": numbers(32),
     }
     like = {"params": SE_LIKE["params"] | {"more": {"kernel": np.zeros((1, 2))}}}
     report = report_of(state, like=like)
-    assert report.unused == ["bn.weight (2,)", "fc2.bias as params/expand/bias (32,)"]
+    assert report.unused == ["norm.weight (2,)", "fc2.bias as params/expand/bias (32,)"]
     assert report.missing == ["params/more/kernel (1, 2)"]
     assert report.misshapen == [
         "fc2.weight as params/expand/kernel (3, 32): expected (2, 32)"
     ]
     assert report.headline.startswith("Not all keys fit (naming 'timm'). `strict=F")
-    assert "2 unused:\n  bn.weight (2,)\n" in str(report)
+    assert "2 unused:\n  norm.weight (2,)\n" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_all_that_is_wrong_is_in_one_error():
         ("layer1.00.conv1.weight", numbers(1, 2, 3, 3)),
         ("layer1.0.conv4.weight", numbers(1, 2, 3, 3)),
         ("layer1.0.conv1.bias", numbers(3)),
-        ("layer1.0.se.bn.weight", numbers(3)),
+        ("layer1.0.se.norm.weight", numbers(3)),
         ("layer1.0.attention.conv.weight", numbers(1, 1, 3)),
         ("layer1.0.fc1.weight", numbers(2, 32, 1, 1)),
         ("se.fc1.weight", numbers(2, 32, 1, 1)),
@@ -94,7 +94,7 @@ def test_paths_that_no_rule_knows(key):
     [
         ("fc1.weight", (2, 32), "(*, *, 1, 1)"),
         ("fc1.weight", (2, 32, 3, 3), "(*, *, 1, 1)"),
-        ("fc.weight", (2, 32, 1, 1), "(*, *)"),
+        ("fc.weight", (2, 32, 3), "(*, *)"),
         ("conv1.weight", (2, 32), "(*, *, *, *)"),
         ("conv.weight", (2, 1, 3), "(1, 1, *)"),
         ("conv.conv.weight", (1, 3, 7, 7), "(1, 2, *, *)"),
@@ -139,7 +139,7 @@ def test_half_a_module(module, gone, expected):
     report = report_of(other | state)
     assert report.missing == [f"{module}{gone} {expected}"]
     assert not (report.unused or report.misshapen or report.repeated)
-    # The template knows better.
+    # With a template the same state converts.
     like = convert.to_flax(other | state, strict=False)
     assert_same(convert.to_flax(other | state, like=like), like)
 
@@ -177,7 +177,7 @@ def test_not_strict(capsys):
     assert_same(variables, expected)
     out = capsys.readouterr().out
     assert "  extra.weight (1,)\n" in out and "expected (2, 32)" in out
-    # Shapes alone give nothing to fill in with.
+    # A template of shapes has no values for what is missing.
     variables = convert.to_flax(state, like=SE_LIKE, strict=False)
     assert_same(variables, {"params/reduce/kernel": reduce})
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Whole networks there and back, bit for bit."""
+"""Round trips of whole networks, bit for bit."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ NORM = partial(nn.BatchNorm, use_running_average=True)
 
 
 def networks():
-    """Modules, their input, and who has a name for everything in them."""
+    """Modules, their inputs, and a naming that covers everything in them."""
     x = np.zeros((1, 4, 4, 32), np.float32)
     official = partial(flax_attn.CBAM, use_bias=True, spatial_norm=NORM)
     for name, make in ARTICLE.items():

@@ -1,4 +1,4 @@
-"""Every rule: names, layouts and order of inputs, by state dicts in NumPy."""
+"""Every rule: names, layouts and order of inputs, with state dicts in NumPy."""
 
 from functools import partial
 
@@ -51,6 +51,11 @@ def spatial(torch, flax, order):
     return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 2, 3, 5), move)}
 
 
+def one_map(torch, flax):
+    move = partial(np.einsum, "oihw->hwio")
+    return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 1, 3, 5), move)}
+
+
 def timm(torch, flax):
     """The rules of timm's blocks in a module ``torch``."""
     return [
@@ -59,6 +64,9 @@ def timm(torch, flax):
         along(f"{torch}conv", f"{flax}conv"),
         spatial(f"{torch}conv.conv", f"{flax}conv", (1, 0))
         | norm(f"{torch}conv.bn", f"{flax}norm"),
+        norm(f"{torch}bn", f"{flax}reduce_norm"),
+        dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
+        one_map(f"{torch}spatial.conv.conv", f"{flax}spatial/conv"),
         dense(f"{torch}channel.fc1", f"{flax}channel/reduce", axes=(1, 1))
         | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
@@ -119,11 +127,14 @@ RULES = {
         *COMMON,
         *timm("", ""),
         *timm("layer3.1.se.", "stage3_block2/attention/"),
+        dense("layer3.1.se.fc", "stage3_block2/attention/excite", axes=(1, 1)),
         conv("conv1.0", "conv_stem1")
         | norm("conv1.1", "norm_stem1")
         | conv("conv1.3", "conv_stem2")
         | norm("conv1.4", "norm_stem2")
-        | conv("conv1.6", "conv_stem3"),
+        | conv("conv1.6", "conv_stem3")
+        | conv("maxpool.0", "conv_stem_pool")
+        | norm("maxpool.1", "norm_stem_pool"),
         conv("layer1.0.downsample.1", "stage1_block1/conv_pooled_shortcut")
         | norm("layer1.0.downsample.2", "stage1_block1/norm_pooled_shortcut"),
     ],

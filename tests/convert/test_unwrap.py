@@ -40,7 +40,7 @@ def test_prefixes_are_stripped(prefixes, capsys):
     assert_same(convert.to_flax(state), EXPECTED)
     said = [f"Stripped the prefix {prefix!r} of all keys." for prefix in prefixes]
     assert capsys.readouterr().out.splitlines() == said
-    # Not of some keys alone.
+    # Not if only some keys have the prefix.
     report = report_of(state | SE_STATE)
     assert report.unused[0].startswith("".join(prefixes))
     assert capsys.readouterr().out == ""

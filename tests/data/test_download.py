@@ -1,5 +1,6 @@
 """Downloads from a server on loopback; the path selects its answer."""
 
+import contextlib
 import hashlib
 import http.server
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import socket
 import threading
+import time
 
 import pytest
 
@@ -36,6 +38,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/nonsense":
             self.wfile.write(b"a\x1b[2Jb\r\n\r\n")
+        elif self.path == "/slow":
+            self.send_response(200)
+            self.send_header("Content-Length", "400000")
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # It was left.
+                for start in range(0, 400_000, 10_000):
+                    self.wfile.write(CONTENT[start : start + 10_000])
+                    time.sleep(0.005)
         elif self.path not in ANSWERS:
             self.send_error(int(self.path[1:]))
         else:
@@ -123,6 +133,28 @@ def test_after_a_mirror_that_fails_the_next_is_tried(
     assert re.match(rf"{re.escape(url)} \(.*{reason}", message)
     download.fetch([url, server.url("good"), server.url("404")], path, SHA256)
     assert server.paths == [f"/{answer}", f"/{answer}", "/good"] and is_alone(path)
+
+
+@pytest.mark.parametrize(
+    "urls, asked",
+    [
+        (["slow", "good"], ["/slow", "/good"]),
+        # The last one has no other to be left for.
+        (["slow", "slow"], ["/slow", "/slow"]),
+        (["slow", "404"], ["/slow", "/404", "/slow"]),
+    ],
+)
+def test_a_slow_address_is_left_while_there_is_another(
+    server, tmp_path, monkeypatch, capsys, urls, asked
+):
+    """It sends at most 2 MB/s."""
+    monkeypatch.setattr(download, "MIN_BYTES_PER_SECOND", 10**7)
+    monkeypatch.setattr(download, "WINDOW_SECONDS", 0.02)
+    path = tmp_path / "target"
+    download.fetch([server.url(url) for url in urls], path, SHA256)
+    assert server.paths == asked and is_alone(path)
+    left = re.search(r"(http\S+) sends [\d,]+ kB/s; trying", capsys.readouterr().err)
+    assert left[1] == server.url("slow")
 
 
 def test_a_server_that_does_not_listen(server, tmp_path):

@@ -1,3 +1,4 @@
+import jax
 import pytest
 
 from tests import tiny_run
@@ -10,3 +11,11 @@ def tiny_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "cifar_resnet", tiny_run.network)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Programs of a few steps take less time to run than to optimize."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -10,6 +10,9 @@ import flax_attn
 from tests.cases import variables_for
 from tests.insertion.models import KEY, SE, Chain, Gated, X, quick
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 
 @pytest.mark.parametrize("broken", ["", "result", "zero"])
 def test_inactive_gates_are_found(broken):

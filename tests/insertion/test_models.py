@@ -20,6 +20,9 @@ from tests.insertion.user_models import (
     UNet,
 )
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 
 class Shared(nn.Module):
     """Setup style; one layer called twice."""

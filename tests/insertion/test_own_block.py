@@ -14,6 +14,9 @@ from flax_attn.inspect import attention_maps
 from tests.cases import normal, variables_for
 from tests.insertion.models import KEY, Chain, X, quick, without_attention
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 
 class Own(blocks.Attention, kw_only=True):
     """A block inside, and two gates whose names and methods differ."""

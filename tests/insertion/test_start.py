@@ -29,6 +29,9 @@ from tests.insertion.user_models import (
     UNet,
 )
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 MODELS = {
     "resnet": (
         ResNet(stage_sizes=(1,)),

@@ -11,6 +11,9 @@ import flax_attn
 from tests.cases import normal, variables_for
 from tests.insertion.models import KEY, SE, Chain, X, by_hand, quick, shapes
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 
 def assert_same_function(f, g, params, x):
     cotangent = normal(x.shape, 7)

@@ -21,6 +21,9 @@ from tests.insertion.user_models import (
     UNet,
 )
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 DOWN = ["down_4/Conv_0", "down_4/Conv_1", "down_8/Conv_0", "down_8/Conv_1"]
 UP = ["up_8", "up_4"]
 TOP = ["down_4", "down_8", "bottom", "up_8", "merge_8", "up_4", "merge_4"]

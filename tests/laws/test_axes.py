@@ -18,6 +18,9 @@ from tests.cases import (
     variables_for,
 )
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 blocks = pytest.mark.parametrize("block", BLOCKS)
 
 

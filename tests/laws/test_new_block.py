@@ -23,10 +23,6 @@ class ScaledMean(blocks.Attention, kw_only=True):
 
     gates = {"channel_gate": "channel_gate"}
 
-    def __call__(self, x, mask=None):
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.channel_gate(x, mask))
-
     @nn.compact
     def channel_gate(self, x, mask=None):
         mean = functional.squeeze_spatial(
@@ -90,8 +86,9 @@ def test_created_by_its_name():
         partial(test_dtypes.test_result_dtype_is_linens, implementation="fast"),
         test_start.test_identity_that_can_learn,
         test_start.test_sown_gates_multiply_back_to_the_output,
+        test_values.test_the_multiplier_multiplies_back,
     ],
-    ids=["values", "masks", "axes", "dtypes", "identity", "gates"],
+    ids=["values", "masks", "axes", "dtypes", "identity", "gates", "multiplier"],
 )
 def test_the_laws_take_it(law):
     law(block=NEW)

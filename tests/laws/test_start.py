@@ -9,6 +9,9 @@ from flax import linen as nn
 from flax_attn.blocks import BLOCKS
 from tests.cases import IMPLEMENTATIONS, normal, variables_for
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 blocks = pytest.mark.parametrize("block", BLOCKS)
 
 
@@ -54,6 +57,7 @@ OUTPUTS = {
 INSIDE = {
     "cbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "cbam-conv": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
+    "lcbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "scse": {"channel/channel_gate/0", "spatial_gate/0"},
     "scse-max": {"channel/channel_gate/0", "spatial_gate/0"},
 }

@@ -16,6 +16,7 @@ from flax_attn.blocks import BLOCKS
 from tests.cases import forward_and_gradients, normal, variables_for
 
 blocks = pytest.mark.parametrize("block", BLOCKS)
+quick = pytest.mark.usefixtures("quick_compilations")
 SHAPE = (4, 6, 8, 16)
 
 
@@ -33,6 +34,7 @@ MESHES = {
 }
 
 
+@quick
 @blocks
 @pytest.mark.parametrize("implementation", ["fast", "plain"])
 def test_explicit_meshes(block, implementation):
@@ -58,6 +60,7 @@ def test_explicit_meshes(block, implementation):
         chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@quick
 @blocks
 def test_shard_map_with_replicated_parameters(block):
     module, variables, x, cotangent = arrays(block)
@@ -78,6 +81,7 @@ def test_shard_map_with_replicated_parameters(block):
     chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
 
 
+@quick
 @blocks
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
@@ -187,6 +191,7 @@ def test_means_of_large_maps(size):
     np.testing.assert_allclose(slope, exact, rtol=2e-6)
 
 
+@quick
 @blocks
 def test_second_derivatives(block):
     """Of a gradient by the gradient: each rule is differentiable in reverse mode."""

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_attn import nnx
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
     IMPLEMENTATIONS,
@@ -105,3 +107,44 @@ def test_the_fast_implementation_refuses_forward_mode(block):
     variables = variables_for(module, x)
     with pytest.raises(TypeError, match='implementation="plain"'):
         jax.jvp(partial(module.apply, variables), (x,), (x,))
+
+
+# What adds to the map instead.
+ADDING = {"gc"}
+
+
+@pytest.mark.parametrize("block", [name for name in BLOCKS if name not in ADDING])
+def test_the_multiplier_multiplies_back(block):
+    """In both APIs, with a mask and without."""
+    x = normal((2, 5, 4, 16), 0)
+    mask = np.ones(x.shape[:-1], bool)
+    mask[1, 3:] = mask[1, :, 2:] = False
+    linen = BLOCKS[block](use_bias=True)
+    variables = variables_for(linen, x)
+    native = nnx.native(BLOCKS[block])(16, use_bias=True, rngs=flax.nnx.Rngs(0))
+    nnx.from_linen(native, variables)
+
+    @jax.jit
+    def run(x):
+        def pair(mask=None):
+            y = linen.apply(variables, x, mask)
+            return y, linen.apply(variables, x, mask, method="multiplier")
+
+        return pair(), pair(mask), (native(x, mask), native.multiplier(x, mask))
+
+    masks = (1, mask[..., None], mask[..., None])
+    for (y, multiplier), within in zip(run(x), masks, strict=True):
+        np.testing.assert_allclose(x * within * multiplier, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", ["cbam", "bam", "scse", "scse-max"])
+def test_the_multiplier_of_the_identity_is_one(block):
+    x = normal((2, 5, 4, 16), 0)
+    module = BLOCKS[block](identity_init=True)
+
+    @jax.jit
+    def run(key):
+        variables = module.init(key, x)
+        return module.apply(variables, x, method="multiplier")
+
+    np.testing.assert_array_equal(run(jax.random.key(0)), np.ones_like(x))

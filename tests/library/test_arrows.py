@@ -34,8 +34,11 @@ FLOORS = (
     ("train",),
 )
 # Within one floor: inspection and cost look at what insertion has put in, and it names
-# submodules in one way for both of Flax's APIs.
+# submodules in one way for both of Flax's APIs; a pretrained network has the attention
+# of a preset and converted weights.
 BESIDE = {
+    ("flax_attn.resnet", "flax_attn.presets"),
+    ("flax_attn.resnet", "flax_attn.convert"),
     ("flax_attn.nnx", "flax_attn.insertion"),
     ("flax_attn.inspect", "flax_attn.insertion"),
     ("flax_attn.cost", "flax_attn.insertion"),

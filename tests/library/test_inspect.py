@@ -14,6 +14,9 @@ from flax_attn.inspect import attention_maps, color_map, overlay, statistics
 from flax_attn.resnet import BasicBlock, BottleneckBlock, ResNet
 from tests.cases import ARTICLE, IMPLEMENTATIONS, normal, variables_for
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 blocks = pytest.mark.parametrize("block", ARTICLE)
 ATTEND = ("channel/channel_gate", "spatial/spatial_gate")
 
@@ -377,20 +380,45 @@ def bilinear(gate, height, width):
     return weights(gate.shape[0], height) @ gate @ weights(gate.shape[1], width).T
 
 
-def test_an_overlay_is_the_mean_of_image_and_colors():
+def test_an_overlay_shows_the_image_where_the_gate_is_open():
     image = np.random.RandomState(0).randint(0, 256, (12, 16, 3)).astype(np.uint8)
     gate = np.random.RandomState(1).uniform(size=(3, 4)).astype(np.float32)
     values = bilinear(gate.astype(np.float64), 12, 16)
-    expected = 0.3 * color_map(values) + 0.7 * image
+    colors = color_map(values)
+    expected = colors + 0.7 * values[..., None] * (image - colors)
     picture = overlay(image, gate, alpha=0.3)
     assert picture.dtype == np.uint8 and picture.shape == image.shape
     assert np.abs(picture - expected).max() <= 0.501
-    np.testing.assert_array_equal(overlay(image, gate, alpha=0), image)
+    assert np.abs(overlay(image, gate, alpha=1) - colors).max() <= 0.501
     # All valid shapes and dtypes.
     for same in (gate[..., None], gate[None, ..., None], jnp.asarray(gate)):
         np.testing.assert_array_equal(overlay(image, same, alpha=0.3), picture)
     for same in (image / 255, (image / 255).astype(np.float32)):
         np.testing.assert_array_equal(overlay(same, gate, alpha=0.3), picture)
+
+
+def test_bright_pixels_are_no_open_gates():
+    """At one gate, the image moves a pixel by less than its gate's range of colors."""
+    image = np.zeros((2, 8, 3), np.uint8)
+    image[1] = 255
+    dark, bright = overlay(image, np.linspace(0, 1, 8)[None]).astype(float)
+    np.testing.assert_array_equal(dark[0], bright[0])  # Closed: nothing of the image.
+    np.testing.assert_allclose(bright[-1] - dark[-1], 0.4 * 255, atol=1)
+    light = np.stack([dark, bright]) @ [0.299, 0.587, 0.114]
+    assert light[1, :3].max() < light[0, -1]  # Closed and bright, open and dark.
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.97, 1.0])
+def test_under_a_constant_gate_all_pixels_are_equal(value, alpha):
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[2:6, 2:6] = 255
+    wiggle = 0.049 * (np.indices((4, 4)).sum(0) / 6 - 0.5)  # Less than means anything.
+    gates = np.stack([np.full((4, 4), value), value + wiggle])
+    pictures = overlay(np.stack([image, image]), gates, alpha=alpha)
+    expected = np.broadcast_to(np.rint(color_map(value)), pictures.shape)
+    np.testing.assert_array_equal(pictures, expected)
+    assert len(np.unique(overlay(image, value + 2 * wiggle, alpha=alpha))) > 3
 
 
 def test_a_batch_equals_its_images_one_by_one():

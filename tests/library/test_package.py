@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+import re
+import tomllib
 
 import pytest
 from flax import linen as nn
 
 import flax_attn
 from flax_attn import functional
+from tests.docs import markdown
 
 MODULES = [
     value
@@ -16,18 +19,22 @@ MODULES = [
 ]
 TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
 FIELDS = {
-    "SE": "reduction hidden_features pool act gate use_bias",
+    "SE": "reduction divisor hidden_features pool hidden_norm act gate use_bias",
     "ECA": "kernel_size gamma b pool padding gate use_bias",
-    "ChannelAttention": "reduction excite hidden_features kernel_size gamma b padding "
-    "act gate use_bias",
-    "SpatialAttention": "kernel_size norm gate use_bias",
-    "CBAM": "reduction spatial_kernel_size excite hidden_features kernel_size gamma b "
-    "spatial_norm act gate use_bias",
+    "ESE": "pool gate use_bias",
+    "ChannelAttention": "reduction divisor pool excite hidden_features kernel_size "
+    "gamma b padding hidden_norm act gate use_bias",
+    "SpatialAttention": "kernel_size pool norm gate use_bias",
+    "CBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
+    "kernel_size gamma b spatial_norm act gate use_bias",
+    "LightCBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
+    "kernel_size gamma b spatial_norm act gate use_bias",
     "BAM": "reduction dilation hidden_features norm act gate use_bias",
     "scSE": "reduction combine hidden_features act gate use_bias",
 }
 DEFAULTS = {
     "reduction": 16,
+    "divisor": None,
     "hidden_features": None,
     "pool": "avg",
     "act": nn.relu,
@@ -39,6 +46,7 @@ DEFAULTS = {
     "padding": "zeros",
     "excite": "mlp",
     "norm": None,
+    "hidden_norm": None,
     "spatial_norm": None,
     "spatial_kernel_size": 7,
     "dtype": None,
@@ -46,6 +54,10 @@ DEFAULTS = {
 }
 OTHER_DEFAULTS = {
     ("SpatialAttention", "kernel_size"): 7,
+    ("ChannelAttention", "pool"): "both",
+    ("SpatialAttention", "pool"): "both",
+    ("CBAM", "pool"): "both",
+    ("LightCBAM", "pool"): "avg+max",
     ("BAM", "use_bias"): True,
     ("scSE", "reduction"): 2,
 }
@@ -101,3 +113,20 @@ def test_options_are_keyword_only(function):
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty:
             assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+def test_submodules_that_are_imported_on_first_use():
+    assert {"convert", "nnx", "presets", "CBAM"} <= set(dir(flax_attn))
+    assert flax_attn.convert.to_flax
+    with pytest.raises(AttributeError, match="no attribute 'conver'"):
+        _ = flax_attn.conver
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    root = markdown.ROOT
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    name = project["urls"]["Repository"].removeprefix("https://github.com/")
+    files = ["pyproject.toml", "colab/flax_attn.py", ".github/CITATION.cff"]
+    for page in [*markdown.PAGES, *(root / file for file in files)]:
+        for found in re.findall(r"github[\w/.]*/([\w-]+/flax_attn)", page.read_text()):
+            assert found == name, page

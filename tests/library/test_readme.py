@@ -2,13 +2,20 @@
 
 import pytest
 
+from flax_attn.resnet import _pretrained
+from tests import tiny_hub
 from tests.docs import markdown
 
 BLOCKS = list(markdown.blocks(markdown.README))
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block(number):
+def test_block(number, tmp_path, monkeypatch):
+    tiny_hub.write(tmp_path)
+    # Without the Hub, every repository is the same small one.
+    monkeypatch.setattr(
+        _pretrained, "_download", lambda _, name, *rest: tmp_path / name
+    )
     markdown.run(*BLOCKS[number], markdown.fresh())
 
 

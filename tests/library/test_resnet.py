@@ -10,11 +10,12 @@ import flax_attn
 from flax_attn.resnet import (
     ATTENTIONS,
     BasicBlock,
+    BottleneckBlock,
     ResNet,
-    _mean_pool,
     cifar_resnet,
     imagenet_resnet,
 )
+from flax_attn.resnet._blocks import _mean_pool
 from tests.cases import normal, variables_for
 
 
@@ -111,7 +112,7 @@ def test_every_attention_takes_part(attention):
     apply = partial(model.apply, mutable=["intermediates"])
     _, state = jax.eval_shape(apply, variables, x)
     gates = jax.tree.leaves(state)
-    two = attention.startswith(("cbam", "scse"))
+    two = attention.startswith(("cbam", "lcbam", "scse"))
     per_block = 0 if attention == "none" else 1 + two
     assert len(gates) == 3 * per_block
 
@@ -147,3 +148,92 @@ def test_attention_stands_between_the_last_norm_and_the_addition():
     block = state["intermediates"]["stage1_block1"]["__call__"][0]
     stem = state["intermediates"]["norm_stem"]["__call__"][0]
     np.testing.assert_allclose(block, nn.relu(stem), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make, depth, size, strides",
+    [(cifar_resnet, 8, 16, (1, 1, 2, 4)), (imagenet_resnet, 18, 32, (2, 4, 8, 16, 32))],
+)
+def test_features_are_the_maps_inside_the_network(make, depth, size, strides):
+    model = make(depth, width=8, num_classes=3, attention=flax_attn.ECA)
+    x = normal((2, size, size, 3), 0)
+    variables = dict(variables_for(model, x))
+    variables["batch_stats"] = jax.tree.map(np.abs, variables["batch_stats"])
+
+    @jax.jit
+    def run(variables, x):
+        whole = partial(model.apply, capture_intermediates=True, mutable=True)
+        maps = model.apply(variables, x, method="features")
+        return maps, whole(variables, x)[1]["intermediates"]
+
+    maps, inside = run(variables, x)
+    n = len(maps) - 1
+    widths = [8] + [8 * 2**i for i in range(n)]
+    shapes = [
+        (2, size // s, size // s, c) for s, c in zip(strides, widths, strict=True)
+    ]
+    assert [y.shape for y in maps] == shapes
+    blocks = model.stages[0]
+    expected = [nn.relu(inside["norm_stem"]["__call__"][0])]
+    expected += [inside[f"stage{i + 1}_block{blocks}"]["__call__"][0] for i in range(n)]
+    for actual, wanted in zip(maps, expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+
+    features = jax.eval_shape(
+        partial(model.init, method="features"), jax.random.key(0), x
+    )
+    params = {k: v for k, v in variables["params"].items() if k != "head"}
+    assert jax.tree.map(jnp.shape, features["params"]) == jax.tree.map(
+        jnp.shape, params
+    )
+
+
+def test_features_inside_a_detector():
+    class Detector(nn.Module):
+        backbone: nn.Module
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            maps = self.backbone.features(x, train=train)
+            return [nn.Conv(2, (1, 1))(y) for y in maps[1:]]
+
+    model = Detector(cifar_resnet(8, num_classes=10))
+    x = jnp.zeros((1, 16, 16, 3))
+    init = partial(model.init_with_output, train=True)
+    scores, variables = jax.eval_shape(init, jax.random.key(0), x)
+    assert [y.shape[1:] for y in scores] == [(16, 16, 2), (8, 8, 2), (4, 4, 2)]
+    assert "head" not in variables["params"]["backbone"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"stem_features": (8, 8)}, "`stem_features` must be 1 with deep_stem=False"),
+        ({"stem_pool": "sum"}, '`stem_pool` must be "max" or "mean"'),
+        ({"stem_pool": "mean", "imagenet_stem": False}, "needs `imagenet_stem`"),
+        (
+            {"block": partial(BasicBlock, anti_alias="max")},
+            "`anti_alias` must be None, 'mean' or 'blur', got 'max'",
+        ),
+    ],
+)
+def test_fields_out_of_range(fields, message):
+    model = imagenet_resnet(18, width=8, num_classes=3, **fields)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+# torchvision's resnext50_32x4d, resnext101_32x8d and wide_resnet50_2.
+@pytest.mark.parametrize(
+    "depth, fields, parameters",
+    [
+        (50, {"groups": 32, "width_per_group": 4}, 25_028_904),
+        (101, {"groups": 32, "width_per_group": 8}, 88_791_336),
+        (50, {"width_per_group": 128}, 68_883_240),
+    ],
+)
+def test_parameters_of_resnext_and_wide_resnet(depth, fields, parameters):
+    block = partial(BottleneckBlock, **fields)
+    assert (
+        count(imagenet_resnet(depth, num_classes=1000, block=block), 64) == parameters
+    )

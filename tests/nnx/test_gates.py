@@ -8,6 +8,9 @@ from flax import nnx
 import flax_attn.nnx
 from tests.nnx.test_blocks import MASK, X, every_block, every_class, pair
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 
 @every_block
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])

@@ -14,6 +14,9 @@ import flax_attn.nnx
 from tests.cases import normal
 from tests.nnx.test_blocks import every_class
 
+# What these show does not depend on the optimizer of the compiler.
+pytestmark = pytest.mark.usefixtures("quick_compilations")
+
 X = normal((2, 6, 6, 3), 1)
 
 

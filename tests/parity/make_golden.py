@@ -1,4 +1,4 @@
-"""``python -m tests.parity.make_golden`` writes golden.npz; needs the extra ``parity``.
+"""``python -m tests.parity.make_golden`` writes golden.npz; needs the group ``parity``.
 
 Holds the outputs and gradients of the PyTorch blocks for ``cases.GOLDEN``; inputs and
 parameters are drawn again from the case's seed.
@@ -12,7 +12,7 @@ PATH = Path(__file__).with_name("golden.npz")
 
 
 def to_torch(kernel):
-    """A flax kernel in PyTorch's layout."""
+    """A Flax kernel in PyTorch's layout."""
     import torch
 
     if kernel.ndim == 2:
@@ -21,7 +21,7 @@ def to_torch(kernel):
 
 
 def to_flax(weight):
-    """A PyTorch weight in flax's layout."""
+    """A PyTorch weight in Flax's layout."""
     weight = weight.numpy()
     return weight.T if weight.ndim == 2 else np.moveaxis(weight, (0, 1), (-1, -2))
 
@@ -40,7 +40,7 @@ def output_and_gradient(block, x, cotangent):
 
 
 def run(case):
-    """The PyTorch block's output and gradients for ``case``, in flax's layouts."""
+    """The PyTorch block's output and gradients for ``case``, in Flax's layouts."""
     import jax
     import torch
 

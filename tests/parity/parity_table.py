@@ -1,6 +1,6 @@
 """``python -m tests.parity.parity_table`` prints the errors against PyTorch.
 
-The guide on porting has its table; it needs the extra ``parity``.
+The guide on porting has its table; it needs the dependency group ``parity``.
 
 A row is a block of a reference: the article, the official code, timm. Its figures are
 the largest errors over the block's cases and both implementations, each relative to the
@@ -43,12 +43,12 @@ def errors(actual, expected):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A preset beside the PyTorch module that it stands for."""
+    """A preset and the PyTorch module it corresponds to."""
 
     reference: str
     name: str
     torch: Callable
-    """Makes the module from C."""
+    """Creates the module for C channels."""
     layers: dict[str, str]
     """The module's name for each layer of ours."""
     channels: tuple[int, ...]
@@ -94,7 +94,13 @@ def _eca(widths):
 
 MLP = {"reduce": "fc1", "expand": "fc2"}
 CONV = {"conv": "conv"}
-# 20, 24 and 200 are no multiples of 16; below 8 timm's ECA is wider than the formula.
+CBAM = {
+    "channel/reduce": "channel.fc1",
+    "channel/expand": "channel.fc2",
+    "spatial/conv": "spatial.conv.conv",
+    "spatial/norm": "spatial.conv.bn",
+}
+# 20, 24 and 200 are not multiples of 16; below 8, timm's ECA is wider than the formula.
 PRESETS = [
     Preset(
         "official: SENet",
@@ -130,18 +136,28 @@ PRESETS = [
         (64, 20),
     ),
     Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
+    Preset(
+        "timm: `ese`",
+        "timm_ese",
+        _timm("squeeze_excite", "EffectiveSEModule"),
+        {"excite": "fc"},
+        (6, 200),
+    ),
     Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
     Preset("timm: `ceca`", "timm_ceca", _timm("eca", "CecaModule"), CONV, (6, 20, 128)),
+    Preset(
+        "timm: `lcbam`",
+        "timm_lcbam",
+        _timm("cbam", "LightCbamModule"),
+        CBAM,
+        (64, 24),
+        shares_ties=True,
+    ),
     Preset(
         "timm: `cbam`",
         "timm_cbam",
         _timm("cbam", "CbamModule"),
-        {
-            "channel/reduce": "channel.fc1",
-            "channel/expand": "channel.fc2",
-            "spatial/conv": "spatial.conv.conv",
-            "spatial/norm": "spatial.conv.bn",
-        },
+        CBAM,
         (64, 24),
         mean_first=True,
         shares_ties=True,
@@ -194,8 +210,8 @@ def _cases(preset):
     first, *others = preset.channels
     train = preset.has_norm
     yield Case(preset, (2, 5, 7, first))
-    # Of few logits that are nearly equal, float32 gives no BatchNorm gradient to 1e-5,
-    # in PyTorch no more than here.
+    # For a few, nearly equal logits, float32 cannot give BatchNorm's gradient to 1e-5,
+    # in PyTorch or here.
     yield Case(preset, (8, 1, 1, first), train)
     for channels in others:
         yield Case(preset, (2, 5, 7, channels), train)
@@ -227,7 +243,7 @@ def run_flax(case, implementation, variables, x, cotangent):
 
 
 def run_torch(case, variables, x, cotangent):
-    """The same of the PyTorch module, in flax's layouts and by our names."""
+    """The same from the PyTorch module, in Flax's layouts and under our names."""
     import torch
 
     module = case.preset.torch(x.shape[-1]).train(case.train)
@@ -262,9 +278,9 @@ LEAVES = {
 
 
 def _places(preset, variables, module):
-    """The PyTorch tensor for each of our leaves, which are all that there are."""
+    """The PyTorch tensor for each of our leaves; none is left over."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    tensors = {n: t for n, t in tensors.items() if t.ndim}  # Without a step counter.
+    tensors = {n: t for n, t in tensors.items() if t.ndim}  # Without the step counter.
     for name in named(variables):
         _, *layer, leaf = name.split("/")
         yield name, tensors.pop(f"{preset.layers['/'.join(layer)]}.{LEAVES[leaf]}")
@@ -296,7 +312,7 @@ def _to_flax(preset, weight, shape):
 
 
 def preset_errors(case):
-    """The error of each array of a case of a preset, in each implementation."""
+    """The error of each array in a preset's case, for each implementation."""
     arrays = case.arrays()
     expected = run_torch(case, *arrays)
     return {
@@ -306,7 +322,7 @@ def preset_errors(case):
 
 
 def article_errors(case, implementation, expected):
-    """The error of each array of a case of the article's blocks."""
+    """The error of each array in a case of the article's blocks."""
     variables, x, cotangent = case.arrays()
     module = case.module(implementation=implementation)
     y, d_variables, d_x = cases.forward_and_gradients(module, variables, x, cotangent)

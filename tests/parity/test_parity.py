@@ -10,7 +10,7 @@ from tests.parity import make_golden, parity_table
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
-    reason="the live comparison needs the extra `parity`; golden files stand in",
+    reason="the live comparison needs the group `parity`; golden files stand in",
 )
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import pickle
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tests import cases
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None
     or importlib.util.find_spec("timm") is None,
-    reason="the live comparison needs the extra `parity`",
+    reason="the live comparison needs the group `parity`",
 )
 
 
@@ -36,35 +35,12 @@ D_VARIANT = {"deep_stem": True, "pooled_shortcut": True}
 CBAM = {"block_args": {"attn_layer": "cbam"}}
 NETWORKS = {
     "seresnet18": (18, presets.timm_se, {}, {}),
-    "seresnet50": (50, presets.timm_se, {}, {}),
-    "ecaresnet50d": (50, presets.timm_eca, D_VARIANT, {}),
     "resnet18": (18, timm_cbam, {}, CBAM),
-    "resnet50": (50, timm_cbam, {}, CBAM),
 }
 
 
-@pytest.fixture(scope="module")
-def timm():
-    """timm, which imports torchvision for names that the tests do not use."""
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # A build for CUDA on a CPU build of PyTorch: its operators do not load, but for
-        # the import it is enough that they are declared.
-        for name in [x for x in sys.modules if x.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", signature)
-    import timm
-
-    return timm
-
-
 def randomize(model, seed=0):
-    """Weights, scales and statistics such that every one of them counts."""
+    """Random weights, scales and statistics, so that each affects the output."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +72,7 @@ def logits_of(model, images):
         return model(torch.from_numpy(np.moveaxis(images, -1, 1).copy())).numpy()
 
 
-# What is read, to what is written in its place.
+# Names that are read, and the names written for them.
 ALIASES = {
     "shortcut.": "downsample.",
     "linear.": "fc.",
@@ -113,13 +89,13 @@ def written(key, rewritten):
 
 
 def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
-    """The same results, and every key and bit there and back."""
+    """Same outputs, and a round trip that keeps every key and bit."""
     import torch
 
     like = jax.eval_shape(ours.init, jax.random.key(0), images)
     variables = convert.to_flax(theirs.state_dict(), naming=naming, like=like)
     expected = logits_of(theirs, images)
-    # Forward alone, where the level changes the time to compile and no mask.
+    # Only the forward pass: without optimization it compiles faster.
     quick = {"xla_backend_optimization_level": 0}
     actual = jax.jit(ours.apply, compiler_options=quick)(variables, images)
     if actual.ndim == 4:
@@ -158,7 +134,7 @@ def test_live_pooled_shortcuts_of_odd_maps(timm):
     stages = (1, 1, 1, 1)
     theirs = randomize(resnet.ResNet(resnet.BasicBlock, stages, **options))
     ours = ResNet(stages, block=BasicBlock, num_classes=10, width=16, **D_VARIANT)
-    # The shortcuts halve 9x9, 5x5 and 3x3.
+    # The pooled shortcuts halve odd sizes: 9x9, 5x5 and 3x3.
     check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
 
 
@@ -177,11 +153,26 @@ def test_live_networks_of_torchvision(timm):
 
 @needs_torch
 def test_live_blocks_of_timm(timm):
-    from timm.layers import EcaModule, SEModule
-    from timm.layers.cbam import CbamModule, ChannelAttn, SpatialAttn
+    import torch
+    from timm.layers import EcaModule, EffectiveSEModule, SEModule
+    from timm.layers.cbam import (
+        CbamModule,
+        ChannelAttn,
+        LightCbamModule,
+        SpatialAttn,
+    )
+
+    se = {"rd_ratio": 0.3, "rd_divisor": 4, "norm_layer": torch.nn.BatchNorm2d}
 
     pairs = [
         (SEModule(64), presets.timm_se()),
+        (
+            SEModule(64, add_maxpool=True, **se),
+            presets.timm_se(reduction=0.3, divisor=4, pool="avg+max", hidden_norm=NORM),
+        ),
+        (EffectiveSEModule(64), presets.timm_ese()),
+        (EffectiveSEModule(64, add_maxpool=True), presets.timm_ese(pool="avg+max")),
+        (LightCbamModule(64), presets.timm_lcbam(train=False)()),
         (EcaModule(64), flax_attn.ECA()),
         (ChannelAttn(64), flax_attn.ChannelAttention(hidden_features=4)),
         (SpatialAttn(5), flax_attn.SpatialAttention(kernel_size=5, norm=NORM)),
@@ -238,7 +229,7 @@ def test_live_networks_for_cifar(names):
     attention = partial(flax_attn.CBAM, reduction=8, spatial_kernel_size=3)
     theirs = randomize(torch_named.ResNet8(make, **names))
     ours = cifar_resnet(8, num_classes=10, attention=attention)
-    # Written, the names are the usual ones.
+    # The names that are written are the usual ones.
     usual = torch_named.ResNet8(make)
     check(theirs, ours, cases.normal((2, 16, 16, 3), 0), "article", rewritten=usual)
 
@@ -266,7 +257,7 @@ def test_live_code_in_a_file_is_not_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="is not a safetensors file"):
         convert.load("evil.safetensors")
     assert not Path("executed").exists() and not Path("out.safetensors").exists()
-    # The file does what it is meant to do.
+    # Unpickling the file would have run its code.
     pickle.loads(pickle.dumps(Evil()))
     assert Path("executed").exists()
 

@@ -1,4 +1,4 @@
-"""The presets against the modules that they stand for."""
+"""The presets against the PyTorch modules they correspond to."""
 
 import importlib.util
 import sys
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from flax_attn import presets
+from flax_attn.blocks.channel import hidden_width
 from tests import cases
 from tests.parity import parity_table, timm_layers
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("torch", "timm"))),
-    reason="the comparison needs torch and timm, of the extra `parity`",
+    reason="the comparison needs torch and timm, of the group `parity`",
 )
 
 
@@ -24,7 +25,7 @@ def test_live(case):
 
 
 def test_widths_for_any_number_of_channels():
-    """The rules of timm, which rounds in floating point, and ours, in integers."""
+    """timm's rules round in floating point, ours in integers."""
     timm = timm_layers.load()
     for channels in range(1, 4097):
         for preset, divisor in (
@@ -32,7 +33,7 @@ def test_widths_for_any_number_of_channels():
             (presets.timm_cbam(train=False), 1),
         ):
             expected = timm.make_divisible(channels / 16, divisor, round_limit=0.0)
-            assert preset.keywords["hidden_features"](channels) == expected, channels
+            assert hidden_width(preset(), channels) == expected, channels
     for channels in (*range(1, 20), *(2**i for i in range(5, 14)), 54, 320, 1000, 8191):
         for preset, module in (
             (presets.timm_eca, timm.eca.EcaModule),
@@ -42,7 +43,7 @@ def test_widths_for_any_number_of_channels():
             assert preset.keywords["kernel_size"](channels) == expected, channels
 
 
-def test_timm_stays_as_it_was():
+def test_loading_layers_leaves_timm_unchanged():
     before = {name: module for name, module in sys.modules.items() if is_foreign(name)}
     timm_layers.load()
     assert before == {n: module for n, module in sys.modules.items() if is_foreign(n)}
@@ -68,7 +69,7 @@ def test_a_nan_is_an_error():
 
 
 def test_the_table(monkeypatch, capsys):
-    """One line for each preset; the figures are those that test_live looks at."""
+    """One line per preset, with the errors that test_live checks."""
     monkeypatch.setattr(cases, "LIVE", [])
     found = {"y": 2e-7, "x": 3e-7, "params/a": 4e-7, "batch_stats/b": 5e-8}
     monkeypatch.setattr(parity_table, "preset_errors", lambda case: {"fast": found})

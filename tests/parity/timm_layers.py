@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import types
 
-# What timm.layers imports from there, and the blocks never call.
+# What timm.layers imports from torchvision but the blocks never call.
 TORCHVISION = {
     "torchvision": (),
     "torchvision.ops": (),
@@ -24,7 +24,7 @@ MODULES = ("cbam", "eca", "squeeze_excite")
 
 @functools.cache
 def load():
-    """The package ``timm.layers``; an ``import timm`` elsewhere is left as it was."""
+    """The package ``timm.layers``; an ``import timm`` elsewhere is unaffected."""
     spec = importlib.util.find_spec("timm")
     # Without this empty parent, timm/__init__.py would import every model.
     parent = types.ModuleType("timm")

@@ -1,4 +1,4 @@
-"""The article's blocks in PyTorch, NCHW, written anew from its equations."""
+"""The article's blocks in PyTorch, NCHW, reimplemented from its equations."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class MLP(nn.Module):
-    """Two layers without bias, C -> C // ratio -> C, with a ReLU between."""
+    """Two layers without bias, C -> C // ratio -> C, with a ReLU in between."""
 
     def __init__(self, channels, ratio):
         super().__init__()
@@ -36,7 +36,7 @@ def pool(x, mode):
 
 
 class Channel(nn.Module):
-    """sigmoid of the summed logits of the pools ``modes``, all from one ``excite``."""
+    """sigmoid of the summed logits of the pools ``modes``, with one ``excite``."""
 
     def __init__(self, excite, modes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The official code's blocks in PyTorch, NCHW, written anew from their definitions.
+"""The official code's blocks in PyTorch, NCHW, reimplemented from their definitions.
 
 Parameters have the names of the published files, where those are PyTorch's: CBAM and
 ECA-Net. SENet is Caffe; its layers are called ``down`` and ``up`` there.
@@ -29,7 +29,7 @@ class SENet(nn.Module):
 
 
 class ECANet(nn.Module):
-    """One kernel of a width that the network names for each of its stages."""
+    """One kernel, whose width the network sets for each stage."""
 
     def __init__(self, k):
         super().__init__()
@@ -42,7 +42,7 @@ class ECANet(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """One MLP with biases on the mean and on the maximum, which max pooling gives."""
+    """One MLP with biases, on the mean and on the maximum (by max pooling)."""
 
     def __init__(self, channels, ratio):
         super().__init__()

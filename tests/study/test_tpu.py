@@ -17,7 +17,7 @@ from train.study import networks, tpu
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr(tpu, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="libtpu, which is not installed; install the"):
+    with pytest.raises(ValueError, match="libtpu, which is not installed; run pip"):
         tpu.open_topology("v5e:2x2")
 
 
@@ -50,7 +50,7 @@ def test_the_step_of_a_network_is_lowered_from_shapes_alone():
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the extra tpu-aot")
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the group tpu-aot")
 def test_a_block_is_compiled():
     (row,) = tpu.compile_block(
         "se", (8, 8, 8, 128), "bfloat16", ["fast"], tpu.open_topology("v5e:2x2")

@@ -5,7 +5,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import types
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ def comparison(tmp_path):
     return work
 
 
-def test_rebuild_is_the_same_to_the_byte_and_needs_no_jax(comparison, capsys):
+def test_rebuild_is_the_same_to_the_byte_and_loads_no_data(comparison, capsys):
     compare.main(["--report-only", "--workdir", str(comparison)])
     text = (comparison / "report.md").read_text()
     shown = capsys.readouterr().out
@@ -73,7 +72,7 @@ def test_rebuild_is_the_same_to_the_byte_and_needs_no_jax(comparison, capsys):
     assert arguments[:3] == ["python", "-m", "train.compare"]
     code = (
         "import sys; from train import compare; compare.main(sys.argv[1:]); "
-        "print({'jax', 'flax', 'sklearn', 'train.data'} & set(sys.modules))"
+        "print({'sklearn', 'train.data'} & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments[3:]],
@@ -121,18 +120,11 @@ def test_no_runs(tmp_path, capsys):
 # --- the command line
 
 
-def test_help_is_fast_and_complete():
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-m", "train.compare", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    # Below a second on an idle machine; importing jax would take longer than this.
-    assert time.perf_counter() - start < 2
-    assert result.returncode == 0
-    options = re.findall(r"^│ (--[a-z-]+)", result.stdout, re.MULTILINE)
+def test_help_is_complete(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    text = capsys.readouterr().out
+    options = re.findall(r"^. (--[a-z][a-z-]+)", text, re.MULTILINE)
     fields = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Config)}
     own = ["--attentions", "--seeds", "--workdir", "--report-only"]
     # Every option of a recipe; those that are the comparison's own only once.
@@ -141,7 +133,7 @@ def test_help_is_fast_and_complete():
     own += ["--attention", "--seed", "--resume", "--coordinator", "--num-processes"]
     own += ["--process-id", "--peer-timeout"]
     assert sorted(options[4:]) == sorted(fields - {*own})
-    assert all(name in result.stdout for name in ATTENTIONS)
+    assert all(name in text for name in ATTENTIONS)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +276,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 
 def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
     def train(*_):
-        raise interrupt.Interrupted(signal.SIGTERM, "stopped; all is saved.")
+        raise interrupt.Interrupted(signal.SIGTERM, "stopped.", saved=True)
 
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr(loop, "check_batch", lambda *_: None)
@@ -292,5 +284,5 @@ def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
     assert stop.value.code == 143
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "train.compare: none-seed0: stopped; all is saved."
+    assert last == "train.compare: none-seed0: stopped."
     assert not (tmp_path / "report.md").exists()

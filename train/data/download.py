@@ -2,16 +2,30 @@
 
 import hashlib
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
 TIMEOUT_SECONDS = (10.0, 30.0)
 """To connect, and of silence while the file comes."""
+MIN_BYTES_PER_SECOND = 200_000
+"""An address that sends less is left while there is another one to try."""
+WINDOW_SECONDS = 10.0
+"""Over which that is measured, again and again."""
+# So small that even a slow address completes several of them in a window.
+CHUNK_BYTES = 1 << 13
 
 
 class DownloadError(Exception):
     """The file cannot be downloaded; the message is one line that says why."""
+
+
+class _TooSlow(Exception):
+    """The message is the measured speed."""
 
 
 def is_address(url: str) -> bool:
@@ -35,7 +49,8 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
     """Downloads a file to ``path``, which is written only once all of it is right.
 
     Args:
-      urls: its addresses; one that fails, or sends other bytes, is left for the next.
+      urls: its addresses; one that fails, or sends other bytes, is left for the next,
+        and so is a slow one, which is tried again if the others fail.
       path: where the file goes.
       sha256: of the file.
 
@@ -46,9 +61,12 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
     import requests
 
     failures = []
-    for url in urls:
+    untried, slow = list(urls), list[str]()
+    while untried or slow:
+        url = untried.pop(0) if untried else slow.pop(0)
+        progress = _Progress(least=MIN_BYTES_PER_SECOND if untried else 0)
         downloader = pooch.HTTPDownloader(
-            progressbar=True, chunk_size=1 << 18, timeout=TIMEOUT_SECONDS
+            progressbar=progress, chunk_size=CHUNK_BYTES, timeout=TIMEOUT_SECONDS
         )
         try:
             pooch.retrieve(
@@ -58,6 +76,9 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
                 path=path.parent,
                 downloader=downloader,
             )
+        except _TooSlow as error:
+            tqdm.write(f"{url} sends {error}; trying the next.", file=sys.stderr)
+            slow.append(url)
         except requests.HTTPError as error:
             status = getattr(error.response, "status_code", "unknown")
             failures.append(f"{url} (HTTP status {status})")
@@ -74,7 +95,42 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
         else:
             _share(path)
             return
+        finally:
+            progress.close()
     raise DownloadError("; ".join(failures))
+
+
+class _Progress(tqdm):
+    """Pooch's progress bar, which also measures the speed."""
+
+    def __init__(self, least: int) -> None:
+        """Makes ``update`` raise ``_TooSlow`` below ``least`` bytes per second."""
+        # The delay hides the bar of an address that sends nothing.
+        super().__init__(ncols=79, unit="B", unit_scale=True, delay=1e-6)
+        self.least = least
+        self.start, self.received = time.monotonic(), 0.0
+
+    def __bool__(self) -> bool:
+        """Pooch asks whether there is a bar; without a total, tqdm has no answer."""
+        return True
+
+    def reset(self, total: float | None = None) -> None:
+        """Pooch calls it when the file is complete, to fill the bar at once."""
+        self.delay = 0
+        super().reset(total)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Counts ``n`` more bytes."""
+        now = time.monotonic()
+        if self.n == 0:  # The first bytes, or all of them after `reset`.
+            self.start, self.received = now, 0.0
+        elif now - self.start > WINDOW_SECONDS:
+            speed = self.received / (now - self.start)
+            if speed < self.least:
+                raise _TooSlow(f"{speed / 1e3:,.0f} kB/s")
+            self.start, self.received = now, 0.0
+        self.received += n or 0
+        return super().update(n)
 
 
 def _share(path: Path) -> None:

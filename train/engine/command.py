@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 @contextlib.contextmanager
@@ -23,6 +23,8 @@ def exit_codes(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         stop(prog, "stopped by SIGINT before the first step.", 130)
     except FloatingPointError as error:
+        if debugging():
+            raise
         stop(prog, error, 1)
     except (ValueError, OSError) as error:
         stop(prog, error, 2)
@@ -46,12 +48,21 @@ def _stop_for(prog: str, error: Exception) -> None:
         message = " ".join(str(error).split())[:200]
         print(
             f"{prog}: another process of the run is gone ({message}); start all of "
-            "them again to resume from the last checkpoint.",
+            "them again with --workdir, the folder of this run, to resume from its "
+            "last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
         # A normal exit would wait for the dead process, and abort.
         os._exit(3)
+
+
+def debugging() -> bool:
+    """Whether JAX looks for NaN or infinities, so that a traceback shows them."""
+    import jax
+
+    config: Any = jax.config
+    return config.jax_debug_nans or config.jax_debug_infs
 
 
 def stop(prog: str, error: object, code: int) -> NoReturn:

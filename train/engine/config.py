@@ -20,6 +20,7 @@ LOADERS = ("device", "grain")
 FAMILIES = ("cifar", "imagenet")
 IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
 RESUMES = ("auto", "never")
+LOGGERS = ("tensorboard", "wandb")
 INITS = ("default", "identity")
 # The suffix of a block's name if it is initialized as the identity.
 IDENTITY = "+identity"
@@ -36,12 +37,6 @@ def one_of(names: Callable[[], Iterable[str]]) -> Any:
 def _default_hint(default: str) -> str:
     name = default.strip("[]'")
     return "" if name == "None" else f"(default: {name})"
-
-
-# The help text of these options describes their default.
-_OptionalInt = Annotated[
-    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +61,13 @@ class Config:
     depth: int = 20
     """Layers of the network: 8, 20, 32, 44, 56, 110; of the imagenet family 18, 34, 50,
     101, 152."""
-    image_size: _OptionalInt = None
+    image_size: int | None = None
     """Height and width that images of a folder are cropped to; by default 32, of the
     imagenet family 224."""
-    epochs: _OptionalInt = None
+    epochs: int | None = None
     """Passes over the training images; by default 100, for digits 10, for folders
     90."""
-    batch_size: _OptionalInt = None
+    batch_size: int | None = None
     """Images per step, over all devices; by default 128, for digits 64, for folders
     256."""
     learning_rate: float = 0.1
@@ -89,7 +84,7 @@ class Config:
     """Seed of parameters, order and augmentation."""
     dtype: Annotated[str, one_of(lambda: DTYPES)] = "float32"
     """Dtype of the computation: float32 or bfloat16."""
-    steps_per_call: _OptionalInt = None
+    steps_per_call: int | None = None
     """Steps compiled into one program; by default many on accelerators and 1 on CPU,
     where convolutions inside loops are slow."""
     data_dir: Path = Path("~/.cache/flax_attn")
@@ -100,28 +95,27 @@ class Config:
     those that cannot be read; by default the first one that is met ends the run."""
     data_url: tuple[str, ...] = ()
     """Addresses of the CIFAR archive to try instead of the published ones."""
-    workdir: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")
-    ] = None
+    workdir: Path | None = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
     resume: Annotated[str, one_of(lambda: RESUMES)] = "auto"
     """What to do with a workdir that holds this run already: resume it (auto) or refuse
     (never)."""
+    logger: Annotated[str | None, one_of(lambda: LOGGERS)] = None
+    """Where the metrics go too, beside metrics.jsonl: tensorboard or wandb (Weights &
+    Biases); needs the extra of that name."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; there is always one at the end."""
     keep: int = 3
     """How many of the newest checkpoints to keep."""
-    devices: _OptionalInt = None
+    devices: int | None = None
     """How many devices share each batch; by default all there are."""
-    coordinator: Annotated[
-        str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")
-    ] = None
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """HOST:PORT of the first of several processes; the same for all of them. Where a
     cluster (Slurm, Open MPI, a TPU pod) starts the processes, this option and the
     next two are detected."""
-    num_processes: _OptionalInt = None
+    num_processes: int | None = None
     """How many processes train together."""
-    process_id: _OptionalInt = None
+    process_id: int | None = None
     """Index of this process, from 0."""
     peer_timeout: int = 100
     """Seconds without contact after which another process counts as dead, which ends
@@ -147,8 +141,8 @@ def block_name(fields: Mapping[str, Any]) -> str:
 NOT_RECIPE = frozenset(
     {
         *("steps_per_call", "data_dir", "data_url", "workdir", "resume"),
-        *("checkpoint_every", "keep", "devices", "coordinator", "num_processes"),
-        *("process_id", "peer_timeout"),
+        *("logger", "checkpoint_every", "keep", "devices", "coordinator"),
+        *("num_processes", "process_id", "peer_timeout"),
     }
 )
 
@@ -205,6 +199,8 @@ def check_fields(config: Resolved) -> None:
         ("resume", RESUMES),
     ):
         check_choice(field, getattr(config, field), names)
+    if config.logger is not None:
+        check_choice("logger", config.logger, LOGGERS)
     _check_loader(config)
     for field in ("epochs", "batch_size", "steps_per_call", "image_size"):
         check_count(field, getattr(config, field))

@@ -10,12 +10,17 @@ _requested: signal.Signals | None = None
 
 
 class Interrupted(Exception):
-    """A run stopped because of ``signal``."""
+    """A run stopped because of ``signal``.
 
-    def __init__(self, which: signal.Signals, message: str) -> None:
+    Attributes:
+      signal: SIGINT or SIGTERM.
+      saved: whether there is a checkpoint to resume from.
+    """
+
+    def __init__(self, which: signal.Signals, message: str, *, saved: bool) -> None:
         """Keeps the signal beside the message."""
         super().__init__(message)
-        self.signal = which
+        self.signal, self.saved = which, saved
 
     @property
     def exit_code(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from train.data.inputs import Inputs
-from train.engine import devices, interrupt, workdir
+from train.engine import devices, interrupt, logger, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, Resolved
 from train.engine.model import (
@@ -66,7 +66,8 @@ BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{post
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
     "A gradient or a batch statistic is not finite; the same command with "
-    "JAX_DEBUG_NANS=True in the environment stops where it is computed."
+    "JAX_DEBUG_NANS=True, or JAX_DEBUG_INFS=True for an infinity, in the environment "
+    "stops where it is computed."
 )
 
 
@@ -133,6 +134,7 @@ class Training:
         self.evaluate = make_evaluate(inputs)
         self.folder: Path | None = None
         self.checkpoints: Checkpoints | None = None
+        self.log_epoch: logger.LogEpoch = lambda line, timing: None
         self.compiled = False
 
     @property
@@ -195,6 +197,7 @@ class Training:
         progress.losses, progress.accuracies = [], []
         progress.history.append(line)
         self._write_metrics()
+        self.log_epoch(line, progress.timing[-1])
         if epoch % self.config.checkpoint_every == 0 or epoch == self.epochs:
             self._save()
 
@@ -287,6 +290,7 @@ class Training:
             total, attention = count_parameters(self.progress.state.params)
             text = workdir.describe(self.config, total, attention, devices.describe())
             workdir.write(folder / workdir.RUN, text)
+            self.log_epoch = stack.enter_context(logger.opened(self.config, folder))
             return found
 
         found = devices.broadcast_from_main(devices.on_main(begin), template)
@@ -295,6 +299,10 @@ class Training:
         if found is not None:
             self._resume(*found)
         self._write_metrics()
+        for line, timing in zip(
+            self.progress.history, self.progress.timing, strict=True
+        ):
+            self.log_epoch(line, timing)
 
     def _resume(self, tree: Any, record: dict[str, Any]) -> None:
         state = self.progress.state.replace(
@@ -356,8 +364,10 @@ class Training:
         where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
         newest = self._newest()
         if newest is None:
-            return interrupt.Interrupted(which, f"{where}nothing is saved.")
-        return interrupt.Interrupted(which, f"{where}the {newest}.")
+            return interrupt.Interrupted(
+                which, f"{where}nothing is saved.", saved=False
+            )
+        return interrupt.Interrupted(which, f"{where}the {newest}.", saved=True)
 
     def _newest(self) -> str | None:
         """Where the newest checkpoint is; waits for the current save."""

@@ -43,14 +43,14 @@ class Run:
         return variables_of(self.state)
 
     def summary(self) -> str:
-        """The network and its test accuracy, in one line."""
+        """The network and its test accuracy, in two lines."""
         config, last = self.config, self.history[-1]
         total, attention = count_parameters(self.state.params)
         minutes, seconds = divmod(round(sum(t["seconds"] for t in self.timing)), 60)
         return (
             f"ResNet-{config.depth}, attention {config.block}, on "
             f"{config.dataset}: {total:,} parameters ({attention:,} of them "
-            f"attention), test accuracy {last['test_accuracy']:.2%} after "
+            f"attention),\ntest accuracy {last['test_accuracy']:.2%} after "
             f"{len(self.history)} epoch{'s' if len(self.history) > 1 else ''} in "
             f"{minutes} min {seconds} s."
         )

@@ -8,7 +8,7 @@ from flax_attn.resnet import check_cifar_depth, check_imagenet_depth
 from train.data import cifar as data
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs, Inputs, check_batch_size
-from train.engine import devices
+from train.engine import devices, logger
 from train.engine.attention import check_attention
 from train.engine.config import Config, Resolved, check_fields, resolve
 
@@ -22,6 +22,7 @@ def validate(config: Config) -> Resolved:
     """Resolves the configuration; raises ``ValueError`` for an invalid one."""
     config = resolve(config)
     check_fields(config)
+    logger.check_installed(config.logger)
     check_attention(config)
     if config.family == "cifar":
         check_cifar_depth(config.depth)

@@ -66,7 +66,14 @@ def make_train_steps(
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked(state))]
         return state, Metrics(loss, accuracy, jnp.stack(finite))
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=devices.replicated(inputs.mesh))
+    # To find an infinity, JAX runs a step again; for NaN it does this itself.
+    donated = () if getattr(jax.config, "jax_debug_infs") else (0,)  # noqa: B009 (mypy)
+
+    @partial(
+        jax.jit,
+        donate_argnums=donated,
+        out_shardings=devices.replicated(inputs.mesh),
+    )
     def train_steps(
         state: TrainState, data: Any, key: jax.Array, item: Any
     ) -> tuple[TrainState, Metrics]:

@@ -103,7 +103,7 @@ def write(path: Path, text: str) -> None:
     """Replaces a file atomically: a reader sees the old or the new content."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,10 +1,9 @@
-"""Spatial gates of trained networks: which blocks have them, and a picture.
+"""Where trained networks attend: their spatial gates and Grad-CAM over test images.
 
 jax is imported inside the functions, so that commands start fast.
 """
 
 import contextlib
-from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 from train.study.logs import GATES
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
     from flax import linen as nn
-    from matplotlib.figure import Figure
 
     from train.data.inputs import Inputs
     from train.engine.loop import Images, Run
 
 SHOWN_IMAGES = 8
 SPATIAL_GATE = "spatial_gate"
-# Gates that differ by less over an image are called constant.
-LEAST_SPREAD = 0.05
-GRAY = 128
 
 
 @cache
@@ -70,9 +66,8 @@ def spatial_gates(
     from flax_attn import inspect
     from train.engine import devices
 
+    normalized, _ = _first_images(inputs, count)
     data = inputs.test_data
-    item, _ = next(inputs.test_batches())
-    normalized = inputs.test_batch(data, item)[0][:count]
     shown = np.asarray((normalized * data.std + data.mean) * 255)
     gates: dict[str, np.ndarray] = {}
     if model.attention is not None:
@@ -85,6 +80,40 @@ def spatial_gates(
             if kind == SPATIAL_GATE and block in last:
                 gates[block] = np.asarray(gate[..., 0], np.float32)
     return shown.round().astype(np.uint8), gates
+
+
+def grad_cam(
+    model: "nn.Module", variables: Any, inputs: "Inputs", count: int = SHOWN_IMAGES
+) -> "np.ndarray":
+    """Grad-CAM of the first test images and their classes, of the last block.
+
+    Args:
+      model: a residual network of ``flax_attn.resnet``.
+      variables: its variables.
+      inputs: what it was trained on, on one device.
+      count: how many images; at most a batch (default: 8).
+
+    Returns:
+      ``(count, h, w)`` float32.
+    """
+    import jax
+    import numpy as np
+
+    from flax_attn import inspect
+    from train.engine import devices
+
+    normalized, labels = _first_images(inputs, count)
+    layer = f"stage{len(model.stages)}_block{model.stages[-1]}"
+    read = jax.jit(partial(inspect.grad_cam, model, layer=layer))
+    cam = read(devices.to_host(variables), normalized, label=labels)
+    return np.asarray(cam[..., 0], np.float32)
+
+
+def _first_images(inputs: "Inputs", count: int) -> tuple["jax.Array", "jax.Array"]:
+    """The first test images, normalized, and their labels."""
+    item, _ = next(inputs.test_batches())
+    images, labels = inputs.test_batch(inputs.test_data, item)
+    return images[:count], labels[:count]
 
 
 def save_gates(folder: Path, run: "Run", images: "Images") -> None:
@@ -105,107 +134,3 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     with part.open("wb") as file:
         np.savez(file, **arrays)
     part.replace(path)
-
-
-def plot(
-    images: "np.ndarray",
-    gates: Mapping[str, "np.ndarray"],
-    *,
-    limits: tuple[float, float] | None = None,
-) -> "Figure":
-    """Draws images and, beside each, its spatial gates alone and the image under them.
-
-    Each name has two columns: the gates, whose colors the bar below explains, and the
-    image faded to gray where the gate is closed. A gate whose spread over an image is
-    below 0.05 is called constant, and nothing of the image is shown under it.
-
-    Args:
-      images: ``(N, H, W, 3)`` uint8.
-      gates: by name, ``(N, h, w)``.
-      limits: gates with the first and the last color; by default those of each name
-        are its lowest and its highest.
-    """
-    from train.study.plots import new_figure
-
-    rows, columns = len(images), 1 + 2 * len(gates)
-    figure = new_figure(1.3 * columns + 0.4, 1.3 * rows + 1)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    axes[0, 0].set_title("image", fontsize=8)
-    for axis, image in zip(axes[:, 0], images, strict=True):
-        axis.imshow(image)
-    for i, (name, maps) in enumerate(gates.items()):
-        pair = axes[:, 2 * i + 1 : 2 * i + 3]
-        low, high = limits or _own_limits(maps)
-        size = "×".join(map(str, maps.shape[1:3]))
-        for axis, title in zip(
-            pair[0], (f"{name}\n{size}", "image under it"), strict=True
-        ):
-            axis.set_title(title, fontsize=8)
-        for (alone, under), image, gate in zip(pair, images, maps, strict=True):
-            drawn = alone.imshow(
-                gate, cmap="viridis", vmin=low, vmax=high, interpolation="nearest"
-            )
-            under.imshow(fade(image, gate, (low, high)))
-            if is_constant(gate):
-                under.text(
-                    *(0.5, 0.5, f"constant at {gate.mean():.2f}"),
-                    transform=under.transAxes,
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                )
-        bar = figure.colorbar(drawn, ax=pair, location="bottom", shrink=0.8, aspect=30)
-        bar.ax.tick_params(labelsize=7)
-        bar.set_label("spatial gate", fontsize=7)
-    return figure
-
-
-def is_constant(gate: "np.ndarray") -> bool:
-    """Whether a gate varies too little over its image to mean anything."""
-    return float(gate.max() - gate.min()) < LEAST_SPREAD
-
-
-def _own_limits(maps: "np.ndarray") -> tuple[float, float]:
-    """The lowest and the highest gate, widened to a minimal range of colors."""
-    low, high = float(maps.min()), float(maps.max())
-    margin = max(LEAST_SPREAD - (high - low), 0) / 2
-    return low - margin, high + margin
-
-
-def fade(
-    image: "np.ndarray", gate: "np.ndarray", limits: tuple[float, float]
-) -> "np.ndarray":
-    """The image under its gate: unchanged where it is open, gray where it is closed.
-
-    A constant gate does not show where the network attends, so all is gray::
-
-      >>> import numpy as np
-      >>> image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
-      >>> fade(image, np.array([[0.2, 0.8]]), (0.2, 0.8))[..., 0].tolist()
-      [[128, 255]]
-      >>> fade(image, np.array([[0.5, 0.5]]), (0.2, 0.8))[..., 0].tolist()
-      [[128, 128]]
-
-    Args:
-      image: ``(H, W, 3)`` uint8.
-      gate: ``(h, w)``.
-      limits: the gates that hide and show the image completely.
-
-    Returns:
-      ``(H, W, 3)`` uint8.
-    """
-    import numpy as np
-
-    low, high = limits
-    share = np.clip((gate.astype(np.float64) - low) / (high - low), 0, 1)
-    if is_constant(gate):
-        share = np.zeros_like(share)
-    # Each pixel gets the gate at its center, as in the plot of the gate.
-    at = [
-        np.arange(size) * cells // size
-        for size, cells in zip(image.shape, gate.shape, strict=False)
-    ]
-    share = share[np.ix_(*at)][..., None]
-    return np.rint(GRAY + share * (image - float(GRAY))).astype(np.uint8)

@@ -107,7 +107,7 @@ def read_configs(workdir: Path) -> list[dict[str, Any]]:
 def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's configuration that all runs of a comparison share."""
     own = ("attention", "init", "preset", "seed")
-    return {k: v for k, v in config.items() if k not in own}
+    return {k: v for k, v in config_lib.completed(config).items() if k not in own}
 
 
 def check_same_recipe(workdir: Path, configs: Sequence[Mapping[str, Any]]) -> None:

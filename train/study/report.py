@@ -12,7 +12,6 @@ from typing import Any
 from train.engine import config as config_lib
 from train.engine import workdir as workdir_lib
 from train.engine.config import Config
-from train.study import gates as gates_lib
 from train.study.gates import has_spatial_gate
 from train.study.logs import GATES, Log, name_of, read_runs
 from train.study.statistics import BASELINE, summarize
@@ -165,9 +164,8 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
             f"`{attention}`, seed {seed}: the spatial gate of each stage's last block.",
             f"![Spatial gates of {attention}](gates-{attention}.png)",
         ]
-    command = (
-        f"python -m train.compare --report-only --workdir {shlex.quote(str(workdir))}"
-    )
+    quoted = shlex.quote(workdir.as_posix())
+    command = f"python -m train.compare --report-only --workdir {quoted}"
     parts += [
         "## Recipe",
         _bullets(f"{field}: {value}" for field, value in _notable(recipe).items()),
@@ -256,9 +254,12 @@ def _draw(
     for block in blocks:
         attention, seed = block["attention"], block["gates_seed"]
         if seed is not None:
+            # Only now, since it imports jax.
+            from flax_attn.inspect import plot
+
             path = workdir / name_of(attention, seed) / GATES
             with np.load(path) as arrays:
                 gates = dict(arrays)
-            figures[f"gates-{attention}"] = gates_lib.plot(gates.pop("images"), gates)
+            figures[f"gates-{attention}"] = plot(gates.pop("images"), gates)
     for name, figure in figures.items():
         figure.savefig(workdir / f"{name}.png", dpi=150)

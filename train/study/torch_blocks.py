@@ -39,8 +39,8 @@ def check_installed() -> None:
     """Raises ``ValueError`` without PyTorch."""
     if find_spec("torch") is None:
         raise ValueError(
-            "`against` torch needs PyTorch, which is not installed; install the extra "
-            "parity (pip install -e '.[parity]') or leave torch out."
+            "`against` torch needs PyTorch, which is not installed; install the group "
+            "parity (pip install --group parity) or leave torch out."
         )
 
 

@@ -1,6 +1,6 @@
 """Bytes, temporaries and compile times for a TPU, which need not be present.
 
-The compiler is libtpu's, of the extra ``tpu-aot``.
+The compiler is libtpu's, of the dependency group ``tpu-aot``.
 """
 
 import math
@@ -44,8 +44,8 @@ def open_topology(name: str) -> jax.Device:
     if find_spec("libtpu") is None:
         raise ValueError(
             "`compile_for` needs the TPU compiler libtpu, which is not installed; "
-            "install the extra tpu-aot (pip install -e '.[tpu-aot]') in an environment "
-            "of its own."
+            "run pip install -e '.[train]' --group tpu-aot in an environment of its "
+            "own."
         )
     # Only the compiler is needed: libtpu and jax would search for a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

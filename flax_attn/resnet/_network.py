@@ -1,16 +1,9 @@
-"""Residual networks for CIFAR and ImageNet, with an attention block of your choice.
-
-The attention stands after the last normalization of a residual branch and before the
-addition, where all official code and timm have it.
-
-References: He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition.
-https://arxiv.org/abs/1512.03385, 2015.
-"""
+"""The network and its two families."""
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +11,15 @@ from flax import linen as nn
 from flax.typing import Dtype
 
 from flax_attn.blocks import BLOCKS
+from flax_attn.functional import checks
+from flax_attn.resnet._blocks import (
+    BasicBlock,
+    BottleneckBlock,
+    ModuleDef,
+    blur_pool,
+)
 
-ModuleDef = Callable[..., Any]
+StemPool = Literal["max", "mean", "blur", "conv"]
 
 # The choices of `--attention`; a view, so that a later entry in BLOCKS is one too.
 ATTENTIONS: Mapping[str, ModuleDef | None] = ChainMap(cast(Any, BLOCKS), {"none": None})
@@ -33,84 +33,25 @@ IMAGENET_STAGES = {
 }
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut.
-
-    Attributes:
-      features: number of filters, and of channels of the result.
-      stride: stride of the first convolution.
-      conv: makes a convolution.
-      norm: makes a normalization.
-      attention: makes the block between the last normalization and the addition, or
-        None.
-      pooled_shortcut: as in ``ResNet`` (default: False).
-    """
-
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-    attention: ModuleDef | None
-    pooled_shortcut: bool = False
-
-    expansion = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns ``relu(attention(branch(x)) + shortcut(x))``."""
-        y = self.conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, 3, 1, name="conv2")(y)
-        y = self.norm(name="norm2")(y)
-        return _join(self, x, y)
-
-
-class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the 3x3 has the stride.
-
-    Attributes:
-      features: number of filters of the first two; the result has four times as many
-        channels.
-      stride: stride of the 3x3 convolution.
-      conv: makes a convolution.
-      norm: makes a normalization.
-      attention: makes the block between the last normalization and the addition, or
-        None.
-      pooled_shortcut: as in ``ResNet`` (default: False).
-    """
-
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-    attention: ModuleDef | None
-    pooled_shortcut: bool = False
-
-    expansion = 4
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns ``relu(attention(branch(x)) + shortcut(x))``."""
-        y = self.conv(self.features, 1, 1, name="conv1")(x)
-        y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.features, 3, self.stride, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
-        y = self.conv(self.features * self.expansion, 1, 1, name="conv3")(y)
-        y = self.norm(name="norm3")(y)
-        return _join(self, x, y)
-
-
 class ResNet(nn.Module):
     """A residual network from images ``(N, H, W, 3)`` to logits ``(N, classes)``.
 
     ``cifar_resnet`` and ``imagenet_resnet`` make the published ones::
 
       >>> import flax_attn, jax, jax.numpy as jnp
+      >>> from flax_attn.resnet import cifar_resnet
       >>> model = cifar_resnet(8, num_classes=10, attention=flax_attn.CBAM)
       >>> images = jnp.zeros((1, 32, 32, 3))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
       >>> sorted(variables["params"]["stage1_block1"])
       ['attention', 'conv1', 'conv2', 'norm1', 'norm2']
+
+    The method ``features`` gives the maps that detection and segmentation start from,
+    with the same variables::
+
+      >>> apply = lambda v, x: model.apply(v, x, method="features")
+      >>> [x.shape for x in jax.eval_shape(apply, variables, images)]
+      [(1, 32, 32, 16), (1, 32, 32, 16), (1, 16, 16, 32), (1, 8, 8, 64)]
 
     A block with a normalization of its own (``spatial_norm``) gets
     ``use_running_average`` from whoever makes it: one model to train and one to
@@ -118,7 +59,8 @@ class ResNet(nn.Module):
 
     Attributes:
       stages: number of blocks in each stage; every stage but the first halves H and W.
-      block: ``BasicBlock`` or ``BottleneckBlock``.
+      block: ``BasicBlock``, ``BottleneckBlock``, or a ``functools.partial`` of one with
+        further fields.
       num_classes: number of logits.
       width: filters of the first stage; each stage doubles them (default: 64).
       imagenet_stem: a 7x7 convolution of stride 2 and a 3x3 maximum of stride 2 at the
@@ -132,9 +74,16 @@ class ResNet(nn.Module):
         calls "d", https://arxiv.org/abs/1812.01187, section 4 (default: False).
       pooled_shortcut: shortcuts halve H and W by the mean of 2x2, not by the stride of
         their convolution (default: False).
+      stem_features: filters of the stem's convolutions, three of them if ``deep_stem``
+        and else one, where these are not those of ``width`` (default: None).
+      stem_pool: what halves H and W after an ``imagenet_stem``: ``"max"``; ``"mean"``
+        of 2x2; ``"blur"``, a maximum of stride 1 and the filter of ``anti_alias`` in
+        ``BottleneckBlock``; ``"conv"``, a 3x3 convolution with norm and activation
+        (default: "max").
 
     Raises:
-      ValueError: at the first call, for ``deep_stem`` without ``imagenet_stem``.
+      ValueError: at the first call, for a field out of its range, and for ``deep_stem``
+        or a ``stem_pool`` without ``imagenet_stem``.
     """
 
     stages: Sequence[int]
@@ -146,10 +95,41 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
     deep_stem: bool = False
     pooled_shortcut: bool = False
+    stem_features: Sequence[int] | None = None
+    stem_pool: StemPool = "max"
 
-    @nn.compact
+    def setup(self) -> None:
+        """Names the head, so that ``features`` does without its parameters."""
+        self.head = nn.Dense(self.num_classes, dtype=self.dtype)
+
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logits; ``train`` normalizes by the batch and not the average."""
+        x = self.features(images, train=train)[-1]
+        # Summing thousands of half-precision values wants a float32 accumulator.
+        return self.head(
+            x.mean((-3, -2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        )
+
+    @nn.compact
+    def features(
+        self, images: jax.Array, *, train: bool = False
+    ) -> tuple[jax.Array, ...]:
+        """Returns the map before the stem's pooling, and that after each stage.
+
+        For a backbone: ``model.apply(variables, images, method="features")``, or
+        ``self.backbone.features(images, train=train)`` in a module with the field
+        ``backbone``. The head has no parameters then, and those of a classifier are
+        ignored.
+
+        Args:
+          images: ``(N, H, W, 3)``.
+          train: as in a call.
+
+        Returns:
+          One map more than there are stages. With an ``imagenet_stem`` their strides
+          are 2, 4, 8, 16, 32, else 1, 1, 2, 4; stage i, from 0, has ``width * 2**i *
+          block.expansion`` channels.
+        """
         conv = partial(_conv, dtype=self.dtype)
         norm = partial(
             nn.BatchNorm,
@@ -159,24 +139,9 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
         attention = self.attention and partial(self.attention, dtype=self.dtype)
-        x = jnp.asarray(images, self.dtype)
-        if self.deep_stem:
-            if not self.imagenet_stem:
-                raise ValueError(
-                    "`deep_stem` needs `imagenet_stem`, got imagenet_stem=False; set "
-                    "both, or neither."
-                )
-            for i in (1, 2):
-                x = conv(self.width // 2, 3, 3 - i, name=f"conv_stem{i}")(x)
-                x = nn.relu(norm(name=f"norm_stem{i}")(x))
-            x = conv(self.width, 3, 1, name="conv_stem3")(x)
-        elif self.imagenet_stem:
-            x = conv(self.width, 7, 2, name="conv_stem")(x)
-        else:
-            x = conv(self.width, 3, 1, name="conv_stem")(x)
-        x = nn.relu(norm(name="norm_stem")(x))
-        if self.imagenet_stem:
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = self._stem(jnp.asarray(images, self.dtype), conv, norm)
+        maps = [x]
+        x = self._pool(x, conv, norm)
         for i, blocks in enumerate(self.stages):
             for j in range(blocks):
                 x = self.block(
@@ -188,9 +153,50 @@ class ResNet(nn.Module):
                     pooled_shortcut=self.pooled_shortcut,
                     name=f"stage{i + 1}_block{j + 1}",
                 )(x)
-        # Summing thousands of half-precision values wants a float32 accumulator.
-        x = x.mean((-3, -2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+            maps.append(x)
+        return tuple(maps)
+
+    def _stem(self, x: jax.Array, conv: ModuleDef, norm: ModuleDef) -> jax.Array:
+        if self.deep_stem and not self.imagenet_stem:
+            raise ValueError(
+                "`deep_stem` needs `imagenet_stem`, got imagenet_stem=False; set both, "
+                "or neither."
+            )
+        width = self.width
+        usual = (width // 2, width // 2, width) if self.deep_stem else (width,)
+        features = usual if self.stem_features is None else tuple(self.stem_features)
+        if len(features) != len(usual):
+            raise ValueError(
+                f"`stem_features` must be {len(usual)} with deep_stem="
+                f"{self.deep_stem}, got {features}; pass e.g. {usual}."
+            )
+        if self.deep_stem:
+            for i in (1, 2):
+                x = conv(features[i - 1], 3, 3 - i, name=f"conv_stem{i}")(x)
+                x = nn.relu(norm(name=f"norm_stem{i}")(x))
+            x = conv(features[2], 3, 1, name="conv_stem3")(x)
+        else:
+            size, stride = (7, 2) if self.imagenet_stem else (3, 1)
+            x = conv(features[0], size, stride, name="conv_stem")(x)
+        return nn.relu(norm(name="norm_stem")(x))
+
+    def _pool(self, x: jax.Array, conv: ModuleDef, norm: ModuleDef) -> jax.Array:
+        checks.check_choice("stem_pool", self.stem_pool, get_args(StemPool))
+        if not self.imagenet_stem:
+            if self.stem_pool != "max":
+                raise ValueError(
+                    f"`stem_pool` needs `imagenet_stem`, got {self.stem_pool!r} and "
+                    "imagenet_stem=False; set both, or neither."
+                )
+            return x
+        if self.stem_pool == "conv":
+            x = conv(x.shape[-1], 3, 2, name="conv_stem_pool")(x)
+            return nn.relu(norm(name="norm_stem_pool")(x))
+        if self.stem_pool == "mean":
+            return nn.avg_pool(x, (2, 2), (2, 2))
+        stride = 1 if self.stem_pool == "blur" else 2
+        x = nn.max_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
+        return blur_pool(x) if self.stem_pool == "blur" else x
 
 
 def cifar_resnet(depth: int, **fields: Any) -> ResNet:
@@ -235,8 +241,8 @@ def imagenet_resnet(depth: int, **fields: Any) -> ResNet:
       ValueError: ``depth`` is none of the five.
     """
     check_imagenet_depth(depth)
-    block = BasicBlock if depth < 50 else BottleneckBlock
-    return ResNet(stages=IMAGENET_STAGES[depth], block=block, **fields)
+    fields = {"block": BasicBlock if depth < 50 else BottleneckBlock} | fields
+    return ResNet(stages=IMAGENET_STAGES[depth], **fields)
 
 
 def check_imagenet_depth(depth: int) -> None:
@@ -248,7 +254,9 @@ def check_imagenet_depth(depth: int) -> None:
         )
 
 
-def _conv(features: int, size: int, stride: int, *, dtype: Dtype, name: str) -> nn.Conv:
+def _conv(
+    features: int, size: int, stride: int, *, dtype: Dtype, name: str, groups: int = 1
+) -> nn.Conv:
     # The padding is explicit: at stride 2, "SAME" pads one side only, and weights that
     # were trained elsewhere then see every map shifted.
     return nn.Conv(
@@ -256,29 +264,9 @@ def _conv(features: int, size: int, stride: int, *, dtype: Dtype, name: str) -> 
         (size, size),
         (stride, stride),
         padding=(size - 1) // 2,
+        feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         name=name,
     )
-
-
-def _join(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Attends to the branch ``y`` and adds the shortcut of ``x``."""
-    if block.attention is not None:
-        y = block.attention(name="attention")(y)
-    if x.shape != y.shape:
-        name, stride = "shortcut", block.stride
-        if block.pooled_shortcut:
-            # A name of its own: the convolution's stride is another, its shape is not.
-            name, stride, x = "pooled_shortcut", 1, _mean_pool(x, stride)
-        x = block.conv(y.shape[-1], 1, stride, name=f"conv_{name}")(x)
-        x = block.norm(name=f"norm_{name}")(x)
-    return nn.relu(x + y)
-
-
-def _mean_pool(x: jax.Array, size: int) -> jax.Array:
-    """The means of ``size`` x ``size`` patches, less what the last ones lack."""
-    padding = [(0, -length % size) for length in x.shape[-3:-1]]
-    window = (size, size)
-    return nn.avg_pool(x, window, window, padding, count_include_pad=False)

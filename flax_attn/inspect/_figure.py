@@ -1,0 +1,133 @@
+"""``plot``: images, their spatial gates and Grad-CAM beside each other."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flax_attn.inspect._pictures import (
+    LEAST_SPREAD,
+    check_limits,
+    color_map,
+    is_constant,
+    overlay,
+    spatial_maps,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANEL_INCHES = 1.3
+
+
+def plot(
+    images: Any,
+    gates: Mapping[str, Any],
+    *,
+    cams: Mapping[str, Any] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> "Figure":
+    """Draws images and, beside each, its maps: alone, and the image under them.
+
+    Each name has two columns: the map, whose colors the bar below explains, and its
+    ``overlay``. A map that differs by less than 0.05 over an image is called constant,
+    and nothing of the image is shown under it::
+
+      >>> images = np.zeros((2, 32, 32, 3), np.uint8)
+      >>> figure = plot(images, {"stage1": np.ones((2, 8, 8, 1))})
+      >>> [text.get_text() for text in figure.axes[2].texts]
+      ['constant at 1.00']
+
+    Args:
+      images: ``(N, H, W, 3)``, uint8 or float within [0, 1].
+      gates: spatial gates by name, ``(N, h, w)`` or ``(N, h, w, 1)``.
+      cams: what ``grad_cam`` returns, by name, of the same shapes. Each is divided by
+        its maximum over the image (default: none).
+      limits: gates with the darkest and the lightest color; by default those of each
+        name are its lowest and its highest.
+
+    Returns:
+      A figure of matplotlib, made without pyplot; a notebook displays it, and
+      ``savefig`` writes it.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: an argument has another shape, dtype or range, or there is no map.
+    """
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError(
+            "`plot` needs matplotlib, which is not installed: pip install matplotlib."
+        ) from error
+
+    images = np.asarray(images)
+    if images.ndim != 4:
+        raise ValueError(
+            f"`images` must have shape (N, H, W, 3), got {images.shape}; pass "
+            "image[None] for one."
+        )
+    if limits is not None:
+        check_limits(limits)
+    columns = []
+    for name, given in gates.items():
+        maps = spatial_maps(given, images.shape[:3])
+        columns.append((name, maps, limits or _own_limits(maps), "spatial gate"))
+    for name, given in (cams or {}).items():
+        maps = _scaled(spatial_maps(given, images.shape[:3]))
+        columns.append((name, maps, (0.0, 1.0), "Grad-CAM / its maximum"))
+    if not columns:
+        raise ValueError(
+            "`gates` must have at least one map, got none; pass the spatial gates that "
+            "attention_maps returns."
+        )
+
+    width = PANEL_INCHES * (1 + 2 * len(columns)) + 0.4
+    size = (width, PANEL_INCHES * len(images) + 0.8)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.06))
+    axes = figure.subplots(len(images), 1 + 2 * len(columns), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes[0, 0].set_title("image", fontsize=8)
+    for axis, image in zip(axes[:, 0], images, strict=True):
+        axis.imshow(image)
+    colors = ListedColormap(color_map(np.linspace(0, 1, 256)) / 255)
+    for i, (name, maps, (low, high), label) in enumerate(columns):
+        pair = axes[:, 2 * i + 1 : 2 * i + 3]
+        shape = "×".join(map(str, maps.shape[1:]))
+        pair[0, 0].set_title(f"{name}\n{shape}", fontsize=8)
+        pair[0, 1].set_title("image under it", fontsize=8)
+        pictures = overlay(images, maps[..., None], limits=(low, high))
+        for (alone, under), map_, picture in zip(pair, maps, pictures, strict=True):
+            drawn = alone.imshow(
+                map_, cmap=colors, vmin=low, vmax=high, interpolation="nearest"
+            )
+            under.imshow(picture)
+            if is_constant(map_):
+                under.text(
+                    *(0.5, 0.5, f"constant at {map_.mean():.2f}"),
+                    transform=under.transAxes,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+                )
+        bar = figure.colorbar(drawn, ax=pair, location="bottom", shrink=0.8, aspect=30)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(label, fontsize=7)
+    return figure
+
+
+def _own_limits(maps: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest gate, widened to a minimal range of colors."""
+    low, high = float(maps.min()), float(maps.max())
+    margin = max(LEAST_SPREAD - (high - low), 0) / 2
+    return low - margin, high + margin
+
+
+def _scaled(maps: np.ndarray) -> np.ndarray:
+    """Each map divided by its maximum; zeros stay zeros."""
+    most = maps.max((-2, -1), keepdims=True)
+    return maps / np.where(most > 0, most, 1)

@@ -1,0 +1,93 @@
+"""``attention_maps``: every gate of a model for one input."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from flax_attn.functional import Array
+from flax_attn.insertion import Call, watch
+
+COLLECTION = "intermediates"
+
+
+def attention_maps(
+    model: nn.Module, variables: Mapping[str, Any], x: Any, *args: Any, **kwargs: Any
+) -> dict[str, Array]:
+    """Returns every gate of ``model`` for the input ``x``, by its path.
+
+    The block's output is its input times these, bit for bit (BAM and scSE combine them
+    as their docs say), as they are read from the call that computes the output::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> block = flax_attn.CBAM()
+      >>> variables = block.init(jax.random.key(0), x)
+      >>> gates = flax_attn.inspect.attention_maps(block, variables, x)
+      >>> {path: gate.shape for path, gate in gates.items()}
+      {'channel/channel_gate': (2, 1, 1, 64), 'spatial/spatial_gate': (2, 8, 8, 1)}
+
+    Gates are those that a subclass of ``blocks.Attention`` declares in ``gates``; other
+    sown values are not returned. No other collection is mutable in the call, so a
+    normalization must use its running average.
+
+    Args:
+      model: any module that calls a block, at any depth.
+      variables: its variables.
+      x: its input.
+      *args: further arguments of the call.
+      **kwargs: keyword arguments of ``model.apply``, such as ``train=False``,
+        ``method="features"`` or ``rngs={"dropout": key}``.
+
+    Returns:
+      The gates in the order of their computation (under ``jax.jit``: sorted), with the
+      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or, of BAM,
+      ``(..., H, W, C)``. A block that is called several times has a path for each call,
+      ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
+      have one gate, stacked along the axis in ``variable_axes``.
+
+    Raises:
+      ValueError: if there is no gate, if ``nn.scan`` or ``nn.vmap`` drops one, or if
+        ``mutable`` is among the keyword arguments.
+    """
+    if "mutable" in kwargs:
+        raise ValueError(
+            f"`mutable` must be left out, got {kwargs['mutable']!r}, since only gates "
+            "are collected; call model.apply for other collections."
+        )
+    # Gates of an earlier call among the variables would come before those of this one.
+    known = {name: value for name, value in variables.items() if name != COLLECTION}
+    made: set[str] = set()
+    lost: set[str] = set()
+
+    def watcher(call: Call, run: Callable[[], Any]) -> Any:
+        if call.gate is not None:
+            path = "/".join((*call.path, call.gate))
+            stored = call.module.is_mutable_collection(COLLECTION)
+            (made if stored else lost).add(path)
+        return run()
+
+    watched = watch(model, watcher)
+    _, state = watched.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
+    gates = dict(_gates(state.get(COLLECTION, {}), made))
+    if not gates or lost:
+        got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
+        raise ValueError(
+            f"`model` must call an attention block and keep its gates, got {got} from "
+            f"{type(model).__name__}; add a block, or, where it is inside nn.scan or "
+            f'nn.vmap, keep its gates by variable_axes={{"{COLLECTION}": 0}}.'
+        )
+    return gates
+
+
+def _gates(
+    tree: Mapping[str, Any], made: set[str], prefix: str = ""
+) -> Iterator[tuple[str, Array]]:
+    """The gates among what was sown: the values at the paths in ``made``."""
+    for name, value in tree.items():
+        path = prefix + name
+        if isinstance(value, Mapping):
+            yield from _gates(value, made, f"{path}/")
+        elif path in made:
+            for i, gate in enumerate(value):
+                yield (path if len(value) == 1 else f"{path}/{i}"), gate

@@ -1,0 +1,220 @@
+"""timm's ResNets: the arguments behind their names, and the same as fields.
+
+A configuration of timm names an ``architecture`` and what of it was changed
+(``model_args``). The names are regular, so they are parsed and not listed; the tests
+compare with timm's own arguments, name by name.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from flax import linen as nn
+
+from flax_attn import presets
+from flax_attn.blocks import ESE
+from flax_attn.resnet._blocks import BasicBlock, BottleneckBlock
+from flax_attn.resnet._network import IMAGENET_STAGES
+
+_NAME = re.compile(
+    r"(?P<attention>se|eca)?(?P<wide>wide_)?resnex?t(?P<kind>aa|blur|rs)?"
+    r"(?P<depth>[0-9]+|light)(?P<stem>[cdst])?"
+    r"(?:_(?P<groups>[0-9]+)x(?P<width>[0-9]+)d)?(?(wide)_2)"
+)
+_BASIC = (10, 18, 34)
+_STAGES: Mapping[str, tuple[int, ...]] = {
+    **{str(depth): stages for depth, stages in IMAGENET_STAGES.items()},
+    "10": (1, 1, 1, 1),
+    "14": (1, 1, 1, 1),
+    "26": (2, 2, 2, 2),
+    "200": (3, 24, 36, 3),
+    "201": (3, 24, 36, 4),
+    "269": (3, 30, 48, 8),
+    "270": (4, 29, 53, 4),
+    "350": (4, 36, 72, 4),
+    "420": (4, 44, 87, 4),
+    "light": (1, 1, 11, 3),
+}
+# What an entry of timm's resnet.py has that ``ResNet`` has not.
+_REFUSED = {
+    "ecaresnet50d_pruned": "a width of its own for every convolution",
+    "ecaresnet101d_pruned": "a width of its own for every convolution",
+    "resnet50_gn": "GroupNorm",
+    "senet154": "3x3 convolutions as shortcuts",
+    "test_resnet": "two kinds of residual blocks",
+}
+# timm's defaults of all arguments that are read here.
+_DEFAULTS: Mapping[str, Any] = {
+    "num_classes": 1000,
+    "in_chans": 3,
+    "channels": (64, 128, 256, 512),
+    "cardinality": 1,
+    "base_width": 64,
+    "stem_width": 64,
+    "stem_type": "",
+    "replace_stem_pool": False,
+    "avg_down": False,
+    "aa_layer": None,
+    "block_args": {},
+}
+# Of these only the default is covered.
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "output_stride": (32,),
+    "global_pool": ("avg",),
+    "block_reduce_first": (1,),
+    "down_kernel_size": (1,),
+    "act_layer": (None, "relu"),
+    "norm_layer": (None, "batchnorm", "batchnorm2d"),
+}
+# These act on the start and in timm's training alone.
+_IGNORED = ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate")
+_ATTENTIONS: Mapping[str | None, Any] = {
+    None: None,
+    "": None,
+    "se": presets.timm_se,
+    "ese": partial(ESE, use_bias=True, gate=nn.hard_sigmoid),
+    "eca": presets.timm_eca,
+    "ceca": presets.timm_ceca,
+    "cbam": presets.timm_cbam(train=False),
+}
+_POOLINGS = {None: None, "": None, "avg": "mean", "blur": "blur"}
+
+
+def arguments_of(architecture: str) -> dict[str, Any]:
+    """The arguments that timm makes ``architecture`` from, as far as not the default.
+
+    As timm's, but ``block`` is its expansion, ``aa_layer`` is ``"avg"`` or ``"blur"``,
+    and ``rd_ratio``, which timm binds to the attention of ResNet-RS, is beside it.
+
+    Raises:
+      ValueError: it is not one of timm's ResNets, or ``ResNet`` does not cover it.
+    """
+    match = _NAME.fullmatch(architecture)
+    if architecture in _REFUSED or not match or match["depth"] not in _STAGES:
+        reason = _REFUSED.get(architecture)
+        reason = f"which has {reason}" if reason else "which is none of them"
+        raise ValueError(
+            f"`architecture` must be a ResNet of timm/models/resnet.py with the parts "
+            f"of `flax_attn.resnet.ResNet`, got {architecture!r}, {reason}; the guide "
+            "`weights.md` lists those that are covered."
+        )
+    depth = match["depth"]
+    basic = depth.isdigit() and int(depth) in _BASIC
+    found: dict[str, Any] = {"block": 1 if basic else 4, "layers": _STAGES[depth]}
+    stem = "d" if match["kind"] == "rs" else match["stem"]
+    if stem:
+        wide = stem == "s" or depth == "201"
+        found["stem_type"] = "deep_tiered" if stem == "t" else "deep"
+        found["stem_width"] = 64 if wide else 32
+    if stem in ("d", "t") or depth == "light":
+        found["avg_down"] = True
+    if match["kind"] == "rs":
+        found["replace_stem_pool"] = True
+        found["block_args"] = {"attn_layer": "se", "rd_ratio": 0.25}
+    elif match["kind"]:
+        found["aa_layer"] = "avg" if match["kind"] == "aa" else "blur"
+    if match["attention"]:
+        found["block_args"] = {"attn_layer": match["attention"]}
+    if match["groups"]:
+        found["cardinality"] = int(match["groups"])
+        found["base_width"] = int(match["width"])
+    if match["wide"]:
+        found["base_width"] = 128
+    return found
+
+
+def fields_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The fields of ``ResNet`` for a configuration of timm, and its input channels.
+
+    Raises:
+      ValueError: ``ResNet`` does not cover the network.
+    """
+    pretrained = config.get("pretrained_cfg", config)
+    classes = config.get("num_classes", pretrained.get("num_classes"))
+    changed = config.get("model_args") or {}
+    arguments = {
+        **_DEFAULTS,
+        **({} if classes is None else {"num_classes": classes}),
+        **arguments_of(config["architecture"]),
+        **changed,
+    }
+    for name, value in changed.items():
+        known = name in _DEFAULTS or name in _IGNORED or name == "layers"
+        if not known and value not in _FIXED.get(name, ()):
+            rule = " or ".join(map(repr, _FIXED.get(name, ()))) or "left out"
+            raise _misfit(name, rule, value)
+    if arguments["num_classes"] < 1:
+        raise _misfit("num_classes", "at least 1", arguments["num_classes"])
+    width = arguments["channels"][0]
+    stages = tuple(arguments["layers"])
+    if tuple(arguments["channels"]) != tuple(width * 2**i for i in range(len(stages))):
+        rule = "one for each stage, each twice the last"
+        raise _misfit("channels", rule, arguments["channels"])
+    anti_alias = _chosen(arguments, "aa_layer", _POOLINGS)
+    pool = "conv" if arguments["replace_stem_pool"] else anti_alias or "max"
+    if arguments["replace_stem_pool"] and anti_alias:
+        raise _misfit("replace_stem_pool", "False with an `aa_layer`", True)
+    fields = {
+        "stages": stages,
+        "block": _block(arguments, anti_alias),
+        "num_classes": arguments["num_classes"],
+        "width": width,
+        "attention": _attention(arguments["block_args"] or {}),
+        **_stem(arguments),
+        "pooled_shortcut": arguments["avg_down"],
+        "stem_pool": pool,
+    }
+    return fields, arguments["in_chans"]
+
+
+def _attention(block_args: Mapping[str, Any]) -> Any:
+    if others := block_args.keys() - {"attn_layer", "rd_ratio"}:
+        raise _misfit("block_args", "an `attn_layer` alone", sorted(others))
+    attention = _chosen(block_args, "attn_layer", _ATTENTIONS)
+    if "rd_ratio" not in block_args:
+        return attention
+    if (block_args["attn_layer"], block_args["rd_ratio"]) != ("se", 0.25):
+        raise _misfit("rd_ratio", "0.25, and of se", block_args["rd_ratio"])
+    return partial(attention, hidden_features=_quarter)
+
+
+def _quarter(features: int) -> int:
+    """C / 4 to the nearest multiple of 8, halves up, and at least 8."""
+    return max((features + 16) // 32 * 8, 8)
+
+
+def _block(arguments: Mapping[str, Any], anti_alias: str | None) -> Any:
+    options = {
+        "groups": (arguments["cardinality"], 1),
+        "width_per_group": (arguments["base_width"], 64),
+        "anti_alias": (anti_alias, None),
+    }
+    changed = {k: value for k, (value, usual) in options.items() if value != usual}
+    block = BasicBlock if arguments["block"] == 1 else BottleneckBlock
+    return partial(block, **changed) if changed else block
+
+
+def _stem(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    kind, width = arguments["stem_type"], arguments["stem_width"]
+    if kind not in ("", "deep", "deep_tiered"):
+        raise _misfit("stem_type", "'', 'deep' or 'deep_tiered'", kind)
+    if not kind:
+        return {"stem_features": (64,)}
+    first = 3 * (width // 4) if kind == "deep_tiered" else width
+    return {"deep_stem": True, "stem_features": (first, width, 2 * width)}
+
+
+def _chosen(arguments: Mapping[str, Any], name: str, choices: Mapping[Any, Any]) -> Any:
+    value = arguments.get(name)
+    if not isinstance(value, str | None) or value not in choices:
+        rule = " or ".join(repr(choice) for choice in choices if choice)
+        raise _misfit(name, rule, value)
+    return choices[value]
+
+
+def _misfit(name: str, rule: str, value: Any) -> ValueError:
+    return ValueError(
+        f"`{name}` of timm must be {rule} for `flax_attn.resnet.ResNet`, got "
+        f"{value!r}; this network is not covered."
+    )
