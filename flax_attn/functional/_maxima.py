@@ -123,7 +123,8 @@ def _peak_by_branch(
     """The maximum, then the first element that equals it, both from stored maps.
 
     ``function`` is a copy or one product: rounded alike wherever it is computed. XLA's
-    CPU backend is slow at a maximum of what it computes, and loses NaN in one.
+    CPU backend is slow at a maximum of what it computes, loses NaN in one, and may not
+    compile a reduction of pairs (jax 0.12.0.1: outputs of different layouts).
     """
     shape = jnp.broadcast_shapes(*(a.shape for a in maps))
     size = size_of(shape, axes)
@@ -142,14 +143,17 @@ def _peak_by_branch(
             keys.append(jnp.where(part == m, i, size))
         return m, _min_of_rows(reduce(jnp.minimum, keys), axis)
 
-    def by_pairs(*rows: Array) -> tuple[Array, ...]:
-        rows = tuple(a[..., None, :] for a in rows)  # (N, H * W, 1, C)
-        pair = _peak_of_pairs(function, axes, *rows)
-        return tuple(a[..., 0, :] for a in pair[: 1 + with_index])
+    def with_nan(*rows: Array) -> tuple[Array, ...]:
+        y = function(*rows)
+        has_nan = (y != y).any(axis, keepdims=True)
+        m = jnp.where(has_nan, jnp.nan, y.max(axis, keepdims=True))
+        i = lax.broadcasted_iota(jnp.int32, y.shape, axis)
+        keys = jnp.where(jnp.where(has_nan, y != y, y == m), i, size)
+        return (m, keys.min(axis, keepdims=True))[: 1 + with_index]
 
     rows = [rows_of(a) for a in maps]
     total = _total(function, axes, *maps)
-    results = lax.cond(total == total, by_comparison, by_pairs, *rows)
+    results = lax.cond(total == total, by_comparison, with_nan, *rows)
     return tuple(a.reshape(reduced_shape(shape, axes)) for a in results)
 
 
