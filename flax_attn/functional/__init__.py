@@ -30,7 +30,7 @@ from jax import lax
 
 from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
-from flax_attn.functional._sums import CHANNEL, SPATIAL, Axes, accumulator
+from flax_attn.functional._sums import CHANNEL, SPATIAL, Axes
 from flax_attn.functional.checks import check_choice, check_positive
 
 Array = jax.Array
@@ -155,6 +155,44 @@ _squeeze_spatial_jitted = jax.jit(
 )
 
 
+def squeeze_spatial_by_both(
+    x: Array,
+    *,
+    mask: Array | None = None,
+    spatial_dims: int = 2,
+    implementation: Implementation = "fast",
+) -> tuple[Array, Array]:
+    """``squeeze_spatial`` by ``"avg"`` and by ``"max"``, with the same arguments.
+
+    Without a mask, the fast form reads ``x`` only once on GPU and TPU.
+
+      >>> mean, maximum = squeeze_spatial_by_both(jnp.array([[[1.0], [3.0]]]))
+      >>> mean.ravel().tolist(), maximum.ravel().tolist()
+      ([2.0], [3.0])
+    """
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    if mask is not None or implementation == "plain":
+        by = partial(
+            squeeze_spatial,
+            x,
+            mask=mask,
+            spatial_dims=spatial_dims,
+            implementation=implementation,
+        )
+        return by(pool="avg"), by(pool="max")
+
+    def run(x: Array) -> tuple[Array, Array]:
+        mean, m = _reductions.mean_and_maximum(_fold(x, spatial_dims), SPATIAL)
+        shape = *x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1]
+        return mean.reshape(shape), m.reshape(shape)
+
+    def specs(x: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+        spec = [*x[: -1 - spatial_dims], *(None,) * spatial_dims, x[-1]]
+        return spec, spec
+
+    return _run(run, specs, x)
+
+
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
     """Reduces C by maximum and mean: ``(..., H, W, C)`` to ``(..., H, W, 2)``.
 
@@ -173,8 +211,9 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
 
     def run(x: Array) -> Array:
         rows = x.reshape(*(1,) * (3 - x.ndim), *x.shape)  # A lone signal has one row.
-        maximum = (_reductions.maximum if fast else _plain.maximum)(rows, CHANNEL)
-        mean = (_reductions.mean if fast else _plain.mean)(rows, CHANNEL)
+        mean, maximum = (_reductions if fast else _plain).mean_and_maximum(
+            rows, CHANNEL
+        )
         maps = jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
         return maps.reshape(*x.shape[:-1], 2)
 
@@ -300,7 +339,11 @@ def conv_spatial(
       Array ``(..., H, W, O)``.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    conv = _plain.conv if implementation == "plain" else _CONVS[kernel.ndim - 2]
+    conv = (
+        _plain.conv
+        if implementation == "plain"
+        else _convolution.CONVS[kernel.ndim - 2]
+    )
 
     def run(maps: Array, kernel: Array) -> Array:
         return conv(maps, kernel, precision)
@@ -371,29 +414,3 @@ def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
         return jnp.where(valid > 0, y, 0)
     size = math.prod(mask.shape[a] for a in axes)
     return y * (size / jnp.maximum(valid, 1).astype(y.dtype))
-
-
-def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
-    return _convolution.conv(maps[..., None, :, :], kernel[None], precision)[
-        ..., 0, :, :
-    ]
-
-
-def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
-    """Each slice of the kernel over H and W at once, then shifted sums along D."""
-    kd, kh, kw, m, o = kernel.shape
-    d, dtype = maps.shape[-4], accumulator(maps)
-    flat = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, m, kd * o)
-    planes = _convolution.conv(maps.astype(dtype), flat.astype(dtype), precision)
-    pads = [(0, 0)] * planes.ndim
-    pads[-4] = (kd // 2, kd // 2)
-    planes = jnp.pad(planes, pads)
-    slices = [planes[..., i : i + d, :, :, i * o : (i + 1) * o] for i in range(kd)]
-    return sum(slices[1:], slices[0]).astype(maps.dtype)
-
-
-_CONVS: dict[int, Callable[..., Array]] = {
-    1: _conv_1d,
-    2: _convolution.conv,
-    3: _conv_3d,
-}

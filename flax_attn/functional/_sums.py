@@ -128,9 +128,9 @@ def _sum_of_rows(
     return y
 
 
-def mean_of_gated(x: Array, gate: Array) -> Array:
-    """``(x * gate).mean(-1, keepdims=True)`` for a map and a channel gate."""
-    x, gate = widen(x), gate.astype(accumulator(x)) / x.shape[-1]
+def sum_of_gated(x: Array, gate: Array) -> Array:
+    """``(x * gate).sum(-1, keepdims=True)`` for a map and a channel gate."""
+    x, gate = widen(x), widen(gate)
 
     def by_product(x: Array, gate: Array) -> Array:
         y = _einsum("nkc,nc->nk", rows_of(x), gate.reshape(-1, x.shape[-1]))

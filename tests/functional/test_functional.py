@@ -140,13 +140,51 @@ def test_the_gradient_of_a_maximum_alone():
     np.testing.assert_array_equal(grad(x), np.eye(70)[x.argmax(-1)])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_squeezes_of_other_platforms(dtype):
+    """The one reduction of GPUs and TPUs, run here: ties, NaN, infinities, gates."""
+    from flax_attn.functional import _maxima, _sums
+
+    x = np.round(4 * normal((2, 3, 5, 7), 0)) / 4
+    x[0, 1, 2, 3:5] = np.nan
+    x[1, 0, 0], x[1, 0, 1] = -np.inf, np.inf
+    x = jnp.asarray(x, dtype)
+    gate = jnp.asarray(np.round(4 * normal((2, 1, 1, 7), 1)) / 4 + 8, dtype)
+    cases = [
+        (_sums.itself, _sums.SPATIAL, (x,)),
+        (_sums.itself, _sums.CHANNEL, (x,)),
+        (_sums.product, _sums.CHANNEL, (x, gate)),
+    ]
+
+    @jax.jit
+    def run(cases_maps):
+        return [
+            _maxima.squeezes_by_reduction(f, axes, with_index, *maps)
+            for (f, axes, _), maps in zip(cases, cases_maps, strict=True)
+            for with_index in (False, True)
+        ]
+
+    results = iter(run([maps for _, _, maps in cases]))
+    for _, axes, maps in cases:
+        y = np.prod([np.float32(m) for m in np.broadcast_arrays(*maps)], axis=0)
+        flat = np.moveaxis(y, -1, 1).reshape(2, 7, 15) if len(axes) == 2 else y
+        with np.errstate(invalid="ignore"):  # Both infinities in one sum.
+            expected = flat.sum(-1)
+        for result in (next(results), next(results)):
+            total, m, *index = (np.squeeze(r) for r in result)
+            np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
+            np.testing.assert_array_equal(m, flat.max(-1))
+        np.testing.assert_array_equal(index[0], flat.argmax(-1))
+
+
 def test_a_lost_maximum_is_seen():
     # An index that no element has must not pass for a gradient of zero.
     from flax_attn.functional import _reductions
 
     x, index = jnp.ones((2, 2, 1)), jnp.full((1, 1, 1), 4)
-    (g,) = _reductions._maximum_bwd(
-        _reductions.SPATIAL, (x, index), jnp.ones((1, 1, 1))
+    cotangents = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))
+    (g,) = _reductions._mean_and_maximum_bwd(
+        _reductions.SPATIAL, (x, index), cotangents
     )
     assert jnp.isnan(g).any()
 
