@@ -20,7 +20,7 @@ they enter a module, by ``checks``.
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -122,11 +122,8 @@ def squeeze_spatial(
     run = partial(
         squeeze, pool=pool, spatial_dims=spatial_dims, implementation=implementation
     )
-
-    def spec(x: tuple[Any, ...], *_: Any) -> list[Any]:
-        return [*x[: -1 - spatial_dims], *(None,) * spatial_dims, x[-1]]
-
-    return _run(run, spec, x, *(() if mask is None else (mask,)))
+    masks = () if mask is None else (mask,)
+    return _run(run, lambda x, *_: _reduced(x, spatial_dims, None), x, *masks)
 
 
 def _squeeze_spatial(
@@ -146,7 +143,7 @@ def _squeeze_spatial(
     else:
         squeeze = _plain.mean if pool == "avg" else _plain.maximum
     y = squeeze(folded, SPATIAL)
-    y = y.reshape(*x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1])
+    y = y.reshape(_reduced(x.shape, spatial_dims, 1))
     return y if mask is None else _over_valid(y, mask, pool, spatial_dims)
 
 
@@ -183,14 +180,10 @@ def squeeze_spatial_by_both(
 
     def run(x: Array) -> tuple[Array, Array]:
         mean, m = _reductions.mean_and_maximum(_fold(x, spatial_dims), SPATIAL)
-        shape = *x.shape[: -1 - spatial_dims], *(1,) * spatial_dims, x.shape[-1]
+        shape = _reduced(x.shape, spatial_dims, 1)
         return mean.reshape(shape), m.reshape(shape)
 
-    def specs(x: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-        spec = [*x[: -1 - spatial_dims], *(None,) * spatial_dims, x[-1]]
-        return spec, spec
-
-    return _run(run, specs, x)
+    return _run(run, lambda x: (_reduced(x, spatial_dims, None),) * 2, x)
 
 
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
@@ -404,6 +397,11 @@ def _fold(x: Array, spatial_dims: int) -> Array:
     """The same elements as ``(..., H, W, C)``, whatever the number of spatial axes."""
     batch, spatial = x.shape[: -1 - spatial_dims], x.shape[-1 - spatial_dims : -1]
     return x.reshape(*batch, math.prod(spatial[:-1]), spatial[-1], x.shape[-1])
+
+
+def _reduced(dims: Sequence[Any], spatial_dims: int, fill: Any) -> list[Any]:
+    """``dims`` of a shape or a partition, with ``fill`` in the place of H and W."""
+    return [*dims[: -1 - spatial_dims], *(fill,) * spatial_dims, dims[-1]]
 
 
 def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
