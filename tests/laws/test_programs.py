@@ -86,11 +86,12 @@ def draw_params(module, x):
 
     No bias and no scale has a value that the compiler could simplify away.
     """
-    start = {"kernel": lambda p: p, "scale": jnp.ones_like}
+    start = {"kernel": lambda p: p, "scale": np.ones_like}
     return jax.tree_util.tree_map_with_path(
         lambda path, p: (
-            start.get(path[-1].key, jnp.zeros_like)(p)
-            + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape)
+            start.get(path[-1].key, np.zeros_like)(p)
+            + np.float32(0.1)
+            * np.cos(np.arange(p.size, dtype=np.float32)).reshape(p.shape)
         ),
         variables_for(module, x)["params"],
     )
