@@ -77,7 +77,7 @@ x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
 for name in flax_attn.BLOCKS:
     block = flax_attn.create(name)
     y, variables = block.init_with_output(jax.random.key(1), x)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
     print(f"{name:13} {x.shape} -> {y.shape}  {parameters:5} parameters")
 
 # %% [markdown]
@@ -106,7 +106,7 @@ print("largest difference from Linen:", abs(block(x) - same).max())
 # %%
 # @title What to train { display-mode: "form" }
 dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
-attention = "cbam"  # @param ["none", "se", "se-max", "eca", "ese", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "lcbam", "bam", "scse", "scse-max"]
+attention = "cbam"  # @param ["none", "se", "se-max", "eca", "ese", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "lcbam", "bam", "sse", "scse", "scse-max", "simam", "coordinate", "gc", "ge", "ge-plus"]
 init = "default"  # @param ["default", "identity"]
 depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
 epochs = 10  # @param {type:"integer"}
@@ -206,7 +206,7 @@ optimizer = optax.chain(
 )
 variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 state = jax.device_put((variables, optimizer.init(variables["params"])), whole)
-parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
 print(f"ResNet-{depth}, attention {attention}, {parameters:,} parameters")
 print(f"batches of {batch_size} on {mesh.size} × {jax.default_backend()}")
 

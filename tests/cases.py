@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import zlib
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -48,7 +48,16 @@ def variables_for(module, x, seed=0):
         normal(leaf.shape, seed + 100 + i) / np.float32(np.sqrt(fan))
         for i, (leaf, fan) in enumerate(zip(leaves, fans, strict=True))
     ]
-    return jax.tree.unflatten(tree, draws)
+    # Without parameters, init gives no collection.
+    return {"params": {}, **jax.tree.unflatten(tree, draws)}
+
+
+@cache
+def has_parameters(block):
+    """Whether there is anything to learn, and so to start from, in a block."""
+    init = BLOCKS[block]().init
+    shapes = jax.eval_shape(init, jax.random.key(0), np.ones((1, 1, 1, 16), "f4"))
+    return bool(jax.tree.leaves(shapes))
 
 
 def forward_and_gradients(module, variables, x, cotangent):

@@ -101,9 +101,74 @@ def bam(params, x, dims=2, dilation=4):
     return x * (1 + sigmoid(logits))
 
 
-def scse(params, x, dims=2, combine=np.add):
+def sse(params, x, dims=2):
     logits = x @ params["spatial"]["kernel"] + params["spatial"].get("bias", 0.0)
-    return combine(se(params["channel"], x, dims), x * sigmoid(logits))
+    return x * sigmoid(logits)
+
+
+def scse(params, x, dims=2, combine=np.add):
+    return combine(se(params["channel"], x, dims), sse(params, x))
+
+
+def simam(params, x, dims=2, lam=1e-4):
+    """x * sigmoid(1 / e), eq. 5: e = 4 (v + lam) / ((x - m)^2 + 2 v + 2 lam)."""
+    squares = (x - average(x, dims)) ** 2
+    v = average(squares, dims)
+    return x * sigmoid((squares + 2 * v + 2 * lam) / (4 * (v + lam)))
+
+
+def gather_excite(params, x, dims=2):
+    return x * sigmoid(average(x, dims))
+
+
+def gather_excite_plus(params, x, dims=2):
+    """Depthwise convolutions of stride 2, an MLP, and the nearest of the results."""
+
+    def halved(p, y):
+        margins = [*[(0, 0)] * (y.ndim - 1 - dims), *[(1, 1)] * dims, (0, 0)]
+        padded, sizes, out = np.pad(y, margins), y.shape[-1 - dims : -1], 0
+        for tap in np.ndindex(*p["kernel"].shape[:dims]):
+            starts = zip(tap, sizes, strict=True)
+            window = [slice(t, t + n, 2) for t, n in starts]
+            out = out + padded[..., *window, :] * p["kernel"][tap][0]
+        return out + p.get("bias", 0.0)
+
+    y = halved(params["gather2"], np.maximum(halved(params["gather1"], x), 0))
+    y = mlp(params, y)
+    for axis in range(-1 - dims, -1):
+        n, m = x.shape[axis], y.shape[axis]
+        y = np.take(y, np.arange(n) * m // n, axis)
+    return x * sigmoid(y)
+
+
+def global_context(params, x, dims=2, fuse=np.add):
+    """x + expand(relu(norm(reduce(sum_j softmax(x @ pool)_j x_j))))."""
+
+    def layer(name, s):
+        return s @ params[name]["kernel"] + params[name].get("bias", 0.0)
+
+    axes = tuple(range(-1 - dims, -1))
+    weights = np.exp(layer("pool", x))
+    weights = weights / weights.sum(axes, keepdims=True)
+    s = layer("reduce", (x * weights).sum(axes, keepdims=True))
+    s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-5)
+    s = s * params["norm"]["scale"] + params["norm"]["bias"]
+    return fuse(x, layer("expand", np.maximum(s, 0)))
+
+
+def coordinate(params, x, dims=2):
+    """Gates along each axis, of the mean over the others."""
+
+    def layer(name, s):
+        return s @ params[name]["kernel"] + params[name].get("bias", 0.0)
+
+    y, axes = x, range(-1 - dims, -1)
+    for axis, name in zip(axes, ["l", "hw", "dhw"][dims - 1], strict=True):
+        others = tuple(a for a in axes if a != axis)
+        s = layer("reduce", x.mean(others, keepdims=True))
+        hard_swish = s * np.clip(s + 3, 0, 6) / 6
+        y = y * sigmoid(layer(f"expand_{name}", hard_swish))
+    return y
 
 
 REFERENCES = {
@@ -118,6 +183,12 @@ REFERENCES = {
     "cbam-conv": partial(cbam, excite=conv_along_channels),
     "lcbam": lcbam,
     "bam": bam,
+    "sse": sse,
     "scse": scse,
     "scse-max": partial(scse, combine=np.maximum),
+    "simam": simam,
+    "coordinate": coordinate,
+    "gc": global_context,
+    "ge": gather_excite,
+    "ge-plus": gather_excite_plus,
 }

@@ -11,11 +11,16 @@ from flax_attn.blocks.bam import BAM
 from flax_attn.blocks.base import Attention
 from flax_attn.blocks.cbam import CBAM
 from flax_attn.blocks.channel import ECA, SE, ChannelAttention
+from flax_attn.blocks.coordinate import CoordinateAttention
 from flax_attn.blocks.ese import ESE
+from flax_attn.blocks.gather_excite import GatherExcite
+from flax_attn.blocks.global_context import GlobalContext
 from flax_attn.blocks.layout import ChannelsFirst
 from flax_attn.blocks.light_cbam import LightCBAM
 from flax_attn.blocks.scse import scSE
+from flax_attn.blocks.simam import SimAM
 from flax_attn.blocks.spatial import SpatialAttention
+from flax_attn.blocks.sse import sSE
 
 __all__ = [
     "Attention",
@@ -24,12 +29,17 @@ __all__ = [
     "CBAM",
     "ChannelAttention",
     "ChannelsFirst",
+    "CoordinateAttention",
     "ECA",
     "ESE",
+    "GatherExcite",
+    "GlobalContext",
     "LightCBAM",
     "SE",
+    "SimAM",
     "SpatialAttention",
     "create",
+    "sSE",
     "scSE",
 ]
 
@@ -45,8 +55,14 @@ _blocks: dict[str, Callable[..., nn.Module]] = {
     "cbam-conv": partial(CBAM, excite="conv"),
     "lcbam": LightCBAM,
     "bam": BAM,
+    "sse": sSE,
     "scse": scSE,
     "scse-max": partial(scSE, combine="max"),
+    "simam": SimAM,
+    "coordinate": CoordinateAttention,
+    "gc": GlobalContext,
+    "ge": GatherExcite,
+    "ge-plus": partial(GatherExcite, extent=4, extra_params=True, use_mlp=True),
 }
 
 BLOCKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(_blocks)

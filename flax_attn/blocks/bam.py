@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import (
-    Attention,
-    ModuleDef,
-    Width,
-)
+from flax_attn.blocks.base import Attention, ModuleDef, Width
 from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
 from flax_attn.functional import Array, checks
+
+Combine = Literal["add", "multiply"]
+
+COMBINATIONS: tuple[Combine, ...] = ("add", "multiply")
 
 
 class BAM(Attention, kw_only=True):
@@ -50,15 +50,22 @@ class BAM(Attention, kw_only=True):
       norm: module at the end of each branch, ``partial(nn.BatchNorm,
         use_running_average=not train)`` in the paper; called as Flax's norms are, with
         ``mask=`` where the block has a mask (default: None).
+      combine: what makes one logit of the two branches, ``"add"`` as in the paper or
+        ``"multiply"`` as in its released code (default: "add").
+      hidden_norm: module after each layer of both branches but the last, made and
+        called as ``norm`` is (default: None).
       act: activation between the MLP's layers (default: nn.relu).
+      spatial_act: activation after each convolution but the last (default: None).
       use_bias: whether all layers add a bias (default: True, as in the paper).
 
     Raises:
       ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: a module without ``train`` cannot make its own BatchNorm, so ``norm`` is
-    to be given. The released code has further norms and activations inside the
-    branches, which the paper's equations have not.
+    to be given. The released code multiplies the branches, and has norms and
+    activations inside them and no norms at their ends:
+    ``flax_attn.presets.official_bam``. Of a product, ``identity_init`` starts the
+    channel branch alone at zero; of two zeros neither would learn.
 
     References: Park, Woo, Lee, Kweon. BAM: Bottleneck Attention Module.
     https://arxiv.org/abs/1807.06514, 2018.
@@ -70,7 +77,10 @@ class BAM(Attention, kw_only=True):
     dilation: int = 4
     hidden_features: Width | None = None
     norm: ModuleDef | None = None
+    combine: Combine = "add"
+    hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
+    spatial_act: Callable[[Array], Array] | None = None
     use_bias: bool = True
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
@@ -81,12 +91,21 @@ class BAM(Attention, kw_only=True):
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, C)``."""
+        checks.check_choice("combine", self.combine, COMBINATIONS)
         x, valid = self.validated(x, mask)
-        channel = channel_logits(self, x, mask, pools=("avg",), excite=mlp)
         axes = tuple(range(-1 - self.spatial_dims, -1))
         rows = None if valid is None else valid.any(axes, keepdims=True)
+
+        def act(s: Array) -> Array:
+            each = None if rows is None else rows[None]  # One squeeze is stacked.
+            return self.act(self._hidden(s, each, "reduce_norm"))
+
+        channel = channel_logits(
+            self, x, mask, pools=("avg",), excite=partial(mlp, act=act)
+        )
         channel = self.normalized(self.norm, channel, rows, name="channel_norm")
-        logits = channel + self._spatial_logits(x, valid)
+        spatial = self._spatial_logits(x, valid)
+        logits = channel + spatial if self.combine == "add" else channel * spatial
         gate = functional.apply_mask(self.gate_from(logits), valid)
         self.sow("intermediates", "element_gate", gate)
         return gate
@@ -106,9 +125,21 @@ class BAM(Attention, kw_only=True):
         )
         ones, threes = (1,) * self.spatial_dims, (3,) * self.spatial_dims
         wide = partial(inner, threes, kernel_dilation=self.dilation)
-        y = inner(ones, name="spatial_reduce")(x)
-        # A bias fills the padding, which the next convolution would look into.
-        y = wide(name="spatial_conv1")(functional.apply_mask(y, mask))
-        y = wide(name="spatial_conv2")(functional.apply_mask(y, mask))
-        y = conv(1, ones, **self.last_layer(), name="spatial_expand")(y)
-        return self.normalized(self.norm, y, mask, name="spatial_norm")
+        layers = {
+            "spatial_reduce": inner(ones, name="spatial_reduce"),
+            "spatial_conv1": wide(name="spatial_conv1"),
+            "spatial_conv2": wide(name="spatial_conv2"),
+        }
+        y = x
+        for name, layer in layers.items():
+            # A bias fills the padding, which the next convolution would look into.
+            y = layer(functional.apply_mask(y, mask))
+            y = self._hidden(y, mask, f"{name}_norm")
+            y = y if self.spatial_act is None else self.spatial_act(y)
+        is_last = self.combine == "add"
+        inits = self.last_layer() if is_last else self.first_layer()
+        y = conv(1, ones, **inits, name="spatial_expand")(y)
+        return self.normalized(self.norm, y, mask, name="spatial_norm", is_last=is_last)
+
+    def _hidden(self, x: Array, mask: Array | None, name: str) -> Array:
+        return self.normalized(self.hidden_norm, x, mask, name=name, is_last=False)

@@ -1,15 +1,16 @@
 """scSE: two recalibrations of one map, by channel and by position, combined."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, Width
+from flax_attn.blocks.base import Width
 from flax_attn.blocks.channel import SE
+from flax_attn.blocks.sse import sSE
 from flax_attn.functional import Array, checks
 
 Combine = Literal["add", "max"]
@@ -17,7 +18,7 @@ Combine = Literal["add", "max"]
 COMBINATIONS: tuple[Combine, ...] = ("add", "max")
 
 
-class scSE(Attention, kw_only=True):
+class scSE(sSE, kw_only=True):
     """Concurrent spatial and channel SE, https://arxiv.org/abs/1803.02579, eqs. 1-3.
 
     ``y = x * channel_gate(x) + x * spatial_gate(x)``, where the first is SE's gate and
@@ -57,8 +58,6 @@ class scSE(Attention, kw_only=True):
     Channel 'Squeeze & Excitation' Blocks. https://arxiv.org/abs/1808.08127, 2018.
     """
 
-    gates: ClassVar[Mapping[str, str]] = {"spatial_gate": "spatial_gate"}
-
     reduction: int | float = 2
     combine: Combine = "add"
     hidden_features: Width | None = None
@@ -66,26 +65,23 @@ class scSE(Attention, kw_only=True):
 
     def setup(self) -> None:
         """Makes the two halves."""
+        super().setup()
         checks.check_choice("combine", self.combine, COMBINATIONS)
-        common: dict[str, Any] = {
-            "use_bias": self.use_bias,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-        }
         self.channel: SE = SE(
             reduction=self.reduction,
             hidden_features=self.hidden_features,
             act=self.act,
             gate=self.gate,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
             implementation=self.implementation,
             identity_init=self.identity_init,
             spatial_dims=self.spatial_dims,
-            **common,
         )
-        self.spatial: nn.Dense = nn.Dense(1, **common, **self.last_layer())
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
@@ -121,11 +117,3 @@ class scSE(Attention, kw_only=True):
         spatial = self.spatial_gate(x, mask)
         x, channel, spatial = promote_dtype(x, channel, spatial, dtype=self.dtype)
         return x, channel, spatial
-
-    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
-        x, mask = self.validated(x, mask)
-        logits = self.spatial(x)
-        gate = functional.apply_mask(self.gate_from(logits), mask)
-        self.sow("intermediates", "spatial_gate", gate)
-        return gate

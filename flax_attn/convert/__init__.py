@@ -17,8 +17,9 @@ Modules are translated by name. ``naming`` selects the names of the PyTorch side
   in a residual block under ``attention``.
 * ``"official"``: CBAM as its authors released it, ``ChannelGate.mlp.1``,
   ``SpatialGate.spatial.conv``, in a residual block under ``cbam``; ECA-Net's ``conv``,
-  there under ``eca``. The released BAM has other equations than the paper's and is
-  refused.
+  there under ``eca``.
+* ``"official_bam"``: BAM as its authors released it, for ``presets.official_bam``:
+  ``channel_att.gate_c.gate_c_fc_0``, ``spatial_att.gate_s.gate_s_conv_reduce0``.
 * ``"efficientnet"``: the SE of timm's EfficientNets and MobileNets, ``conv_reduce`` and
   ``conv_expand``.
 * ``"monai"``: MONAI's ``ChannelSELayer`` and other SE with the linear layers ``fc.0``

@@ -352,8 +352,8 @@ def _bam_note(report: Report) -> str:
     if not any("gate_c.gate_c_" in line for line in report.unused):
         return ""
     return (
-        " The official BAM multiplies its branches and has norms inside them; "
-        "`flax_attn.BAM` follows the paper, so these weights have no place in it."
+        " The keys of the official BAM are read with naming 'official_bam', each block "
+        "by itself."
     )
 
 

@@ -14,6 +14,7 @@ Naming = Literal[
     "torchvision",
     "article",
     "official",
+    "official_bam",
     "efficientnet",
     "monai",
     "smp",
@@ -89,6 +90,7 @@ def _transposed(
 
 
 _CONV = _transposed((None,) * 4, 2, 3, 1, 0, leaves=_WEIGHT)
+_BIASED_CONV = _transposed((None,) * 4, 2, 3, 1, 0)
 _DENSE = _transposed((None, None), 1, 0)
 _ALONG_CHANNELS = _transposed((1, 1, None), 2, 1, 0)
 _MAX_MEAN = _transposed((1, 2, None, None), 2, 3, 1, 0)
@@ -165,6 +167,24 @@ _OFFICIAL_CBAM = (
     *(rule.under("ChannelGate.", "channel/") for rule in _OFFICIAL_CHANNEL),
     *(rule.under("SpatialGate.", "spatial/") for rule in _OFFICIAL_SPATIAL),
 )
+# The same, MODELS/bam.py. Apart from the above, whose MLP has other names.
+_OFFICIAL_BAM = (
+    Rule("channel_att.gate_c.gate_c_fc_0", "reduce", _DENSE),
+    Rule("channel_att.gate_c.gate_c_bn_1", "reduce_norm", _NORM),
+    Rule("channel_att.gate_c.gate_c_fc_final", "expand", _DENSE),
+    *(
+        rule.under("spatial_att.gate_s.gate_s_", "spatial_")
+        for rule in (
+            Rule("conv_reduce0", "reduce", _BIASED_CONV),
+            Rule("bn_reduce0", "reduce_norm", _NORM),
+            Rule("conv_di_0", "conv1", _BIASED_CONV),
+            Rule("bn_di_0", "conv1_norm", _NORM),
+            Rule("conv_di_1", "conv2", _BIASED_CONV),
+            Rule("bn_di_1", "conv2_norm", _NORM),
+            Rule("conv_final", "expand", _BIASED_CONV),
+        )
+    ),
+)
 # https://github.com/Project-MONAI/MONAI, ChannelSELayer; the same names are in
 # https://github.com/moskomule/senet.pytorch, senet/se_module.py.
 _MONAI = (
@@ -201,6 +221,7 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     ),
     # ECA-Net: https://github.com/BangguWu/ECANet, models/eca_module.py.
     "official": (*_OFFICIAL_CHANNEL, *_OFFICIAL_SPATIAL, *_OFFICIAL_CBAM, *_ECA),
+    "official_bam": _OFFICIAL_BAM,
     # timm, timm/models/_efficientnet_blocks.py: SqueezeExcite.
     "efficientnet": (
         Rule("conv_reduce", "reduce", _DENSE_AS_CONV),

@@ -273,11 +273,14 @@ def test_names_of_another_naming_are_recognized(naming, name, shape):
     assert headline.endswith(f"these are names of {naming}; pass that `naming`.")
 
 
-def test_the_official_bam_is_refused():
+def test_the_official_bam_has_its_own_naming():
     state = {
         "channel_att.gate_c.gate_c_fc_0.weight": numbers(2, 32),
         "spatial_att.gate_s.gate_s_conv_final.weight": numbers(1, 2, 1, 1),
     }
     for more in ({}, {"conv1.weight": numbers(4, 3, 7, 7)}):
-        with pytest.raises(convert.ConversionError, match="official BAM multiplies"):
+        with pytest.raises(convert.ConversionError, match="'official_bam'"):
             convert.to_flax(state | more, naming="official")
+    params = convert.to_flax(state, naming="official_bam")["params"]
+    assert params["reduce"]["kernel"].shape == (32, 2)
+    assert params["spatial_expand"]["kernel"].shape == (1, 1, 2, 1)

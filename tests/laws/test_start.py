@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from flax_attn.blocks import BLOCKS
-from tests.cases import IMPLEMENTATIONS, normal, variables_for
+from tests.cases import IMPLEMENTATIONS, has_parameters, normal, variables_for
 
 # What these show does not depend on the optimizer of the compiler.
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -37,6 +37,10 @@ def test_identity_that_can_learn(block):
             results.append((y, *pullback(2 * y)))
         return variables, results
 
+    if not has_parameters(block):
+        with pytest.raises(ValueError, match="`identity_init` must be False"):
+            run(jax.random.key(0))
+        return
     variables, results = run(jax.random.key(0))
     # The layers that make the logits: nothing else starts at zero here.
     last = [not np.any(leaf) for leaf in jax.tree.leaves(variables)]
@@ -50,16 +54,21 @@ def test_identity_that_can_learn(block):
 # What multiplies back otherwise than by the product of the gates.
 OUTPUTS = {
     "bam": lambda x, gate: x * (1 + gate),
+    "gc": lambda x, shift: x + shift,
     "scse": lambda x, channel, spatial: x * channel + x * spatial,
     "scse-max": lambda x, *gates: np.maximum(*(x * gate for gate in gates)),
 }
-# The gates of the blocks inside, which a class does not declare itself.
-INSIDE = {
+# What is sown, where it is not all that the class declares: the gates of blocks inside,
+# and one of several by the fields.
+SOWN = {
     "cbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "cbam-conv": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "lcbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
     "scse": {"channel/channel_gate/0", "spatial_gate/0"},
     "scse-max": {"channel/channel_gate/0", "spatial_gate/0"},
+    "gc": {"channel_shift/0"},
+    "ge": {"channel_gate/0"},
+    "ge-plus": {"element_gate/0"},
 }
 
 
@@ -86,7 +95,7 @@ def test_sown_gates_multiply_back_to_the_output(block):
         jax.tree_util.keystr(path, simple=True, separator="/"): gate
         for path, gate in jax.tree.leaves_with_path(state["intermediates"])
     }
-    assert set(gates) == INSIDE.get(
+    assert set(gates) == SOWN.get(
         block, {f"{name}/0" for name in module.gates.values()}
     )
     expected = OUTPUTS.get(block, product)(x, *gates.values())
@@ -107,6 +116,7 @@ def test_gates_have_the_shape_of_their_axes(block, sizes):
     )
     expected = {
         "channel_gate": (2, *(1,) * dims, 20),
+        "channel_shift": (2, *(1,) * dims, 20),
         "spatial_gate": (2, *sizes, 1),
         "element_gate": x.shape,
     }

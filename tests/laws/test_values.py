@@ -100,7 +100,11 @@ def test_forward_mode_by_the_plain_implementation(block):
     assert np.abs(hessian).max() > 0.1
 
 
-@blocks
+# What has one implementation, in the operations of JAX.
+WITHOUT_FAST = {"ge-plus"}
+
+
+@pytest.mark.parametrize("block", [name for name in BLOCKS if name not in WITHOUT_FAST])
 def test_the_fast_implementation_refuses_forward_mode(block):
     module = BLOCKS[block]()
     x = normal((1, 3, 3, 4), 0)
@@ -109,19 +113,17 @@ def test_the_fast_implementation_refuses_forward_mode(block):
         jax.jvp(partial(module.apply, variables), (x,), (x,))
 
 
-# What adds to the map instead.
-ADDING = {"gc"}
-
-
-@pytest.mark.parametrize("block", [name for name in BLOCKS if name not in ADDING])
+@blocks
 def test_the_multiplier_multiplies_back(block):
     """In both APIs, with a mask and without."""
+    # What can also add to the map has nothing to multiply by unless it scales.
+    scaling = {"fuse": "scale"} if hasattr(BLOCKS[block](), "fuse") else {}
+    make = partial(BLOCKS[block], use_bias=True, **scaling)
     x = normal((2, 5, 4, 16), 0)
     mask = np.ones(x.shape[:-1], bool)
     mask[1, 3:] = mask[1, :, 2:] = False
-    linen = BLOCKS[block](use_bias=True)
-    variables = variables_for(linen, x)
-    native = nnx.native(BLOCKS[block])(16, use_bias=True, rngs=flax.nnx.Rngs(0))
+    linen, variables = make(), variables_for(make(), x)
+    native = nnx.native(make)(16, rngs=flax.nnx.Rngs(0))
     nnx.from_linen(native, variables)
 
     @jax.jit

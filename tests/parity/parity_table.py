@@ -9,7 +9,7 @@ demand at most ``LIMIT`` of every case.
 """
 
 import dataclasses
-import math
+import inspect
 import zlib
 from collections.abc import Callable
 from itertools import chain
@@ -54,16 +54,20 @@ class Preset:
     channels: tuple[int, ...]
     mean_first: bool = False
     """Whether the spatial kernel's inputs are [mean, max]."""
+    ignored: tuple[str, ...] = ()
+    """The module's tensors that change nothing."""
+    small: tuple[int, int] = (1, 1)
+    """The size of the smallest map that the module takes."""
     shares_ties: bool = False
     """Whether elements that tie for a maximum share its gradient, as with amax."""
 
     @property
     def has_norm(self):
-        return any(name.endswith("norm") for name in self.layers)
+        return "train" in inspect.signature(getattr(presets, self.name)).parameters
 
     @property
     def has_maximum(self):
-        return any(name.startswith("spatial") for name in self.layers)
+        return any(name.startswith("spatial/") for name in self.layers)
 
     def make(self, *, train):
         preset = getattr(presets, self.name)
@@ -79,17 +83,23 @@ def _official(name):
     return make
 
 
-def _timm(file, name):
+def _timm(file, name, **options):
     def make(channels):
         from tests.parity import timm_layers
 
-        return getattr(getattr(timm_layers.load(), file), name)(channels)
+        return getattr(getattr(timm_layers.load(), file), name)(channels, **options)
 
     return make
 
 
 def _eca(widths):
     return lambda channels: _official("ECANet")(widths[channels])
+
+
+def _context(mlp):
+    layers = {"reduce": "fc1", "norm": "norm", "expand": "fc2"}
+    inside = {ours: f"{mlp}.{theirs}" for ours, theirs in layers.items()}
+    return {"pool": "conv_attn", **inside}
 
 
 MLP = {"reduce": "fc1", "expand": "fc2"}
@@ -135,6 +145,32 @@ PRESETS = [
         },
         (64, 20),
     ),
+    Preset(
+        "official: BAM",
+        "official_bam",
+        _official("BAM"),
+        {
+            "reduce": "channel_att.gate_c.gate_c_fc_0",
+            "reduce_norm": "channel_att.gate_c.gate_c_bn_1",
+            "expand": "channel_att.gate_c.gate_c_fc_final",
+            "spatial_reduce": "spatial_att.gate_s.gate_s_conv_reduce0",
+            "spatial_reduce_norm": "spatial_att.gate_s.gate_s_bn_reduce0",
+            "spatial_conv1": "spatial_att.gate_s.gate_s_conv_di_0",
+            "spatial_conv1_norm": "spatial_att.gate_s.gate_s_bn_di_0",
+            "spatial_conv2": "spatial_att.gate_s.gate_s_conv_di_1",
+            "spatial_conv2_norm": "spatial_att.gate_s.gate_s_bn_di_1",
+            "spatial_expand": "spatial_att.gate_s.gate_s_conv_final",
+        },
+        (64, 48),
+    ),
+    Preset(
+        "official: SimAM",
+        "official_simam",
+        lambda channels: _official("SimAM")(),
+        {},
+        (20,),
+        small=(1, 2),  # The unbiased variance of one element is NaN.
+    ),
     Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
     Preset(
         "timm: `ese`",
@@ -161,6 +197,34 @@ PRESETS = [
         (64, 24),
         mean_first=True,
         shares_ties=True,
+    ),
+    Preset(
+        "timm: `coord`",
+        "timm_coordinate",
+        _timm("coord_attn", "CoordAttn"),
+        {
+            "reduce": "conv1",
+            "hidden_norm": "bn1",
+            "expand_h": "conv_h",
+            "expand_w": "conv_w",
+        },
+        (64, 20),
+    ),
+    Preset(
+        "timm: `gc`",
+        "timm_gc",
+        _timm("global_context", "GlobalContext"),
+        _context("mlp_scale"),
+        (64, 20),
+        ignored=("conv_attn.bias",),
+    ),
+    Preset(
+        "timm: `gca`",
+        "timm_gca",
+        _timm("global_context", "GlobalContext", fuse_add=True, fuse_scale=False),
+        _context("mlp_add"),
+        (64, 20),
+        ignored=("conv_attn.bias",),
     ),
 ]
 
@@ -212,7 +276,7 @@ def _cases(preset):
     yield Case(preset, (2, 5, 7, first))
     # For a few, nearly equal logits, float32 cannot give BatchNorm's gradient to 1e-5,
     # in PyTorch or here.
-    yield Case(preset, (8, 1, 1, first), train)
+    yield Case(preset, (8, *preset.small, first), train)
     for channels in others:
         yield Case(preset, (2, 5, 7, channels), train)
     if preset.has_maximum:
@@ -251,16 +315,18 @@ def run_torch(case, variables, x, cotangent):
     with torch.no_grad():
         for name, leaf in named(variables).items():
             places[name].copy_(_to_torch(case.preset, leaf, places[name].shape))
+    counts = _count_samples(module)
     arrays = make_golden.output_and_gradient(module, x, cotangent)
     if not case.has_gradients:
         del arrays["x"]
-    n = math.prod(x.shape[:-1])
     for name, leaf in named(variables).items():
         if name.startswith("batch_stats"):
             arrays[name] = places[name].numpy().copy()
             if case.train and name.endswith("var"):
-                momentum = _norm(module).momentum
-                kept = (1 - momentum) * leaf
+                _, *layer, _ = name.split("/")
+                norm = module.get_submodule(case.preset.layers["/".join(layer)])
+                n = counts[norm]
+                kept = (1 - norm.momentum) * leaf
                 # The biased variance, of which Flax keeps the average.
                 arrays[name] = kept + (arrays[name] - kept) * (n - 1) / n
         elif case.has_gradients:
@@ -277,6 +343,21 @@ LEAVES = {
 }
 
 
+def _count_samples(module):
+    """The number of samples of each BatchNorm, once ``module`` has been called."""
+    import torch
+
+    counts = {}
+
+    def count(norm, arguments, _):
+        counts[norm] = arguments[0].numel() // norm.num_features
+
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            norm.register_forward_hook(count)
+    return counts
+
+
 def _places(preset, variables, module):
     """The PyTorch tensor for each of our leaves; none is left over."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -284,14 +365,7 @@ def _places(preset, variables, module):
     for name in named(variables):
         _, *layer, leaf = name.split("/")
         yield name, tensors.pop(f"{preset.layers['/'.join(layer)]}.{LEAVES[leaf]}")
-    assert not tensors, tensors.keys()
-
-
-def _norm(module):
-    import torch
-
-    (norm,) = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    return norm
+    assert set(tensors) == set(preset.ignored)
 
 
 def _to_torch(preset, leaf, shape):

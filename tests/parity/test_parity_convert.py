@@ -198,6 +198,7 @@ def test_live_blocks_by_other_names():
             flax_attn.scSE(hidden_features=4, use_bias=True),
         ),
         ("official", torch_official.CBAM(64), presets.official_cbam(train=False)()),
+        ("official_bam", torch_official.BAM(64), presets.official_bam(train=False)()),
         ("official", torch_official.ECANet(5), flax_attn.ECA(kernel_size=5)),
         ("ca_sa", torch_schemes.CaSa(64, 4), flax_attn.CBAM()),
     ]

@@ -28,11 +28,13 @@ def test_widths_for_any_number_of_channels():
     """timm's rules round in floating point, ours in integers."""
     timm = timm_layers.load()
     for channels in range(1, 4097):
-        for preset, divisor in (
-            (presets.timm_se, 8),
-            (presets.timm_cbam(train=False), 1),
+        for preset, ratio, divisor in (
+            (presets.timm_se, 1 / 16, 8),
+            (presets.timm_cbam(train=False), 1 / 16, 1),
+            (presets.timm_gc, 1 / 8, 1),
+            (presets.timm_coordinate(train=False), 1 / 16 * (2 / 3), 8),
         ):
-            expected = timm.make_divisible(channels / 16, divisor, round_limit=0.0)
+            expected = timm.make_divisible(channels * ratio, divisor, round_limit=0.0)
             assert hidden_width(preset(), channels) == expected, channels
     for channels in (*range(1, 20), *(2**i for i in range(5, 14)), 54, 320, 1000, 8191):
         for preset, module in (
@@ -78,4 +80,4 @@ def test_the_table(monkeypatch, capsys):
     assert {line.split("`")[-2] for line in lines[2:]} == set(presets.__all__) - {
         "official_eca"
     }
-    assert lines[-1] == "| timm: `cbam` | `timm_cbam` | 2e-07 | 4e-07 | 5e-08 |"
+    assert "| timm: `cbam` | `timm_cbam` | 2e-07 | 4e-07 | 5e-08 |" in lines

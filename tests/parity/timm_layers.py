@@ -19,7 +19,14 @@ TORCHVISION = {
 }
 
 
-MODULES = ("cbam", "eca", "squeeze_excite")
+MODULES = (
+    "cbam",
+    "coord_attn",
+    "eca",
+    "gather_excite",
+    "global_context",
+    "squeeze_excite",
+)
 
 
 @functools.cache

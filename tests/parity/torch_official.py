@@ -5,7 +5,8 @@ ECA-Net. SENet is Caffe; its layers are called ``down`` and ``up`` there.
 
 Sources: https://github.com/hujie-frank/SENet (models/SE-ResNet-50.prototxt),
 https://github.com/BangguWu/ECANet (models/eca_module.py),
-https://github.com/Jongchan/attention-module (MODELS/cbam.py).
+https://github.com/Jongchan/attention-module (MODELS/cbam.py and MODELS/bam.py),
+https://github.com/ZjjConan/SimAM (networks/attentions/simam_module.py).
 """
 
 from collections import OrderedDict
@@ -87,3 +88,44 @@ class CBAM(nn.Module):
 
     def forward(self, x):
         return self.SpatialGate(self.ChannelGate(x))
+
+
+class BAM(nn.Module):
+    """Two branches with BatchNorm inside, whose product is one logit an element."""
+
+    def __init__(self, channels, ratio=16, dilation=4):
+        super().__init__()
+        hidden = channels // ratio
+        channel = OrderedDict(
+            flatten=nn.Flatten(),
+            gate_c_fc_0=nn.Linear(channels, hidden),
+            gate_c_bn_1=nn.BatchNorm1d(hidden),
+            gate_c_relu_1=nn.ReLU(),
+            gate_c_fc_final=nn.Linear(hidden, channels),
+        )
+        spatial = OrderedDict(
+            gate_s_conv_reduce0=nn.Conv2d(channels, hidden, 1),
+            gate_s_bn_reduce0=nn.BatchNorm2d(hidden),
+            gate_s_relu_reduce0=nn.ReLU(),
+        )
+        for i in range(2):
+            wide = nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation)
+            spatial[f"gate_s_conv_di_{i}"] = wide
+            spatial[f"gate_s_bn_di_{i}"] = nn.BatchNorm2d(hidden)
+            spatial[f"gate_s_relu_di_{i}"] = nn.ReLU()
+        spatial["gate_s_conv_final"] = nn.Conv2d(hidden, 1, 1)
+        self.channel_att = nn.ModuleDict({"gate_c": nn.Sequential(channel)})
+        self.spatial_att = nn.ModuleDict({"gate_s": nn.Sequential(spatial)})
+
+    def forward(self, x):
+        channel = self.channel_att["gate_c"](F.avg_pool2d(x, x.shape[2:]))
+        logits = channel[:, :, None, None] * self.spatial_att["gate_s"](x)
+        return (1 + torch.sigmoid(logits)) * x
+
+
+class SimAM(nn.Module):
+    """The sigmoid of the inverse energy, with the unbiased variance."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True, correction=1)
+        return x * torch.sigmoid((x - mean) ** 2 / (4 * (variance + 1e-4)) + 0.5)

@@ -80,7 +80,7 @@ def test_without_spatial_attention_there_are_no_spatial_gates(attention):
 
 def test_the_blocks_with_spatial_gates():
     """By the articles; BAM has one gate of both kinds."""
-    expected = {"spatial", "cbam", "cbam-conv", "lcbam", "scse", "scse-max"}
+    expected = {"spatial", "cbam", "cbam-conv", "lcbam", "sse", "scse", "scse-max"}
     assert set(filter(study.has_spatial_gate, ATTENTIONS)) == expected
     assert not study.has_spatial_gate("a block of another version")
 

@@ -1,0 +1,135 @@
+"""Coordinate attention: one gate along each spatial axis."""
+
+from collections.abc import Callable
+from functools import partial, reduce
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from flax_attn import functional
+from flax_attn.blocks.base import Attention, ModuleDef, Width
+from flax_attn.blocks.channel import hidden_width
+from flax_attn.functional import Array, checks
+
+
+class CoordinateAttention(Attention, kw_only=True):
+    """Coordinate attention, https://arxiv.org/abs/2103.02907, eqs. 4-9.
+
+    ``y = x * gate(expand_h(f(mean_w(x)))) * gate(expand_w(f(mean_h(x))))``, where ``f``
+    is ``act(reduce(s))``, the same for both, so each position knows its row and its
+    column::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> block = flax_attn.CoordinateAttention()
+      >>> params = block.init(jax.random.key(0), x)["params"]
+      >>> for name, layer in jax.tree.map(jnp.shape, params).items():
+      ...     print(name, layer["kernel"])
+      expand_h (2, 64)
+      expand_w (2, 64)
+      reduce (64, 2)
+
+    Maps ``(..., H, W, C)`` to the same shape. The product of the gates,
+    ``(..., H, W, C)``, is sown as ``intermediates/element_gate``.
+
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
+    Attributes:
+      reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 32).
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
+      hidden_norm: module between ``reduce`` and ``act``, over all rows and columns
+        together, such as ``partial(nn.BatchNorm, use_running_average=not train)``;
+        called as Flax's norms are, with ``mask=`` where the block has a mask (default:
+        None).
+      act: activation between the layers (default: nn.hard_swish).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: the paper has two axes; here a signal has one gate, from ``expand_l``,
+    and a volume three, each from the mean over the other axes. The released code and
+    timm have BatchNorm as ``hidden_norm``, and other hidden widths.
+
+    References: Hou, Zhou, Feng. Coordinate Attention for Efficient Mobile Network
+    Design. https://arxiv.org/abs/2103.02907, 2021.
+    """
+
+    gates = {"element_gate": "element_gate"}
+
+    reduction: int = 32
+    hidden_features: Width | None = None
+    hidden_norm: ModuleDef | None = None
+    act: Callable[[Array], Array] = nn.hard_swish
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the gate is zero there.
+        """
+        x, _ = self.validated(x, mask)
+        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
+        return x * gate
+
+    @nn.compact
+    def element_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the product of the gates alone, ``(..., H, W, C)``."""
+        x, mask = self.validated(x, mask)
+        checks.check_callable("act", self.act)
+        layer = partial(
+            nn.Dense,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        hidden = hidden_width(self, x.shape[-1])
+        squeeze = layer(hidden, **self.first_layer(), name="reduce")
+        # Each axis in turn stands first, and the others have size 1.
+        first, axes = -1 - self.spatial_dims, range(-1 - self.spatial_dims, -1)
+        maps = [jnp.moveaxis(x, axis, first) for axis in axes]
+        masks = [None if mask is None else jnp.moveaxis(mask, a, first) for a in axes]
+        hiddens = [
+            squeeze(self._profile(*pair)) for pair in zip(maps, masks, strict=True)
+        ]
+        if self.hidden_norm is not None:
+            hiddens = self._normalized_together(hiddens, masks)
+        gates = []
+        names = checks.LAYOUTS[self.spatial_dims].lower().split(", ")
+        for axis, name, h in zip(axes, names, hiddens, strict=True):
+            expand = layer(x.shape[-1], **self.last_layer(), name=f"expand_{name}")
+            gate = self.gate_from(expand(self.act(h)))
+            gates.append(jnp.moveaxis(gate, first, axis))
+        gate = functional.apply_mask(reduce(jnp.multiply, gates), mask)
+        self.sow("intermediates", "element_gate", gate)
+        return gate
+
+    def _profile(self, x: Array, mask: Array | None) -> Array:
+        """The mean over all spatial axes but the first."""
+        if self.spatial_dims > 1:
+            mean = functional.squeeze_spatial(
+                x,
+                mask=mask,
+                spatial_dims=self.spatial_dims - 1,
+                implementation=self.implementation,
+            )
+            x = mean.astype(x.dtype)
+        return x.astype(self.dtype or x.dtype)
+
+    def _normalized_together(
+        self, hiddens: list[Array], masks: list[Array | None]
+    ) -> list[Array]:
+        first, others = -1 - self.spatial_dims, tuple(range(-self.spatial_dims, -1))
+        valid = [m.any(others, keepdims=True) for m in masks if m is not None]
+        joined = self.normalized(
+            self.hidden_norm,
+            jnp.concatenate(hiddens, first),
+            jnp.concatenate(valid, first) if valid else None,
+            name="hidden_norm",
+            is_last=False,
+        )
+        sizes = [h.shape[first] for h in hiddens]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+        return jnp.split(joined, ends, first)

@@ -1,0 +1,230 @@
+"""Gather-Excite: each position is gated by its surroundings, near or all."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from flax_attn import functional
+from flax_attn.blocks.base import Attention, ModuleDef, Width
+from flax_attn.blocks.channel import mlp
+from flax_attn.functional import Array, checks
+
+Pads = Sequence[tuple[int, int]]
+
+
+class GatherExcite(Attention, kw_only=True):
+    """Gather-Excite, https://arxiv.org/abs/1810.12348, section 3.
+
+    ``y = x * gate(resize(gather(x)))``, where ``gather`` is a mean, over H and W or
+    around every e-th position, and ``resize`` repeats the nearest. With
+    ``extra_params`` it is log2(e) depthwise 3 x 3 convolutions of stride 2, and with
+    ``use_mlp`` an MLP follows::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> flax_attn.GatherExcite().init(jax.random.key(0), x)
+      {}
+      >>> plus = flax_attn.GatherExcite(extent=4, extra_params=True, use_mlp=True)
+      >>> params = plus.init(jax.random.key(0), x)["params"]
+      >>> for name, layer in jax.tree.map(jnp.shape, params).items():
+      ...     print(name, layer["kernel"])
+      expand (4, 64)
+      gather1 (3, 3, 1, 64)
+      gather2 (3, 3, 1, 64)
+      reduce (64, 4)
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate is sown as
+    ``intermediates/channel_gate``, ``(..., 1, 1, C)``, where the extent is global, and
+    else as ``intermediates/element_gate``, ``(..., H, W, C)``.
+
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
+    Attributes:
+      extent: e, at least 2, or 0 for all of H and W (default: 0).
+      extra_params: whether convolutions gather, for which e is a power of 2; the
+        paper's GE-θ (default: False).
+      use_mlp: whether an MLP excites; with ``extra_params`` GE-θ+, and alone over all
+        of H and W ``SE`` (default: False).
+      reduction: divisor r; the MLP's hidden width is ``max(C // r, 1)`` (default: 16).
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
+      hidden_norm: module after each convolution, such as ``partial(nn.BatchNorm,
+        use_running_average=not train)``; called as Flax's norms are, with ``mask=``
+        where the block has a mask. A convolution before it has no bias (default: None).
+      act: activation between convolutions, and in the MLP (default: nn.relu).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range; without
+        parameters, ``identity_init`` too.
+
+    Deviations: a global extent with ``extra_params`` would be a kernel as large as the
+    map, and no block here has parameters that depend on that. timm's module has the MLP
+    and a BatchNorm as ``hidden_norm`` unless it is told otherwise.
+
+    References: Hu, Shen, Albanie, Sun, Vedaldi. Gather-Excite: Exploiting Feature
+    Context in Convolutional Neural Networks. https://arxiv.org/abs/1810.12348, 2018.
+    """
+
+    gates = {"channel_gate": "channel_gate", "element_gate": "element_gate"}
+
+    extent: int = 0
+    extra_params: bool = False
+    use_mlp: bool = False
+    reduction: int = 16
+    hidden_features: Width | None = None
+    hidden_norm: ModuleDef | None = None
+    act: Callable[[Array], Array] = nn.relu
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and a gate of elements is zero there.
+        """
+        x, _ = self.validated(x, mask)
+        gate = self.multiplier(x, mask)
+        if self.extent == 0:
+            return self.scaled(x, gate)
+        x, gate = promote_dtype(x, gate, dtype=self.dtype)
+        return x * gate
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what the block multiplies ``x`` by, its gate."""
+        of = self.element_gate if self.extent else self.channel_gate
+        return of(x, mask)
+
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate of a global extent alone, ``(..., 1, 1, C)``."""
+        gate = self.gate_from(self._logits(x, mask))
+        self.sow("intermediates", "channel_gate", gate)
+        return gate
+
+    def element_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate of a local extent alone, ``(..., H, W, C)``."""
+        x, valid = self.validated(x, mask)
+        logits = self._resized(self._logits(x, mask), x, valid)
+        gate = functional.apply_mask(self.gate_from(logits), valid)
+        self.sow("intermediates", "element_gate", gate)
+        return gate
+
+    @nn.compact
+    def _logits(self, x: Array, mask: Array | None) -> Array:
+        """What is gathered, excited: ``(..., ceil(H / e), ceil(W / e), C)``."""
+        x, mask = self.validated(x, mask)
+        self._check_fields()
+        checks.check_callable("act", self.act)
+        if self.extra_params:
+            y = self._convolved(x, mask)
+        elif self.extent:
+            y = self._averaged(x, mask)
+        else:
+            y = functional.squeeze_spatial(
+                x,
+                mask=mask,
+                spatial_dims=self.spatial_dims,
+                implementation=self.implementation,
+            )
+        if not self.extra_params:
+            y = y.astype(self.dtype or x.dtype)
+        return mlp(self, x.shape[-1])(y) if self.use_mlp else y
+
+    def _averaged(self, x: Array, mask: Array | None) -> Array:
+        """Means of the positions nearer than e to every e-th one."""
+        valid = jnp.ones_like(x[..., :1], bool) if mask is None else mask
+        dtype, e, dims = functional.accumulator(x), self.extent, self.spatial_dims
+        window = (2 * e - 1,) * dims, (e,) * dims, ((e - 1, e - 1),) * dims
+
+        def sums(x: Array) -> Array:
+            return nn.pooling.pool(x.astype(dtype), 0.0, lax.add, *window)
+
+        return sums(x) / sums(valid).clip(1)
+
+    def _convolved(self, x: Array, mask: Array | None) -> Array:
+        features, count = x.shape[-1], self.extent.bit_length() - 1
+        halves = (..., *(slice(None, None, 2),) * self.spatial_dims, slice(None))
+        for i in range(1, count + 1):
+            is_last = i == count and not self.use_mlp
+            zeros = is_last and self.hidden_norm is None
+            conv = nn.Conv(
+                features,
+                (3,) * self.spatial_dims,
+                strides=2,
+                padding=1,
+                feature_group_count=features,
+                conv_general_dilated=_depthwise,
+                use_bias=self.use_bias and self.hidden_norm is None,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                **(self.last_layer() if zeros else self.first_layer()),
+                name=f"gather{i}",
+            )
+            x = conv(functional.apply_mask(x, mask))
+            mask = None if mask is None else mask[halves]
+            x = self.normalized(
+                self.hidden_norm, x, mask, name=f"gather{i}_norm", is_last=is_last
+            )
+            x = x if i == count else self.act(x)
+        return x
+
+    def _resized(self, y: Array, x: Array, mask: Array | None) -> Array:
+        """The nearest of ``y`` for each valid position of ``x``."""
+        batch, spatial = x.ndim - 1 - self.spatial_dims, self.spatial_dims
+        for axis in range(-1 - spatial, -1):
+            n: int | Array = x.shape[axis]
+            m: int | Array = y.shape[axis]
+            to = jnp.arange(n).reshape(*(1,) * batch, n, 1)
+            of = jnp.arange(m).reshape(*(1,) * batch, 1, m)
+            if mask is not None:  # Resized to what is valid, without the padding.
+                others = tuple(a for a in range(-1 - spatial, 0) if a != axis)
+                valid = mask.any(others)[..., None]
+                n = jnp.where(valid, to + 1, 1).max(-2, keepdims=True)
+                m = (n + self.extent - 1) // self.extent
+            picks = (to * m // n == of).astype(y.dtype)
+            picks = jnp.expand_dims(picks, tuple(range(batch, batch + spatial - 1)))
+            y = jnp.moveaxis(y, axis, -2)
+            y = jnp.moveaxis(jnp.matmul(picks, y, precision="highest"), -2, axis)
+        return y
+
+    def _check_fields(self) -> None:
+        power = checks.is_int(self.extent) and self.extent & (self.extent - 1) == 0
+        least = 2 if self.extra_params else 0
+        if not checks.is_int(self.extent) or self.extent == 1 or self.extent < least:
+            raise ValueError(
+                f"`extent` must be an integer of at least 2, or 0 for all of the map "
+                f"where `extra_params` is False, got {self.extent!r}; pass e.g. 4."
+            )
+        if self.extra_params and not power:
+            raise ValueError(
+                "`extent` must be a power of 2 with `extra_params`, which halve the "
+                f"map, got {self.extent!r}; pass 2, 4 or 8."
+            )
+        if self.identity_init and not (self.extra_params or self.use_mlp):
+            raise ValueError(
+                "`identity_init` must be False, got True: without `extra_params` and "
+                "`use_mlp` there are no parameters that could start at zero."
+            )
+
+
+def _depthwise(
+    x: Array, kernel: Array, strides: Sequence[int], padding: Pads, **_: Any
+) -> Array:
+    """A convolution of each channel alone, as a sum of strided slices.
+
+    XLA's depthwise convolution is slow on CPU, and its gradient with a stride cannot be
+    exported for any size.
+    """
+    dtype = functional.accumulator(x)
+    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
+    terms = []
+    for tap in np.ndindex(*kernel.shape[:-2]):
+        start = (0, *tap, 0)
+        limit = [t + n for t, n in zip(start, x.shape, strict=True)]
+        window = lax.slice(padded, start, limit, (1, *strides, 1))
+        weights = kernel[tap].astype(dtype)
+        terms.append(window * weights.reshape(*(1,) * (x.ndim - 1), -1))
+    return sum(terms[1:], terms[0]).astype(x.dtype)

@@ -1,0 +1,164 @@
+"""GlobalContext: a context that attention pools, added to a map or gating it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from flax_attn import functional
+from flax_attn.blocks.base import Attention, Width
+from flax_attn.blocks.channel import hidden_width
+from flax_attn.functional import Array, checks
+
+Fuse = Literal["add", "scale"]
+
+FUSIONS: tuple[Fuse, ...] = ("add", "scale")
+
+
+class GlobalContext(Attention, kw_only=True):
+    """The block of GCNet, https://arxiv.org/abs/1904.11492, eq. 5.
+
+    ``y = x + expand(act(norm(reduce(context))))``, where ``context`` is the mean of
+    ``x`` over H and W, weighted by ``softmax_hw(x @ pool)``, and ``norm`` a LayerNorm::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.GlobalContext().init(jax.random.key(0), x)["params"]
+      >>> for name, layer in jax.tree.map(jnp.shape, params).items():
+      ...     print(name, layer)
+      expand {'kernel': (16, 64)}
+      norm {'bias': (16,), 'scale': (16,)}
+      pool {'kernel': (64, 1)}
+      reduce {'kernel': (64, 16)}
+
+    Maps ``(..., H, W, C)`` to the same shape. What is added, ``(..., 1, 1, C)``, is
+    sown as ``intermediates/channel_shift``, a gate as ``intermediates/channel_gate``.
+
+    All fields are keyword-only; beside those of ``Attention`` it has these.
+
+    Attributes:
+      reduction: divisor r; the hidden width is ``max(C // r, 1)``. The paper has 16 and
+        4. Of a width of 1, LayerNorm leaves nothing (default: 4).
+      hidden_features: the hidden width itself, at least 1, or a function from C to it;
+        it overrides ``reduction`` (default: None).
+      fuse: what is done with the result, ``"add"`` to x, or ``"scale"`` x by its gate
+        (default: "add").
+      act: activation between the two layers (default: nn.relu).
+      epsilon: of the LayerNorm (default: 1e-5).
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: none from the paper. The layer ``pool`` never has a bias, which the
+    softmax would cancel. timm's ``gc`` scales, and its ``gca`` adds; both have biases,
+    r = 8 and an epsilon of 1e-6.
+
+    References: Cao, Xu, Lin, Wei, Hu. GCNet: Non-local Networks Meet Squeeze-Excitation
+    Networks and Beyond. https://arxiv.org/abs/1904.11492, 2019.
+    """
+
+    gates = {"channel_gate": "channel_gate", "channel_shift": "channel_shift"}
+
+    reduction: int = 4
+    hidden_features: Width | None = None
+    fuse: Fuse = "add"
+    act: Callable[[Array], Array] = nn.relu
+    epsilon: float = 1e-5
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` with its context.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero.
+        """
+        checks.check_choice("fuse", self.fuse, FUSIONS)
+        x, valid = self.validated(x, mask)
+        if self.fuse == "scale":
+            return self.scaled(x, self.multiplier(x, mask))
+        x, shift = promote_dtype(x, self.channel_shift(x, mask), dtype=self.dtype)
+        return functional.apply_mask(x + shift, valid)
+
+    def multiplier(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what ``fuse="scale"`` multiplies ``x`` by, its gate.
+
+        Raises:
+          ValueError: with ``fuse="add"``, which multiplies by nothing.
+        """
+        checks.check_choice("fuse", self.fuse, FUSIONS)
+        if self.fuse == "add":
+            raise ValueError(
+                '`fuse` must be "scale" for a multiplier, got "add", which adds to x; '
+                'pass fuse="scale", or add the result of `channel_shift` instead.'
+            )
+        return self.channel_gate(x, mask)
+
+    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        gate = self.gate_from(self._transformed(x, mask))
+        self.sow("intermediates", "channel_gate", gate)
+        return gate
+
+    def channel_shift(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns what ``fuse="add"`` adds, ``(..., 1, 1, C)``."""
+        shift = self._transformed(x, mask)
+        self.sow("intermediates", "channel_shift", shift)
+        return shift
+
+    @nn.compact
+    def _transformed(self, x: Array, mask: Array | None) -> Array:
+        x, valid = self.validated(x, mask)
+        checks.check_callable("act", self.act)
+        layer = partial(
+            nn.Dense,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        pool = layer(1, use_bias=False, kernel_init=self.kernel_init, name="pool")
+        hidden = hidden_width(self, x.shape[-1])
+        reduce = layer(
+            hidden, use_bias=self.use_bias, **self.first_layer(), name="reduce"
+        )
+        norm = nn.LayerNorm(  # Of float32, as strict promotion wants it.
+            epsilon=self.epsilon,
+            use_fast_variance=False,
+            param_dtype=self.param_dtype,
+            bias_init=self.bias_init,
+            name="norm",
+        )
+        expand = layer(
+            x.shape[-1], use_bias=self.use_bias, **self.last_layer(), name="expand"
+        )
+        context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
+        h = reduce(context)
+        wide = h.astype(functional.accumulator(h))
+        return expand(self.act(norm(wide).astype(h.dtype)))
+
+    def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
+        """The mean of ``x`` weighted by the softmax of ``logits``."""
+        squeeze = partial(
+            functional.squeeze_spatial,
+            mask=mask,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )
+        logits = logits.astype(functional.accumulator(logits))
+        # The quotient does not depend on the maximum, so neither does its gradient.
+        largest = squeeze(lax.stop_gradient(logits), pool="max")
+        weights = jnp.exp(logits - largest)
+        weights = functional.apply_mask(weights, mask)
+        total = squeeze(weights)
+        if mask is not None:
+            axes = tuple(range(-1 - self.spatial_dims, -1))
+            total = jnp.where(mask.any(axes, keepdims=True), total, 1)
+        weighted = functional.scale(
+            x.astype(weights.dtype),
+            weights,
+            spatial_dims=self.spatial_dims,
+            implementation=self.implementation,
+        )
+        return squeeze(weighted) / total

@@ -1,0 +1,67 @@
+"""sSE: the spatial half of scSE."""
+
+from flax import linen as nn
+
+from flax_attn import functional
+from flax_attn.blocks.base import Attention
+from flax_attn.functional import Array
+
+
+class sSE(Attention, kw_only=True):
+    """Channel squeeze and spatial excitation, https://arxiv.org/abs/1803.02579, eq. 2.
+
+    ``y = x * gate(x @ kernel)``: one number for each position, from one layer C -> 1,
+    which is a 1 x 1 convolution::
+
+      >>> import flax_attn, jax, jax.numpy as jnp
+      >>> x = jnp.ones((2, 8, 8, 64))
+      >>> params = flax_attn.sSE().init(jax.random.key(0), x)["params"]
+      >>> jax.tree.map(jnp.shape, params)
+      {'spatial': {'kernel': (64, 1)}}
+
+    Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
+    ``intermediates/spatial_gate``.
+
+    All fields are keyword-only.
+
+    Attributes:
+      gate: function from logits to the gate (default: nn.sigmoid); the others are those
+        of ``Attention`` too.
+
+    Raises:
+      ValueError: at the first call, for a field or an input out of its range.
+
+    Deviations: none from the paper.
+
+    References: Roy, Navab, Wachinger. Concurrent Spatial and Channel Squeeze &
+    Excitation in Fully Convolutional Networks. https://arxiv.org/abs/1803.02579, 2018.
+    """
+
+    gates = {"spatial_gate": "spatial_gate"}
+
+    def setup(self) -> None:
+        """Makes the layer."""
+        self.spatial = nn.Dense(
+            1,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            **self.last_layer(),
+        )
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
+
+        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
+        nothing and comes out as zero, and the gate is zero there.
+        """
+        x, _ = self.validated(x, mask)
+        return self.scaled(x, self.spatial_gate(x, mask))
+
+    def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
+        x, mask = self.validated(x, mask)
+        gate = functional.apply_mask(self.gate_from(self.spatial(x)), mask)
+        self.sow("intermediates", "spatial_gate", gate)
+        return gate

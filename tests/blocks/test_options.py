@@ -1,0 +1,128 @@
+"""Options of blocks that the laws, which run over defaults, do not reach."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_attn import (
+    BAM,
+    CoordinateAttention,
+    GatherExcite,
+    GlobalContext,
+    SimAM,
+    presets,
+)
+from tests.cases import normal, variables_for
+
+NORM = partial(nn.BatchNorm, use_running_average=False)
+PLUS = partial(GatherExcite, extent=4, extra_params=True)
+
+
+def test_fields_reach_the_computation():
+    """No option is ignored: each changes the output."""
+    x = normal((2, 6, 5, 64), 0)
+    changes = [
+        (SimAM, {"lam": 1.0}),
+        (SimAM, {"ddof": 1}),
+        (GlobalContext, {"fuse": "scale"}),
+        (GlobalContext, {"act": nn.gelu}),
+        (GlobalContext, {"epsilon": 1.0}),
+        (CoordinateAttention, {"act": nn.relu}),
+        (GatherExcite, {"extent": 2}),
+        (PLUS, {"act": nn.gelu}),
+        (PLUS, {"extent": 2}),
+        (BAM, {"combine": "multiply"}),
+        (BAM, {"spatial_act": nn.relu}),
+    ]
+
+    @jax.jit
+    def run(x):
+        def output(module):
+            return module.apply(variables_for(module, x), x)
+
+        return [(output(make()), output(make(**fields))) for make, fields in changes]
+
+    for (_, fields), (before, after) in zip(changes, run(x), strict=True):
+        assert np.abs(after - before).max() > 1e-3, fields
+
+
+def test_padding_counts_for_nothing_with_other_options():
+    """Nor for a norm inside, which takes its statistics from what is valid."""
+    modules = [
+        SimAM(ddof=1),
+        GlobalContext(fuse="scale", use_bias=True),
+        CoordinateAttention(hidden_norm=NORM, use_bias=True),
+        GatherExcite(extent=3),
+        PLUS(hidden_norm=NORM),
+        PLUS(hidden_norm=NORM, use_mlp=True, use_bias=True),
+        presets.official_bam(train=True)(),
+    ]
+    x = normal((3, 9, 6, 32), 1)
+    padded = np.pad(x, [(0, 0), (0, 2), (0, 3), (0, 0)], constant_values=np.nan)
+    mask = ~np.isnan(padded[..., 0])
+
+    @jax.jit
+    def run(x, padded):
+        def outputs(module):
+            apply = partial(module.apply, variables_for(module, x), mutable=True)
+            return apply(x)[0], apply(padded, mask)[0]
+
+        return [outputs(module) for module in modules]
+
+    for module, (y, y_padded) in zip(modules, run(x, padded), strict=True):
+        valid = y_padded[:, :9, :6]
+        np.testing.assert_allclose(valid, y, atol=1e-5, err_msg=str(module))
+        assert np.count_nonzero(y_padded) <= y.size
+
+
+def test_a_product_of_branches_starts_as_the_identity_and_learns():
+    module = presets.official_bam(train=True)(identity_init=True)
+    x = normal((3, 6, 5, 32), 1)
+
+    @jax.jit
+    def run(key):
+        variables = module.init(key, x)
+        stats = {"batch_stats": variables["batch_stats"]}
+
+        def output(params):
+            return module.apply({"params": params, **stats}, x, mutable=True)[0]
+
+        y, pullback = jax.vjp(output, variables["params"])
+        return y, pullback(y)[0]
+
+    y, gradients = run(jax.random.key(0))
+    np.testing.assert_array_equal(y, x)
+    assert np.abs(gradients["expand"]["kernel"]).max() > 0
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (SimAM(lam=0), "`lam` must be a positive number, got 0"),
+        (SimAM(lam="1e-4"), "`lam` must be a positive number, got '1e-4'"),
+        (SimAM(ddof=2), "`ddof` must be 0 or 1, got 2"),
+        (GlobalContext(fuse="mul"), '`fuse` must be "add" or "scale"'),
+        (CoordinateAttention(reduction=0), "`reduction` must be an integer of at"),
+        (CoordinateAttention(hidden_norm="bn"), "`norm` must make a module"),
+        (GatherExcite(extent=1), "`extent` must be an integer of at least 2, or 0"),
+        (GatherExcite(extent=2.0), "`extent` must be .* got 2.0"),
+        (GatherExcite(extra_params=True), "`extent` must be .* got 0"),
+        (GatherExcite(extra_params=True, extent=6), "`extent` must be a power of 2"),
+        (GatherExcite(identity_init=True), "`identity_init` must be False"),
+        (BAM(combine="max"), '`combine` must be "add" or "multiply"'),
+    ],
+)
+def test_bad_fields(module, message):
+    x = jnp.ones((1, 4, 4, 16))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.init, jax.random.key(0), x)
+
+
+def test_what_adds_has_no_multiplier():
+    init = partial(GlobalContext().init, method="multiplier")
+    with pytest.raises(ValueError, match='`fuse` must .*"add".* pass fuse="scale"'):
+        jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 4, 4, 16)))
