@@ -124,6 +124,10 @@ CASES = [(b, "float32", s) for b, s in zip(BEFORE, SHAPES, strict=True)]
 CASES += [("silu", "bfloat16", SHAPES[3])]
 
 
+def long_unless(quick):
+    return () if quick else pytest.mark.long
+
+
 # What decides no maximum has no decision to lose: one float32 program of it, beside the
 # `long` ones of all.
 WITHOUT_MAXIMUM = {("residual", "float32"), ("silu", "bfloat16")}
@@ -145,10 +149,14 @@ def has_maximum(block):
 @pytest.mark.parametrize(
     "before, dtype, shape, block",
     [
-        pytest.param(*case, block, id="-".join((case[0], case[1], block)))
+        pytest.param(
+            *case,
+            block,
+            id="-".join((case[0], case[1], block)),
+            marks=long_unless(case[:2] in WITHOUT_MAXIMUM or has_maximum(block)),
+        )
         for case in CASES
         for block in BLOCKS
-        if case[:2] in WITHOUT_MAXIMUM or has_maximum(block)
     ],
 )
 def test_gradients_behind_other_layers(before, dtype, shape, block):

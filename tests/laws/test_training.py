@@ -23,14 +23,16 @@ from flax_attn.resnet import (
     imagenet_resnet,
 )
 from tests.cases import normal
-from tests.laws.test_programs import Program, distances, draw_params, op_by_op
+from tests.laws.test_programs import (
+    Program,
+    distances,
+    draw_params,
+    long_unless,
+    op_by_op,
+)
 
 # A decision is what a compiler could make twice, and these blocks make every kind.
 DECIDING = ("se-max", "cbam", "scse-max")
-
-
-def long_unless(quick):
-    return () if quick else pytest.mark.long
 
 
 blocks = pytest.mark.parametrize(
