@@ -5,7 +5,6 @@ from functools import partial, reduce
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, ModuleDef, Width
@@ -62,16 +61,6 @@ class CoordinateAttention(Attention, kw_only=True):
     hidden_features: Width | None = None
     hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.hard_swish
-
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        x, gate = promote_dtype(x, self.element_gate(x, mask), dtype=self.dtype)
-        return x * gate
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:

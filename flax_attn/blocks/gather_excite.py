@@ -1,12 +1,11 @@
 """Gather-Excite: each position is gated by its surroundings, near or all."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from flax_attn import functional
@@ -79,19 +78,6 @@ class GatherExcite(Attention, kw_only=True):
     hidden_features: Width | None = None
     hidden_norm: ModuleDef | None = None
     act: Callable[[Array], Array] = nn.relu
-
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and a gate of elements is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        gate = self.multiplier(x, mask)
-        if self.extent == 0:
-            return self.scaled(x, gate)
-        x, gate = promote_dtype(x, gate, dtype=self.dtype)
-        return x * gate
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
         """Returns what the block multiplies ``x`` by, its gate."""
@@ -213,18 +199,21 @@ class GatherExcite(Attention, kw_only=True):
 def _depthwise(
     x: Array, kernel: Array, strides: Sequence[int], padding: Pads, **_: Any
 ) -> Array:
-    """A convolution of each channel alone, as a sum of strided slices.
+    """A convolution of each channel alone, as a product with stacked slices.
 
     XLA's depthwise convolution is slow on CPU, and its gradient with a stride cannot be
     exported for any size.
     """
-    dtype = functional.accumulator(x)
-    padded = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
-    terms = []
-    for tap in np.ndindex(*kernel.shape[:-2]):
-        start = (0, *tap, 0)
-        limit = [t + n for t, n in zip(start, x.shape, strict=True)]
-        window = lax.slice(padded, start, limit, (1, *strides, 1))
-        weights = kernel[tap].astype(dtype)
-        terms.append(window * weights.reshape(*(1,) * (x.ndim - 1), -1))
-    return sum(terms[1:], terms[0]).astype(x.dtype)
+    dtype, *sizes, features = functional.accumulator(x), *x.shape[1:]
+    windows = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
+    for axis, (taps, n, stride) in enumerate(
+        zip(kernel.shape, sizes, strides, strict=False), -len(sizes) - 1
+    ):
+        cut = partial(lax.slice_in_dim, windows, stride=stride, axis=axis)
+        windows = jnp.stack([cut(t, t + n) for t in range(taps)])
+    # The taps of the last axis stand first.
+    weights = kernel.astype(dtype).T.reshape(features, *kernel.shape[-3::-1])
+    weights = jnp.moveaxis(weights, 0, -1)
+    axes = tuple(range(len(sizes)))
+    weights = jnp.expand_dims(weights, tuple(range(len(sizes), windows.ndim - 1)))
+    return (windows * weights).sum(axes).astype(x.dtype)

@@ -140,25 +140,24 @@ class GlobalContext(Attention, kw_only=True):
 
     def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
         """The mean of ``x`` weighted by the softmax of ``logits``."""
+        axes = tuple(range(-1 - self.spatial_dims, -1))
+        logits = logits.astype(functional.accumulator(logits))
+        some: bool | Array = True
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+            some = mask.any(axes, keepdims=True)
+        # The quotient does not depend on the maximum, so neither does its gradient.
+        largest = lax.stop_gradient(logits).max(axes, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(some, largest, 0))
         squeeze = partial(
             functional.squeeze_spatial,
-            mask=mask,
             spatial_dims=self.spatial_dims,
             implementation=self.implementation,
         )
-        logits = logits.astype(functional.accumulator(logits))
-        # The quotient does not depend on the maximum, so neither does its gradient.
-        largest = squeeze(lax.stop_gradient(logits), pool="max")
-        weights = jnp.exp(logits - largest)
-        weights = functional.apply_mask(weights, mask)
-        total = squeeze(weights)
-        if mask is not None:
-            axes = tuple(range(-1 - self.spatial_dims, -1))
-            total = jnp.where(mask.any(axes, keepdims=True), total, 1)
         weighted = functional.scale(
             x.astype(weights.dtype),
             weights,
             spatial_dims=self.spatial_dims,
             implementation=self.implementation,
         )
-        return squeeze(weighted) / total
+        return squeeze(weighted) / jnp.where(some, squeeze(weights), 1)

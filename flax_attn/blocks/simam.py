@@ -54,16 +54,6 @@ class SimAM(Attention, kw_only=True):
     lam: float = 1e-4
     ddof: int = 0
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        gate = self.element_gate(x, mask)
-        return x.astype(gate.dtype) * gate
-
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., H, W, C)``."""
         self._check_fields()

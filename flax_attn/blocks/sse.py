@@ -50,15 +50,6 @@ class sSE(Attention, kw_only=True):
             **self.last_layer(),
         )
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its gate.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the gate is zero there.
-        """
-        x, _ = self.validated(x, mask)
-        return self.scaled(x, self.spatial_gate(x, mask))
-
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
         x, mask = self.validated(x, mask)

@@ -79,6 +79,21 @@ def test_padding_counts_for_nothing_with_other_options():
         assert np.count_nonzero(y_padded) <= y.size
 
 
+def test_a_softmax_of_low_logits_ignores_the_padding():
+    """There exp(logit - maximum) would be infinite, and so its gradient NaN."""
+    x = np.abs(normal((2, 5, 4, 16), 0))
+    mask = np.arange(5)[:, None] < np.full(4, 3)
+    module = GlobalContext()
+    variables = variables_for(module, x)
+    variables["params"]["pool"]["kernel"] = np.full((16, 1), -30, np.float32)
+
+    @jax.jit
+    def slope(variables):
+        return jax.grad(lambda v: (module.apply(v, x, mask) ** 2).sum())(variables)
+
+    assert np.isfinite(slope(variables)["params"]["pool"]["kernel"]).all()
+
+
 def test_a_product_of_branches_starts_as_the_identity_and_learns():
     module = presets.official_bam(train=True)(identity_init=True)
     x = normal((3, 6, 5, 32), 1)

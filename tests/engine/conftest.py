@@ -1,7 +1,7 @@
-import jax
 import pytest
 
 from tests import tiny_run
+from tests.cases import compiling_quickly
 from train.engine import model
 
 
@@ -16,6 +16,5 @@ def tiny_network():
 @pytest.fixture(scope="module")
 def quick():
     """Programs of a few steps take less time to run than to optimize."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with compiling_quickly():
+        yield

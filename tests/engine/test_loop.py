@@ -31,7 +31,7 @@ def images():
     rng = np.random.RandomState(0)
     labels = rng.randint(0, 3, 77).astype(np.int32)
     # Each class has a shade of its own.
-    pixels = rng.randint(0, 60, (77, 32, 32, 3)) + 80 * labels[:, None, None, None]
+    pixels = rng.randint(0, 60, (77, 8, 8, 3)) + 80 * labels[:, None, None, None]
     pixels = pixels.astype(np.uint8)
     return ImageSet(pixels[:50], labels[:50], pixels[50:], labels[50:], 3, flip=True)
 
@@ -137,6 +137,20 @@ def test_strict_dtype_promotion_in_the_steps_of_a_whole_network(
     assert metrics.loss.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("flag, kind", [("nans", "nan"), ("infs", "inf")])
+def test_a_search_finds_the_operation(flag, kind, images):
+    """In the third step, long after the contexts that JAX enters when it compiles."""
+    config = dataclasses.replace(TINY, learning_rate=1e38, weight_decay=0.0)
+    jax.config.update(f"jax_debug_{flag}", True)
+    try:
+        with pytest.raises(
+            FloatingPointError, match=rf"value \({kind}\) encountered in"
+        ):
+            loop.train(config, images)
+    finally:
+        jax.config.update(f"jax_debug_{flag}", False)
+
+
 def test_steps_per_call_suits_the_backend(monkeypatch):
     assert loop.steps_per_call(TINY, 390) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -199,7 +213,7 @@ def test_only_kernels_decay(done):
     optimizer = loop.make_optimizer(config, optax.constant_schedule(1.0))
     params = jax.tree.map(jnp.ones_like, done[0].state.params)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
         assert bool(update.any()) == (path[-1].key == "kernel"), path
 
@@ -214,7 +228,8 @@ def test_the_learning_rate_of_the_attention(done):
             config_lib.resolve(config), optax.constant_schedule(1.0)
         )
         states[factor] = optimizer.init(params)
-        updates[factor], _ = optimizer.update(params, states[factor], params)
+        update = jax.jit(optimizer.update)
+        updates[factor], _ = update(params, states[factor], params)
     before = (
         optax.add_decayed_weights(0.1, model.kernel_mask),
         optax.sgd(lambda step: 1.0, 0.9),
@@ -322,7 +337,8 @@ def test_a_name_gives_block_and_init(name):
     make = loop.make_model(config, 10).attention
     params = {}
     if make is not None:
-        params = make().init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))["params"]
+        init = jax.jit(make().init)
+        params = init(jax.random.key(0), jnp.zeros((1, 4, 4, 16)))["params"]
     kernels = {
         jax.tree_util.keystr(path, simple=True, separator="/"): bool(leaf.any())
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

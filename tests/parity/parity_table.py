@@ -12,12 +12,14 @@ import dataclasses
 import inspect
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-from flax_attn import presets
+from flax_attn import GatherExcite, presets
 from tests import cases
 from tests.parity import make_golden
 
@@ -43,10 +45,11 @@ def errors(actual, expected):
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A preset and the PyTorch module it corresponds to."""
+    """A preset, or a block with fields, and the PyTorch module it corresponds to."""
 
     reference: str
     name: str
+    """A name in ``flax_attn.presets``, or where ``block`` is given, a call of it."""
     torch: Callable
     """Creates the module for C channels."""
     layers: dict[str, str]
@@ -60,18 +63,23 @@ class Preset:
     """The size of the smallest map that the module takes."""
     shares_ties: bool = False
     """Whether elements that tie for a maximum share its gradient, as with amax."""
+    block: Callable | None = None
+    """Creates what no preset has: a partial of a block, or a function of ``train``."""
+
+    @property
+    def ours(self):
+        return self.block or getattr(presets, self.name)
 
     @property
     def has_norm(self):
-        return "train" in inspect.signature(getattr(presets, self.name)).parameters
+        return "train" in inspect.signature(self.ours).parameters
 
     @property
     def has_maximum(self):
         return any(name.startswith("spatial/") for name in self.layers)
 
     def make(self, *, train):
-        preset = getattr(presets, self.name)
-        return preset(train=train) if self.has_norm else preset
+        return self.ours(train=train) if self.has_norm else self.ours
 
 
 def _official(name):
@@ -100,6 +108,39 @@ def _context(mlp):
     layers = {"reduce": "fc1", "norm": "norm", "expand": "fc2"}
     inside = {ours: f"{mlp}.{theirs}" for ours, theirs in layers.items()}
     return {"pool": "conv_attn", **inside}
+
+
+def _gathering(*, extent=0, extra_params=False, use_mlp=False):
+    fields = {"extent": extent, "extra_params": extra_params, "use_mlp": use_mlp}
+    given = ", ".join(f"{name}={value}" for name, value in fields.items() if value)
+    hidden = 4 if use_mlp else None
+    block = partial(GatherExcite, **fields, hidden_features=hidden, use_bias=True)
+    layers = {}
+    if extra_params:
+        layers |= {"gather1": "gather.0", "gather1_norm": "gather.1"}
+        layers |= {"gather2": "gather.3", "gather2_norm": "gather.4"}
+    if use_mlp:
+        layers |= {"reduce": "mlp.fc1", "expand": "mlp.fc2"}
+
+    def with_norm(*, train):
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        return partial(block, hidden_norm=norm)
+
+    def torch(channels):
+        from tests.parity import timm_layers
+
+        fields = {"extent": extent, "extra_params": extra_params, "hidden": hidden}
+        return timm_layers.gather_excite(channels, **fields)
+
+    return Preset(
+        "timm: `ge`",
+        f"GatherExcite({given})",
+        torch,
+        layers,
+        (20,),
+        small=(8, 4),  # Of one value, BatchNorm's gradient is rounding.
+        block=with_norm if extra_params else block,
+    )
 
 
 MLP = {"reduce": "fc1", "expand": "fc2"}
@@ -226,6 +267,10 @@ PRESETS = [
         (64, 20),
         ignored=("conv_attn.bias",),
     ),
+    _gathering(),
+    _gathering(extent=4),
+    _gathering(extent=4, extra_params=True),
+    _gathering(extent=4, extra_params=True, use_mlp=True),
 ]
 
 

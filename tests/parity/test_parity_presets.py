@@ -77,7 +77,9 @@ def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(parity_table, "preset_errors", lambda case: {"fast": found})
     parity_table.main()
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split("`")[-2] for line in lines[2:]} == set(presets.__all__) - {
-        "official_eca"
+    names = [line.split("`")[-2] for line in lines[2:]]
+    assert len(set(names)) == len(names)
+    assert set(presets.__all__) - {"official_eca"} == {
+        name for name in names if "(" not in name
     }
     assert "| timm: `cbam` | `timm_cbam` | 2e-07 | 4e-07 | 5e-08 |" in lines

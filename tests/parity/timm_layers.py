@@ -55,3 +55,19 @@ def _remove_foreign():
     """Removes timm and torchvision from sys.modules, and returns them."""
     names = [n for n in sys.modules if n.split(".")[0] in ("timm", "torchvision")]
     return {name: sys.modules.pop(name) for name in names}
+
+
+def gather_excite(channels, *, extent, extra_params, hidden=None):
+    """timm's ``GatherExcite``, put together here: its constructor fails in 1.0.31."""
+    import torch
+
+    timm = load()
+    module = timm.gather_excite.GatherExcite(channels, extent=extent, use_mlp=False)
+    if extra_params:
+        conv = functools.partial(timm.create_conv2d, channels, channels, 3, stride=2)
+        layers = [conv(depthwise=True), torch.nn.BatchNorm2d(channels)]
+        more = [conv(depthwise=True), torch.nn.BatchNorm2d(channels)]
+        module.gather = torch.nn.Sequential(*layers, torch.nn.ReLU(), *more)
+    if hidden:
+        module.mlp = timm.mlp.ConvMlp(channels, hidden)
+    return module

@@ -1,30 +1,19 @@
 """The command line of ``train.cifar``."""
 
 import json
-import os
 import subprocess
 from functools import partial
-from pathlib import Path
 
 import jax
 import pytest
 
-from tests import processes
+from tests import processes, tiny_run
 from train import cifar
-from train.engine import loop
-
-ROOT = Path(__file__).parents[2]
-
-
-def run_command(*arguments, cwd=ROOT, environment=os.environ):
-    environment = environment | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return processes.complete(
-        "train.cifar", *arguments, cwd=cwd, environment=environment
-    )
+from train.engine import loop, model
 
 
 def run_here(capsys, *arguments):
-    """What ``run_command`` returns, without the start of a process."""
+    """What ``subprocess.run`` returns for this command line, without a process."""
     code = 0
     try:
         cifar.main([str(a) for a in arguments])
@@ -33,11 +22,14 @@ def run_here(capsys, *arguments):
     return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
 
-def test_digits(tmp_path, environment, capsys):
+def test_digits(tmp_path, capsys, quick_compilations, monkeypatch):
+    """By a network of one residual block."""
+    monkeypatch.setattr(model, "cifar_resnet", tiny_run.network)
     workdir = tmp_path / "run"
-    arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1)
+    arguments = ("--dataset", "digits", "--depth", 8, "--epochs", 1, "--devices", 1)
     arguments += ("--attention", "se", "--workdir", workdir)
-    result = run_command(*arguments, environment=environment)
+    run = partial(run_here, capsys)
+    result = run(*arguments)
     assert result.returncode == 0, result.stderr
     (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
     accuracy = json.loads(line)["test_accuracy"]
@@ -50,12 +42,13 @@ def test_digits(tmp_path, environment, capsys):
         f"  python -m train.report {workdir}",
     ]
     first = result.stderr.splitlines()[0]
-    assert "· ResNet-8 + se, 78,714 parameters · compiling…" in first
+    # The stem, two convolutions of 16 channels, three norms, SE and the head.
+    parameters = 27 * 16 + 2 * 9 * 16 * 16 + 3 * 2 * 16 + 2 * 16 + 170
+    assert f"· ResNet-8 + se, {parameters:,} parameters · compiling…" in first
     lines = result.stderr.replace("\r", "\n").splitlines()
     assert max(len(line) for line in lines if "/22" in line) <= 80
     # The same folder again: no step is left.
-    run = partial(run_here, capsys)
-    again = run(*arguments, "--devices", 1)
+    again = run(*arguments)
     assert again.returncode == 0 and "Resuming from step 22 of 22" in again.stderr
     assert again.stdout == result.stdout
     never = run(*arguments, "--resume", "never")
@@ -65,6 +58,12 @@ def test_digits(tmp_path, environment, capsys):
     assert other.returncode == 2
     assert "learning_rate 0.1 (now 0.2), seed 0 (now 1); pass anoth" in other.stderr
     assert (workdir / "metrics.jsonl").read_text() == line + "\n"
+
+
+def test_as_a_command():
+    result = processes.complete("train.cifar", "--depth", 19, "--dataset", "digits")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("train.cifar: `depth` must be 6n+2")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,6 @@ def test_choices(option, known, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--depth", "19"], "`depth` must be 6n+2"),
         # Before any data are downloaded.
         (["--depth", "19", "--dataset", "cifar10"], "`depth` must be 6n+2"),
         (["--batch-size", "1438"], "`batch_size` must be at most the 1,437"),

@@ -35,6 +35,7 @@ from train.engine.steps import (
     checked,
     make_evaluate,
     make_train_steps,
+    searching,
     steps_per_call,
 )
 
@@ -93,6 +94,7 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     config = validate(config)
     check_batch(config, images)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(searching())
         if folder is not None:  # Before anything is compiled.
             lock = workdir.locked(folder, config)
             devices.on_main(lambda: stack.enter_context(lock))

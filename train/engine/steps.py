@@ -1,6 +1,7 @@
 """The jitted programs: training steps and evaluation."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,22 @@ class Metrics(NamedTuple):
     accuracy: jax.Array
     finite: jax.Array
     """Whether each leaf of ``checked(state)`` is finite after the step."""
+
+
+@contextlib.contextmanager
+def searching() -> Iterator[None]:
+    """Keeps on JAX's search for NaN and infinities, where JAX_DEBUG_NANS started it.
+
+    In jax 0.10 to 0.12 a context inside JAX, such as ``debug_nans(False)`` around a
+    constant, otherwise ends it for the whole thread.
+    """
+    config: Any = jax.config
+    with contextlib.ExitStack() as stack:
+        if config.jax_debug_nans:
+            stack.enter_context(jax.debug_nans(True))
+        if config.jax_debug_infs:
+            stack.enter_context(jax.debug_infs(True))
+        yield
 
 
 def make_train_steps(

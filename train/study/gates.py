@@ -85,16 +85,10 @@ def spatial_gates(
 def grad_cam(
     model: "nn.Module", variables: Any, inputs: "Inputs", count: int = SHOWN_IMAGES
 ) -> "np.ndarray":
-    """Grad-CAM of the first test images and their classes, of the last block.
+    """Grad-CAM of the last block for the images of ``spatial_gates`` and their classes.
 
-    Args:
-      model: a residual network of ``flax_attn.resnet``.
-      variables: its variables.
-      inputs: what it was trained on, on one device.
-      count: how many images; at most a batch (default: 8).
-
-    Returns:
-      ``(count, h, w)`` float32.
+    Its arguments are those of ``spatial_gates``; the result is ``(count, h, w)``
+    float32.
     """
     import jax
     import numpy as np
