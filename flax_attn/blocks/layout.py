@@ -1,5 +1,6 @@
 """Array layouts other than NHWC."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,6 +47,19 @@ class ChannelsFirst(nn.Module):
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns ``module(x, *args, **kwargs)`` for ``x`` of shape (..., C, H, W)."""
+        return self._channels_first(self.module, x, *args, **kwargs)
+
+    def multiplier(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns what the block ``module`` multiplies ``x`` by, channels first.
+
+        Shape ``(..., C, 1, 1)``, ``(..., 1, H, W)`` or ``(..., C, H, W)``; ``mask`` is
+        ``(..., H, W)``.
+        """
+        return self._channels_first(self.module.multiplier, x, mask)
+
+    def _channels_first(
+        self, function: Callable[..., jax.Array], x: Any, *args: Any, **kwargs: Any
+    ) -> jax.Array:
         x = jnp.asarray(x)
         checks.check_positive("spatial_dims", self.spatial_dims)
         inner = getattr(self.module, "spatial_dims", self.spatial_dims)
@@ -62,5 +76,5 @@ class ChannelsFirst(nn.Module):
                 f"shape {x.shape}; add the missing axes, e.g. "
                 f"x[:, :{', None' * self.spatial_dims}] for a batch of vectors."
             )
-        y = self.module(jnp.moveaxis(x, channels, -1), *args, **kwargs)
+        y = function(jnp.moveaxis(x, channels, -1), *args, **kwargs)
         return jnp.moveaxis(y, -1, channels)

@@ -1,6 +1,6 @@
 """``assert_active``: whether every gate of a model moves its output."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from flax_attn.functional import Array
 from flax_attn.insertion._linen import Call, Path, watch
-from flax_attn.insertion._trees import separate_arrays
-from flax_attn.insertion.selection import listed
+from flax_attn.insertion.perturbation import check_gates, perturbed
+from flax_attn.insertion.trees import separate_arrays
 
 
 def assert_active(
@@ -56,30 +56,9 @@ def assert_active(
       ValueError: if no gate is called, or if the output is not finite.
     """
     gates = _find_gates(model, variables, args, kwargs)
-    if not gates:
-        raise ValueError(
-            "`model` must call a block of flax_attn or an inserted attention, got "
-            f"{type(model).__name__}, which calls none."
-        )
     run = _switchable(model, variables, args, kwargs, gates)
-    expected = run(np.zeros(len(gates), np.float32))
-    if not all(jnp.isfinite(x).all() for x in expected):
-        raise ValueError(
-            "`variables` must give a finite output, got NaN or infinity in it; pass "
-            "trained variables, or smaller inputs."
-        )
-    dead = [
-        "/".join(gate.path) or "the model itself"
-        for gate, switches in zip(gates, np.eye(len(gates), dtype="f"), strict=True)
-        if all(map(np.array_equal, run(switches), expected))
-    ]
-    if dead:
-        raise AssertionError(
-            f"The output does not depend on the gates of {listed(_unique(dead))}. "
-            "Either nothing uses them, or what they scale is zero, as after a scale "
-            "that starts at zero; then pass trained variables."
-        )
-    return _unique("/".join(gate.path) for gate in gates)
+    paths = ["/".join(gate.path) for gate in gates]
+    return check_gates(type(model).__name__, paths, run)
 
 
 class _Gate(NamedTuple):
@@ -87,11 +66,6 @@ class _Gate(NamedTuple):
 
     path: Path
     method: str
-
-
-def _unique(paths: Iterable[str]) -> tuple[str, ...]:
-    """A block with several gates has one path."""
-    return tuple(dict.fromkeys(paths))
 
 
 def _find_gates(
@@ -131,10 +105,7 @@ def _output(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> Any:
 def _switchable(
     model: nn.Module, variables: Any, args: Any, kwargs: Any, gates: Sequence[_Gate]
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The output as a function of one switch for each gate; 1 changes the gate.
-
-    One program for all, as two compilations may differ in the last bits.
-    """
+    """The output as a function of one switch for each gate; 1 changes the gate."""
     index = {gate: i for i, gate in enumerate(gates)}
     arrays, arguments = separate_arrays(args, kwargs)
 
@@ -145,10 +116,7 @@ def _switchable(
             i = index.get(_Gate(call.path, call.method))
             if i is None:
                 return y
-            # Different at each element, since a norm removes a common factor.
-            wave = 1 + jnp.sin(jnp.arange(y.size, dtype=jnp.float32)) / 2
-            change = wave.reshape(y.shape).astype(y.dtype)
-            return y + switches[i].astype(y.dtype) * change
+            return perturbed(y, switches[i])
 
         args, kwargs = arguments(arrays)
         return _output(watch(model, watcher), variables, args, kwargs)

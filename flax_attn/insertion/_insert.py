@@ -20,10 +20,10 @@ from flax_attn.insertion._linen import (
     recorded_once,
     with_hook,
 )
-from flax_attn.insertion._trees import to_dicts
 from flax_attn.insertion.selection import (
     Select,
     Where,
+    check_batch_axis,
     described,
     is_map,
     listed,
@@ -31,6 +31,7 @@ from flax_attn.insertion.selection import (
     most_axes,
     selector,
 )
+from flax_attn.insertion.trees import to_dicts
 
 
 def insert(
@@ -279,13 +280,7 @@ class _Insertion(Hook):
                 f"{described(y)}; select others, e.g. by a function of the path."
             )
         dims = getattr(self.attention, "spatial_dims", None)
-        if dims == y.ndim - 1 and axes != y.ndim:
-            raise ValueError(
-                f"`attention` with spatial_dims={dims} would read the batch axis of "
-                f"{y.shape}, the output of {site}, as a spatial axis; pass "
-                f"spatial_dims={dims - 1}, or, if that is one map without a batch "
-                "axis, add one to the input of the model."
-            )
+        check_batch_axis(dims, y.shape, axes, site)
         block = attached(self.attention, module, self.name, self.token)
         if block is None:
             raise ValueError(

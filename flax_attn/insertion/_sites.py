@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from flax_attn.insertion._linen import Call, Path, watch
-from flax_attn.insertion._trees import parameter_shapes
+from flax_attn.insertion.trees import parameter_shapes
 
 
 class Site(NamedTuple):

@@ -11,8 +11,8 @@ from flax.core import meta
 
 from flax_attn.blocks import Attention
 from flax_attn.insertion._linen import Call, Path, watch
-from flax_attn.insertion._trees import parameter_shapes, to_dicts
 from flax_attn.insertion.selection import listed
+from flax_attn.insertion.trees import parameter_shapes, to_dicts
 
 
 def merge(pretrained: Any, variables: Any) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -56,6 +56,27 @@ def most_axes(tree: Any) -> int:
     return max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(tree)), default=0)
 
 
+def check_batch_axis(
+    spatial_dims: int | None, shape: tuple[int, ...], axes: int, site: str
+) -> None:
+    """Raises if a block would read the batch axis of an output as a spatial axis.
+
+    Args:
+      spatial_dims: that of the block; None if it has no such field.
+      shape: of the output.
+      axes: the largest number of axes among the arrays given to the model. An output
+        with as many is one map without a batch axis.
+      site: the submodule, for the message.
+    """
+    if spatial_dims == len(shape) - 1 and axes != len(shape):
+        raise ValueError(
+            f"`attention` with spatial_dims={spatial_dims} would read the batch axis "
+            f"of {shape}, the output of {site}, as a spatial axis; pass "
+            f"spatial_dims={spatial_dims - 1}, or, if that is one map without a batch "
+            "axis, add one to the input of the model."
+        )
+
+
 def described(value: Any) -> str:
     """What ``value`` is, for a message."""
     if isinstance(value, jax.Array | np.ndarray):

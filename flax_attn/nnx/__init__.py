@@ -29,7 +29,8 @@ checkpoints and what ``flax_attn.convert`` reads go in as they are::
 
 Gates are sown as ``nnx.Intermediate`` where ``nnx.capture`` asks for them;
 ``attention_maps`` reads them in every version of Flax. A call draws no random numbers.
-``insert`` puts blocks into a model that somebody else wrote.
+``insert`` puts blocks into a model that somebody else wrote, and ``assert_active``
+finds gates that do not act.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flax_attn.blocks import BLOCKS as _LINEN
+from flax_attn.nnx._active import assert_active
 from flax_attn.nnx._blocks import Attention, Layer, native
 from flax_attn.nnx._gates import attention_maps
 from flax_attn.nnx._insertion import attention_params, insert
@@ -58,6 +60,7 @@ __all__ = [  # noqa: PLE0604 - The blocks are those of the registry.
     "Attention",
     "BLOCKS",
     "Layer",
+    "assert_active",
     "attention_maps",
     "attention_params",
     "create",

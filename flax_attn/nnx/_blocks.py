@@ -17,6 +17,8 @@ from flax_attn.blocks.base import ModuleDef
 from flax_attn.functional import Array, checks
 
 Path = tuple[str, ...]
+Place = tuple[Any, ...]
+"""The path of a module in a model, in which positions in lists are integers."""
 
 
 class Layer(nnx.Module):
@@ -98,7 +100,7 @@ class Attention(nnx.Module):
                 f"{shape}; make the block with features={shape[-1]}."
             )
         variables = {"params": _params(self)}
-        linen = _with_norms(self.linen, lambda norm: self._at(norm.path))
+        linen = self._callee()
         y: Any
         if not (self.sow_gates or hasattr(self, "__captures__")):
             y = linen.apply(variables, x, mask, method=method)
@@ -111,6 +113,10 @@ class Attention(nnx.Module):
                 self._at(path[:-1]).sow(nnx.Intermediate, path[-1], value)
         return y
 
+    def _callee(self) -> nn.Module:
+        """The Linen block that a call applies."""
+        return _with_norms(self.linen, lambda norm: self._at(norm.path))
+
     def _at(self, path: Path) -> Any:
         module: Any = self
         for name in path:
@@ -118,11 +124,21 @@ class Attention(nnx.Module):
         return module
 
 
-def modules(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Module]:
+def modules(model: nnx.Module) -> dict[Place, nnx.Module]:
     """All modules in ``model`` by their paths, itself too; those nearer first."""
     nodes = nnx.iter_graph(model)  # Flax 0.11 has no nnx.iter_modules.
     found = [(path, node) for path, node in nodes if isinstance(node, nnx.Module)]
     return dict(sorted(found, key=lambda item: len(item[0])))
+
+
+def become(module: nnx.Module, kind: type) -> None:
+    """Makes ``module`` an instance of ``kind``, a subclass of its class."""
+    object.__setattr__(module, "__class__", kind)
+
+
+def joined(place: Place) -> str:
+    """``place`` with slashes."""
+    return "/".join(map(str, place))
 
 
 def native(make: Callable[..., nn.Module]) -> Any:

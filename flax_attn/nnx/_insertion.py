@@ -9,10 +9,16 @@ import jax
 from flax import nnx
 
 from flax_attn.insertion import Site, Sites
-from flax_attn.insertion.selection import described, is_map, listed, most_axes, selector
-from flax_attn.nnx._blocks import Attention, modules
-
-Path = tuple[Any, ...]
+from flax_attn.insertion.selection import (
+    check_batch_axis,
+    described,
+    is_map,
+    listed,
+    most_axes,
+    selector,
+)
+from flax_attn.insertion.trees import separate_arrays
+from flax_attn.nnx._blocks import Attention, Place, become, joined, modules
 
 
 def insert(
@@ -86,20 +92,20 @@ def insert(
         )
     select = _select(where)
     inside = dict(_submodules(model))
-    chosen = {path for path, m in inside.items() if select(m, _joined(path))}
+    chosen = {path for path, m in inside.items() if select(m, joined(path))}
     outputs = _outputs(model, chosen, args, kwargs)
     if not outputs:
-        seen = (f"{_joined(path)} ({type(m).__name__})" for path, m in inside.items())
+        seen = (f"{joined(path)} ({type(m).__name__})" for path, m in inside.items())
         raise ValueError(
             f"`where` must select a submodule that {type(model).__name__} calls, got "
             f"{where!r}; its submodules are {listed(seen)}."
         )
     fields = {"identity_init": True} if init else {}
     axes = most_axes((args, kwargs))
-    made: dict[Path, tuple[nnx.Module, Site]] = {}
+    made: dict[Place, tuple[nnx.Module, Site]] = {}
     for path, y in outputs.items():
         module = inside[path]
-        site = f"{_joined(path)} ({type(module).__name__})"
+        site = f"{joined(path)} ({type(module).__name__})"
         if hasattr(module, name):
             raise ValueError(
                 f"`name` must be free in {site}, which has a {name!r} already; pass "
@@ -107,18 +113,13 @@ def insert(
             )
         block = attention(y.shape[-1], rngs=rngs, **fields)
         dims = block.linen.spatial_dims if isinstance(block, Attention) else None
-        if dims is not None and dims == y.ndim - 1 and axes != y.ndim:
-            raise ValueError(
-                f"`attention` with spatial_dims={dims} would read the batch axis of "
-                f"{y.shape}, the output of {site}, as a spatial axis; pass "
-                f"spatial_dims={dims - 1}."
-            )
+        check_batch_axis(dims, y.shape, axes, site)
         size = sum(a.size for a in jax.tree.leaves(nnx.state(block, nnx.Param)))
-        made[path] = block, Site(_joined(path), type(module).__name__, y.shape, size)
+        made[path] = block, Site(joined(path), type(module).__name__, y.shape, size)
     for path, (block, _) in made.items():
         module = inside[path]
         setattr(module, name, block)
-        _become(module, _attended(type(module), name))
+        become(module, _attended(type(module), name))
     return Sites(site for _, site in made.values())
 
 
@@ -158,7 +159,7 @@ def attention_params(model: nnx.Module) -> Any:
             "add a block, such as flax_attn.nnx.SE."
         )
 
-    def inside(path: Path, value: Any) -> bool:
+    def inside(path: Place, value: Any) -> bool:
         return any(path[: len(root)] == root for root in roots)
 
     return nnx.All(nnx.Param, inside)
@@ -178,9 +179,9 @@ def _select(where: Any) -> Callable[[Any, str], bool]:
     return lambda module, path: isinstance(module, kinds)
 
 
-def _submodules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+def _submodules(model: nnx.Module) -> Iterator[tuple[Place, nnx.Module]]:
     """All modules in ``model`` but itself and those of attention."""
-    closed: list[Path] = []
+    closed: list[Place] = []
     for path, module in modules(model).items():
         if any(path[: len(root)] == root for root in closed):
             continue
@@ -192,26 +193,30 @@ def _submodules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
             yield path, module
 
 
-def _outputs(model: nnx.Module, chosen: set[Path], args: Any, kwargs: Any) -> Any:
+def _outputs(model: nnx.Module, chosen: set[Place], args: Any, kwargs: Any) -> Any:
     """The maps that the chosen submodules return, in the order of their calls."""
     probe = nnx.clone(model)
-    outputs: dict[Path, jax.ShapeDtypeStruct] = {}
+    outputs: dict[Place, jax.ShapeDtypeStruct] = {}
     for path, module in modules(probe).items():
         if path in chosen:
-            _become(module, _recording(type(module), path, _shapes(module), outputs))
-    nnx.eval_shape(
-        lambda model, args, kwargs: model(*args, **kwargs), probe, args, kwargs
-    )
+            become(module, _recording(type(module), path, _shapes(module), outputs))
+    arrays, arguments = separate_arrays(args, kwargs)
+
+    def call(model: Any, arrays: list[Any]) -> Any:
+        args, kwargs = arguments(arrays)
+        return model(*args, **kwargs)
+
+    nnx.eval_shape(call, probe, arrays)
     return outputs
 
 
 def _recording(
-    kind: Any, path: Path, shapes: Any, outputs: dict[Path, jax.ShapeDtypeStruct]
+    kind: Any, path: Place, shapes: Any, outputs: dict[Place, jax.ShapeDtypeStruct]
 ) -> type:
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         result = kind.__call__(self, *args, **kwargs)
         y = result[0] if isinstance(result, tuple) and result else result
-        site = f"{_joined(path)} ({kind.__name__})"
+        site = f"{joined(path)} ({kind.__name__})"
         if not is_map(y):
             raise ValueError(
                 "`where` must select submodules that return a feature map "
@@ -262,13 +267,5 @@ def _attended(kind: Any, name: str) -> type:
     return type(kind.__name__, (kind,), methods | members)
 
 
-def _become(module: nnx.Module, kind: type) -> None:
-    object.__setattr__(module, "__class__", kind)
-
-
 def _shapes(module: nnx.Module) -> list[tuple[int, ...]]:
     return [leaf.shape for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
-
-
-def _joined(path: Path) -> str:
-    return "/".join(map(str, path))

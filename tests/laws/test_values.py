@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_attn import nnx
+from flax_attn import ChannelsFirst, nnx
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
     IMPLEMENTATIONS,
@@ -123,7 +123,7 @@ def test_the_fast_implementation_refuses_forward_mode(block):
 @quick
 @blocks
 def test_the_multiplier_multiplies_back(block):
-    """In both APIs, with a mask and without."""
+    """In both APIs and layouts, with a mask and without."""
     # What can also add to the map has nothing to multiply by unless it scales.
     scaling = {"fuse": "scale"} if hasattr(BLOCKS[block](), "fuse") else {}
     make = partial(BLOCKS[block], use_bias=True, **scaling)
@@ -140,9 +140,17 @@ def test_the_multiplier_multiplies_back(block):
             y = linen.apply(variables, x, mask)
             return y, linen.apply(variables, x, mask, method="multiplier")
 
-        return pair(), pair(mask), (native(x, mask), native.multiplier(x, mask))
+        first = ChannelsFirst(linen).apply(
+            variables, jnp.moveaxis(x, -1, -3), mask, method="multiplier"
+        )
+        return (
+            pair(),
+            pair(mask),
+            (native(x, mask), native.multiplier(x, mask)),
+            (native(x, mask), jnp.moveaxis(first, -3, -1)),
+        )
 
-    masks = (1, mask[..., None], mask[..., None])
+    masks = (1, *(mask[..., None],) * 3)
     for (y, multiplier), within in zip(run(x), masks, strict=True):
         np.testing.assert_allclose(x * within * multiplier, y, rtol=1e-5, atol=1e-6)
 

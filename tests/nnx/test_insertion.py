@@ -12,7 +12,7 @@ from flax import nnx
 
 import flax_attn.nnx
 from tests.cases import normal
-from tests.nnx.test_blocks import every_class
+from tests.nnx.cases import drawn, every_class
 
 # What these show does not depend on the optimizer of the compiler.
 pytestmark = pytest.mark.usefixtures("quick_compilations")
@@ -47,6 +47,10 @@ class Model(nnx.Module):
         return self.head(y.mean((1, 2))) + mean
 
 
+def make():
+    return drawn(lambda: Model(rngs=nnx.Rngs(0)))
+
+
 def insert(model, where, attention=flax_attn.nnx.SE, **fields):
     return flax_attn.nnx.insert(model, attention, where, X, rngs=nnx.Rngs(1), **fields)
 
@@ -67,7 +71,7 @@ def insert(model, where, attention=flax_attn.nnx.SE, **fields):
     ],
 )
 def test_sites(where, paths):
-    model = Model(rngs=nnx.Rngs(0))
+    model = make()
     before = jax.tree.map(np.array, flax_attn.nnx.to_linen(model))
     sites = insert(model, where)
     assert [site.path for site in sites] == paths
@@ -83,19 +87,20 @@ def test_sites(where, paths):
         after["batch_stats"]["stage1"]["norm"]["mean"],
         before["batch_stats"]["stage1"]["norm"]["mean"],
     )
-    gates = flax_attn.nnx.attention_maps(model, X)
+    gates = nnx.eval_shape(flax_attn.nnx.attention_maps, model, X)
     assert sorted(gates) == sorted(f"{p}/attention/channel_gate" for p in paths)
 
 
 @every_class
 def test_starts_as_the_model_was_and_trains(name):
-    model = Model(rngs=nnx.Rngs(0))
-    expected = nnx.clone(model)(X)
+    model = make()
+    run = nnx.jit(lambda model: nnx.clone(model)(X))
+    expected = run(model)
     # Positive, so that no ReLU of few units is dead from the start.
     positive = nnx.initializers.uniform(0.3)
     attention = partial(flax_attn.nnx.BLOCKS[name], kernel_init=positive)
     insert(model, Stage, attention, init="identity")
-    np.testing.assert_array_equal(nnx.clone(model)(X), expected)
+    np.testing.assert_allclose(run(model), expected, rtol=1e-6, atol=1e-6)
     wrt = flax_attn.nnx.attention_params(model)
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=wrt)
     before = jax.tree.map(np.array, flax_attn.nnx.to_linen(model)["params"])
@@ -123,7 +128,7 @@ def test_starts_as_the_model_was_and_trains(name):
 
 
 def test_twice_at_one_site():
-    model = Model(rngs=nnx.Rngs(0))
+    model = make()
     insert(model, "stage1")
     sites = insert(model, "stage1", flax_attn.nnx.ECA, name="second")
     assert [site.path for site in sites] == ["stage1"]
@@ -134,7 +139,7 @@ def test_twice_at_one_site():
 
 
 def test_tabulate_leaves_the_methods_alone():
-    model = Model(rngs=nnx.Rngs(0))
+    model = make()
     insert(model, "stage1/conv")
     assert "SE" in nnx.tabulate(model, X)
     model.eval()
@@ -171,7 +176,7 @@ class Scanned(nnx.Module):
     ],
 )
 def test_errors_leave_the_model_alone(where, fields, message):
-    model = Model(rngs=nnx.Rngs(0))
+    model = make()
     before = nnx.split(model)[0]
     with pytest.raises(ValueError, match=message):
         insert(model, where, **fields)
