@@ -18,7 +18,6 @@ from tests.nnx.cases import (
     REPRESENTATIVE,
     X,
     create,
-    every_block,
     every_class,
     gradients,
     learned,
