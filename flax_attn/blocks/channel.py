@@ -246,9 +246,20 @@ def channel_logits(
     logits_of = excite(module, x.shape[-1])
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     dtype = module.dtype or x.dtype
-    squeezed = [squeeze(module, x, mask, pool).astype(dtype) for pool in pools]
+    if pools == functional.POOLS:
+        squeezed = [*functional.squeeze_spatial_by_both(x, **_options(module, mask))]
+    else:
+        squeezed = [squeeze(module, x, mask, pool) for pool in pools]
     # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
-    return reduce(jnp.add, logits_of(jnp.stack(squeezed)))
+    return reduce(jnp.add, logits_of(jnp.stack([s.astype(dtype) for s in squeezed])))
+
+
+def _options(module: Attention, mask: Array | None) -> dict[str, Any]:
+    return {
+        "mask": mask,
+        "spatial_dims": module.spatial_dims,
+        "implementation": module.implementation,
+    }
 
 
 def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> Array:
@@ -256,17 +267,11 @@ def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> A
     if callable(pool):
         return _squeeze_by(pool, x, mask, module.spatial_dims)
     checks.check_choice("pool", pool, POOLS)
-    by = partial(
-        functional.squeeze_spatial,
-        x,
-        mask=mask,
-        spatial_dims=module.spatial_dims,
-        implementation=module.implementation,
-    )
+    options = _options(module, mask)
     if pool != "avg+max":
-        return by(pool=pool)
-    mean = by(pool="avg")
-    return mean / 2 + by(pool="max").astype(mean.dtype) / 2
+        return functional.squeeze_spatial(x, pool=pool, **options)
+    mean, maximum = functional.squeeze_spatial_by_both(x, **options)
+    return mean / 2 + maximum.astype(mean.dtype) / 2
 
 
 def _squeeze_by(

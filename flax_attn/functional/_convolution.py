@@ -131,6 +131,27 @@ def _bwd_by_rows(
 conv.defvjp(_conv_fwd, _conv_bwd)
 
 
+def _conv_1d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    return conv(maps[..., None, :, :], kernel[None], precision)[..., 0, :, :]
+
+
+def _conv_3d(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
+    """Each slice of the kernel over H and W at once, then shifted sums along D."""
+    kd, kh, kw, m, o = kernel.shape
+    d, dtype = maps.shape[-4], accumulator(maps)
+    flat = jnp.moveaxis(kernel, 0, 3).reshape(kh, kw, m, kd * o)
+    planes = conv(maps.astype(dtype), flat.astype(dtype), precision)
+    pads = [(0, 0)] * planes.ndim
+    pads[-4] = (kd // 2, kd // 2)
+    planes = jnp.pad(planes, pads)
+    slices = [planes[..., i : i + d, :, :, i * o : (i + 1) * o] for i in range(kd)]
+    return sum(slices[1:], slices[0]).astype(maps.dtype)
+
+
+# By the number of spatial axes.
+CONVS: dict[int, Callable[..., Array]] = {1: _conv_1d, 2: conv, 3: _conv_3d}
+
+
 @jax.custom_batching.custom_vmap
 def _is_finite(*arrays: Array) -> Array:
     """Whether all sums of ``arrays`` are; under ``vmap``, of all samples at once.

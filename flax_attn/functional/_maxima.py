@@ -3,12 +3,13 @@
 Why no gradient of a maximum can be lost: one kernel decides which element it is, from
 one copy of the values, and only the integer index travels to the backward pass. On CPU
 that kernel is a branch of a conditional, whose operands lie in memory that no fusion
-crosses; elsewhere it is one reduction of (value, index) pairs.
+crosses; elsewhere it is one reduction of values and indices together.
 """
 
 import functools
 from collections.abc import Callable
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,14 @@ from flax_attn.functional._sums import (
     Axes,
     accumulator,
     itself,
-    mean_of_gated,
     part_of,
     reduced_shape,
     rows_of,
     size_of,
     slicing,
+    sum_of_gated,
     sum_over,
+    widen,
 )
 
 
@@ -66,64 +68,76 @@ def _all_batched(
 
 
 @functools.cache
-def peak_of(
+def squeezes_of(
     function: Callable[..., Array], axes: Axes, with_index: bool
 ) -> Callable[..., tuple[Array, ...]]:
-    """Maps ``(..., H, W, C)`` to ``function``'s maximum over ``axes`` and its position.
+    """Maps ``(..., H, W, C)`` to ``function``'s sum over ``axes`` and its maximum.
 
-    The axes stay with size 1. Positions count rows of pixels, or channels. Under
+    Both come in ``accumulator``, and ``axes`` stay with size 1. With ``with_index``,
+    the maximum's position follows, which counts rows of pixels, or channels. Under
     ``vmap`` the new axis is one more leading axis: a branch must not become a select.
     """
 
-    def of_pairs(*maps: Array) -> tuple[Array, ...]:
-        if with_index:
-            return _peak_of_pairs(function, axes, *maps)
-        return (function(*maps).max(axes, keepdims=True),)
-
     @jax.custom_batching.custom_vmap
-    def peak(*maps: Array) -> tuple[Array, ...]:
-        by_branch = partial(_peak_by_branch, function, axes, with_index)
-        return lax.platform_dependent(*maps, cpu=by_branch, default=of_pairs)
+    def squeezes(*maps: Array) -> tuple[Array, ...]:
+        return lax.platform_dependent(
+            *maps,
+            cpu=partial(_squeezes_by_branch, function, axes, with_index),
+            default=partial(squeezes_by_reduction, function, axes, with_index),
+        )
 
-    @peak.def_vmap
+    @squeezes.def_vmap
     def batched(
         size: int, is_batched: list[bool], *maps: Array
     ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
-        results = peak(*_all_batched(size, is_batched, maps))
+        results = squeezes(*_all_batched(size, is_batched, maps))
         return results, (True,) * len(results)
 
-    return peak
+    return squeezes
 
 
-def _peak_of_pairs(
-    function: Callable[..., Array], axes: Axes, *maps: Array
-) -> tuple[Array, Array]:
-    """By one reduction; fast on GPU and TPU."""
-    y = function(*maps)
-
-    def larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-        (v, i), (w, j) = a, b
-        # NaN is the largest, and of equals the first one wins.
-        wins = (w > v) | ((w != w) & (v == v))
-        wins |= ((w == v) | ((w != w) & (v != v))) & (j < i)
-        return jnp.where(wins, w, v), jnp.where(wins, j, i)
-
-    index = jnp.broadcast_to(positions(y.shape, axes), y.shape)
-    # Of the array's own type, whatever mesh it is on.
-    last = jnp.asarray(size_of(y.shape, axes), jnp.int32)
-    dims = tuple(a % y.ndim for a in axes)
-    pair = lax.reduce((y, index), (jnp.asarray(-jnp.inf, y.dtype), last), larger, dims)
-    m, index = (a.reshape(reduced_shape(y.shape, axes)) for a in pair)
-    return m, index
-
-
-def _peak_by_branch(
+def squeezes_by_reduction(
     function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
 ) -> tuple[Array, ...]:
-    """The maximum, then the first element that equals it, both from stored maps.
+    """By one reduction, which reads the maps once; fast on GPU and TPU."""
+    y = widen(function(*maps))  # All of one reduction has one precision on TPU.
+    zero, lowest = jnp.zeros((), y.dtype), jnp.asarray(-jnp.inf, y.dtype)
+    operands: tuple[Array, ...] = (y, y)
+    starts: tuple[Array, ...] = (zero, lowest)
+    combine: Callable[..., Any] = _add_and_larger
+    if with_index:
+        index = jnp.broadcast_to(positions(y.shape, axes), y.shape)
+        # Of the array's own type, whatever mesh it is on.
+        last = jnp.asarray(size_of(y.shape, axes), jnp.int32)
+        operands, starts = (*operands, index), (*starts, last)
+        combine = _add_and_first_of_largest
+    dims = tuple(a % y.ndim for a in axes)
+    results = lax.reduce(operands, starts, combine, dims)
+    return tuple(a.reshape(reduced_shape(y.shape, axes)) for a in results)
+
+
+def _add_and_larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    return a[0] + b[0], jnp.maximum(a[1], b[1])
+
+
+def _add_and_first_of_largest(
+    a: tuple[Array, ...], b: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    (s, v, i), (t, w, j) = a, b
+    # NaN is the largest, and of equals the first one wins.
+    wins = (w > v) | ((w != w) & (v == v))
+    wins |= ((w == v) | ((w != w) & (v != v))) & (j < i)
+    return s + t, jnp.where(wins, w, v), jnp.where(wins, j, i)
+
+
+def _squeezes_by_branch(
+    function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
+) -> tuple[Array, ...]:
+    """The sum, the maximum, then the first element equal to it, from stored maps.
 
     ``function`` is a copy or one product: rounded alike wherever it is computed. XLA's
-    CPU backend is slow at a maximum of what it computes, and loses NaN in one.
+    CPU backend is slow at a maximum of what it computes, loses NaN in one, and may not
+    compile a reduction of several arrays (jax 0.12.0.1: results of different layouts).
     """
     shape = jnp.broadcast_shapes(*(a.shape for a in maps))
     size = size_of(shape, axes)
@@ -142,24 +156,20 @@ def _peak_by_branch(
             keys.append(jnp.where(part == m, i, size))
         return m, _min_of_rows(reduce(jnp.minimum, keys), axis)
 
-    def by_pairs(*rows: Array) -> tuple[Array, ...]:
-        rows = tuple(a[..., None, :] for a in rows)  # (N, H * W, 1, C)
-        pair = _peak_of_pairs(function, axes, *rows)
-        return tuple(a[..., 0, :] for a in pair[: 1 + with_index])
+    def with_nan(*rows: Array) -> tuple[Array, ...]:
+        y = function(*rows)
+        has_nan = (y != y).any(axis, keepdims=True)
+        m = jnp.where(has_nan, jnp.nan, y.max(axis, keepdims=True))
+        i = lax.broadcasted_iota(jnp.int32, y.shape, axis)
+        keys = jnp.where(jnp.where(has_nan, y != y, y == m), i, size)
+        return (m, keys.min(axis, keepdims=True))[: 1 + with_index]
 
+    sums = sum_over(maps[0], axes) if function is itself else sum_of_gated(*maps)
+    total = sums.sum()
     rows = [rows_of(a) for a in maps]
-    total = _total(function, axes, *maps)
-    results = lax.cond(total == total, by_comparison, by_pairs, *rows)
-    return tuple(a.reshape(reduced_shape(shape, axes)) for a in results)
-
-
-def _total(function: Callable[..., Array], axes: Axes, *maps: Array) -> Array:
-    """The sum of all elements; from the mean, which most blocks compute as well."""
-    if function is itself:
-        (x,) = maps
-        return sum_over(x, axes).sum()
-    x, gate = maps
-    return mean_of_gated(x, gate).sum()
+    results = lax.cond(total == total, by_comparison, with_nan, *rows)
+    m, *index = (a.reshape(reduced_shape(shape, axes)) for a in results)
+    return sums, widen(m), *index
 
 
 def _max_of_rows(

@@ -37,6 +37,11 @@ def maximum_jvp(
     return m, jnp.take_along_axis(t, index, axis).reshape(m.shape)
 
 
+def mean_and_maximum(x: Array, axes: Axes) -> tuple[Array, Array]:
+    """``mean`` and ``maximum``."""
+    return mean(x, axes), maximum(x, axes)
+
+
 def conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     """The convolution that keeps the size of its maps."""
     spatial = "DHW"[5 - kernel.ndim :]

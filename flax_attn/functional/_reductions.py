@@ -12,14 +12,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_attn.functional._maxima import at_peak, found, peak_of, positions
+from flax_attn.functional._maxima import at_peak, found, positions, squeezes_of
 from flax_attn.functional._sums import (
     CHANNEL,
     SPATIAL,
     Array,
     Axes,
     itself,
-    mean_of_gated,
     product,
     size_of,
     sum_of,
@@ -46,48 +45,54 @@ def _mean_bwd(axes: Axes, x: Array, ct: Array) -> tuple[Array]:
 mean.defvjp(_mean_fwd, _mean_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def maximum(x: Array, axes: Axes) -> Array:
     """The maximum over ``axes``, which stay with size 1.
 
     The first element that attains it takes the whole gradient.
     """
-    return peak_of(itself, axes, with_index=False)(x)[0]
+    return mean_and_maximum(x, axes)[1]
 
 
-def _maximum_fwd(x: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
-    m, index = peak(x, axes)
-    return m, (x, index)
-
-
-def _maximum_bwd(axes: Axes, res: tuple[Array, Array], ct: Array) -> tuple[Array]:
-    x, index = res
-    return (at_peak(x.shape, axes, index, ct).astype(x.dtype),)
-
-
-maximum.defvjp(_maximum_fwd, _maximum_bwd)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def mean_and_maximum(x: Array, axes: Axes) -> tuple[Array, Array]:
+    """``mean`` and ``maximum``, on GPU and TPU in one pass over ``x``."""
+    total, m = squeezes_of(itself, axes, with_index=False)(x)
+    return total / size_of(x.shape, axes), m.astype(x.dtype)
 
 
 # With a rule of its own, so that derivatives of the gradient are defined too.
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def peak(x: Array, axes: Axes) -> tuple[Array, Array]:
-    """The maximum over ``axes`` and the position of the first element attaining it."""
-    m, index = peak_of(itself, axes, with_index=True)(x)
-    return m.astype(x.dtype), index
+def _mean_and_peak(x: Array, axes: Axes) -> tuple[Array, Array, Array]:
+    """The mean, the maximum and the position of the first element attaining it."""
+    total, m, index = squeezes_of(itself, axes, with_index=True)(x)
+    return total / size_of(x.shape, axes), m.astype(x.dtype), index
 
 
-def _peak_fwd(x: Array, axes: Axes) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    m, index = peak(x, axes)
-    return (m, index), (x, index)
+def _mean_and_peak_fwd(
+    x: Array, axes: Axes
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    mean, m, index = _mean_and_peak(x, axes)
+    return (mean, m, index), (x, index)
 
 
-def _peak_bwd(
-    axes: Axes, res: tuple[Array, Array], cts: tuple[Array, Array]
+def _mean_and_maximum_fwd(
+    x: Array, axes: Axes
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    (mean, m, _), res = _mean_and_peak_fwd(x, axes)
+    return (mean, m), res
+
+
+def _mean_and_maximum_bwd(
+    axes: Axes, res: tuple[Array, Array], cts: tuple[Array, ...]
 ) -> tuple[Array]:
-    return _maximum_bwd(axes, res, cts[0])
+    x, index = res
+    ct_mean, ct_m = cts[:2]
+    d_x = ct_mean / size_of(x.shape, axes) + at_peak(x.shape, axes, index, widen(ct_m))
+    return (d_x.astype(x.dtype),)
 
 
-peak.defvjp(_peak_fwd, _peak_bwd)
+mean_and_maximum.defvjp(_mean_and_maximum_fwd, _mean_and_maximum_bwd)
+_mean_and_peak.defvjp(_mean_and_peak_fwd, _mean_and_maximum_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -114,15 +119,15 @@ def scale_and_squeeze(x: Array, gate: Array) -> tuple[Array, Array, Array]:
 
     The two come in ``accumulator(x)``, with a last axis of size 1.
     """
-    (m,) = peak_of(product, CHANNEL, with_index=False)(x, gate)
-    return x * gate, m, mean_of_gated(x, gate)
+    total, m = squeezes_of(product, CHANNEL, with_index=False)(x, gate)
+    return x * gate, m, total / x.shape[-1]
 
 
 def _scale_and_squeeze_fwd(
     x: Array, gate: Array
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
-    m, index = _peak_of_gated(x, gate)
-    return (x * gate, m, mean_of_gated(x, gate)), (x, gate, index)
+    mean, m, index = _squeeze_gated(x, gate)
+    return (x * gate, m, mean), (x, gate, index)
 
 
 def _scale_and_squeeze_bwd(
@@ -148,25 +153,26 @@ scale_and_squeeze.defvjp(_scale_and_squeeze_fwd, _scale_and_squeeze_bwd)
 
 
 @jax.custom_vjp
-def _peak_of_gated(x: Array, gate: Array) -> tuple[Array, Array]:
-    m, index = peak_of(product, CHANNEL, with_index=True)(x, gate)
-    return m, index
+def _squeeze_gated(x: Array, gate: Array) -> tuple[Array, Array, Array]:
+    total, m, index = squeezes_of(product, CHANNEL, with_index=True)(x, gate)
+    return total / x.shape[-1], m, index
 
 
-def _peak_of_gated_fwd(
+def _squeeze_gated_fwd(
     x: Array, gate: Array
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    m, index = _peak_of_gated(x, gate)
-    return (m, index), (x, gate, index)
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
+    mean, m, index = _squeeze_gated(x, gate)
+    return (mean, m, index), (x, gate, index)
 
 
-def _peak_of_gated_bwd(
-    res: tuple[Array, Array, Array], cts: tuple[Array, Array]
+def _squeeze_gated_bwd(
+    res: tuple[Array, Array, Array], cts: tuple[Array, Array, Array]
 ) -> tuple[Array, Array]:
     x, gate, index = res
-    d_y = at_peak(x.shape, CHANNEL, index, cts[0])
+    ct_mean, ct_m, _ = cts
+    d_y = ct_mean / x.shape[-1] + at_peak(x.shape, CHANNEL, index, ct_m)
     d_gate = sum_of(product, SPATIAL, x, d_y)
     return (d_y * widen(gate)).astype(x.dtype), d_gate.astype(gate.dtype)
 
 
-_peak_of_gated.defvjp(_peak_of_gated_fwd, _peak_of_gated_bwd)
+_squeeze_gated.defvjp(_squeeze_gated_fwd, _squeeze_gated_bwd)

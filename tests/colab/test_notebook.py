@@ -29,7 +29,10 @@ def run(notebook, epochs):
 
 def test_runs_from_top_to_bottom(monkeypatch):
     # Two devices, as a stand-in for the cores of a TPU.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1")
+    monkeypatch.setenv(
+        "XLA_FLAGS",
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1",
+    )
     notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
     outputs, text = run(notebook, epochs=3)
     assert f"kept: jax=={version('jax')} jaxlib=={version('jaxlib')} flax==" in text

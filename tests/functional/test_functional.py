@@ -130,13 +130,61 @@ def test_squeezes_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
     np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_a_maximum_alone():
+    # A program without the value itself did not compile with jax 0.12.0.1. Channels of
+    # a pixel that holds NaN have their first NaN for a maximum.
+    x = normal((2, 5, 9, 70), 0)
+    x[1, 2, 3, 4:6] = np.nan
+    grad = jax.jit(jax.grad(lambda x: functional.squeeze_channels(x)[..., 0].sum()))
+    # `argmax` of NumPy finds the first NaN too.
+    np.testing.assert_array_equal(grad(x), np.eye(70)[x.argmax(-1)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_squeezes_of_other_platforms(dtype):
+    """The one reduction of GPUs and TPUs, run here: ties, NaN, infinities, gates."""
+    from flax_attn.functional import _maxima, _sums
+
+    x = np.round(4 * normal((2, 3, 5, 7), 0)) / 4
+    x[0, 1, 2, 3:5] = np.nan
+    x[1, 0, 0], x[1, 0, 1] = -np.inf, np.inf
+    x = jnp.asarray(x, dtype)
+    gate = jnp.asarray(np.round(4 * normal((2, 1, 1, 7), 1)) / 4 + 8, dtype)
+    cases = [
+        (_sums.itself, _sums.SPATIAL, (x,)),
+        (_sums.itself, _sums.CHANNEL, (x,)),
+        (_sums.product, _sums.CHANNEL, (x, gate)),
+    ]
+
+    @jax.jit
+    def run(cases_maps):
+        return [
+            _maxima.squeezes_by_reduction(f, axes, with_index, *maps)
+            for (f, axes, _), maps in zip(cases, cases_maps, strict=True)
+            for with_index in (False, True)
+        ]
+
+    results = iter(run([maps for _, _, maps in cases]))
+    for _, axes, maps in cases:
+        y = np.prod([np.float32(m) for m in np.broadcast_arrays(*maps)], axis=0)
+        flat = np.moveaxis(y, -1, 1).reshape(2, 7, 15) if len(axes) == 2 else y
+        with np.errstate(invalid="ignore"):  # Both infinities in one sum.
+            expected = flat.sum(-1)
+        for result in (next(results), next(results)):
+            total, m, *index = (np.squeeze(r) for r in result)
+            np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
+            np.testing.assert_array_equal(m, flat.max(-1))
+        np.testing.assert_array_equal(index[0], flat.argmax(-1))
+
+
 def test_a_lost_maximum_is_seen():
     # An index that no element has must not pass for a gradient of zero.
     from flax_attn.functional import _reductions
 
     x, index = jnp.ones((2, 2, 1)), jnp.full((1, 1, 1), 4)
-    (g,) = _reductions._maximum_bwd(
-        _reductions.SPATIAL, (x, index), jnp.ones((1, 1, 1))
+    cotangents = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))
+    (g,) = _reductions._mean_and_maximum_bwd(
+        _reductions.SPATIAL, (x, index), cotangents
     )
     assert jnp.isnan(g).any()
 
@@ -168,7 +216,32 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
 )
 def test_spatial_convolution(h, w, k):
     maps, kernel = normal((2, h, w, 2), 0), normal((k, k, 2, 1), 1)
-    check_convolution(functional.conv_spatial, maps, kernel)
+    cotangent = normal((2, h, w, 1), 2)
+    arrays = maps, kernel, cotangent
+    expected = convolution_and_gradients(*map(np.float64, arrays))
+    sizes = convolution_and_gradients(*(np.abs(np.float64(a)) for a in arrays))
+    # Products in each sum: a float32 sum of n, in any order, is off by at most n units
+    # of rounding times the sum of their sizes (Higham, Accuracy and Stability, 3.1).
+    counts = 2 * k * k, k * k, 2 * h * w
+    results = by_implementation(functional.conv_spatial, *arrays)
+    for implementation, result in results.items():
+        for got, want, size, n in zip(result, expected, sizes, counts, strict=True):
+            bound = n * 2.0**-24 / (1 - n * 2.0**-24) * size
+            assert (np.abs(got - want) <= bound).all(), implementation
+
+
+def convolution_and_gradients(maps, kernel, cotangent):
+    """Output and gradients of the convolution, tap by tap."""
+    (kh, kw), (h, w) = kernel.shape[:2], maps.shape[1:3]
+    pads = (0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)
+    padded = np.pad(maps, pads)
+    y, d_padded, d_kernel = map(np.zeros_like, (cotangent, padded, kernel))
+    for i, j in np.ndindex(kh, kw):
+        part = np.s_[:, i : i + h, j : j + w]
+        y += padded[part] @ kernel[i, j]
+        d_padded[part] += cotangent @ kernel[i, j].T
+        d_kernel[i, j] = np.einsum("nhwm,nhwo->mo", padded[part], cotangent)
+    return y, d_padded[:, kh // 2 :, kw // 2 :][:, :h, :w], d_kernel
 
 
 @pytest.mark.parametrize("k", [1, 3, 9])
@@ -176,23 +249,23 @@ def test_channel_convolution(k):
     s, kernel = normal((2, 5), 0), normal((k, 1, 1), 1)
     for padding in functional.PADDINGS:
         conv = partial(functional.conv_channels, padding=padding)
-        check_convolution(conv, s, kernel)
+        fast, plain = by_implementation(conv, s, kernel, normal((2, 5), 2)).values()
+        chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
-def check_convolution(conv, maps, kernel):
-    """Fast is plain, in one program."""
+def by_implementation(conv, *arrays):
+    """Output and gradients of both, from one program."""
 
     @jax.jit
-    def run(maps, kernel):
-        results = []
+    def run(maps, kernel, cotangent):
+        results = {}
         for implementation in IMPLEMENTATIONS:
             f = partial(conv, implementation=implementation)
             y, pullback = jax.vjp(f, maps, kernel)
-            results.append((y, *pullback(jnp.cos(y))))
+            results[implementation] = y, *pullback(cotangent)
         return results
 
-    fast, plain = run(maps, kernel)
-    chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=2e-5)
+    return run(*arrays)
 
 
 def test_two_leading_axes_of_the_convolution():

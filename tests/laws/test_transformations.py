@@ -152,7 +152,7 @@ def test_infinity_and_nan_stay_in_their_windows(implementation):
     assert np.isnan(y).sum() == 49
     s = np.ones((2, 16), np.float32)
     s[1, 5] = np.inf
-    y = functional.conv_channels(s, np.ones((3, 1, 1)), implementation=implementation)
+    y = functional.conv_channels(s, jnp.ones((3, 1, 1)), implementation=implementation)
     assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
 
 
