@@ -121,7 +121,7 @@ def test_remat_and_accumulated_gradients(block):
 
 SMALL = {
     "basic": partial(ResNet, (1, 1), BasicBlock, width=16, imagenet_stem=False),
-    "bottleneck": partial(ResNet, (1, 1), BottleneckBlock, width=16),
+    "bottleneck": partial(ResNet, (1,), BottleneckBlock, width=16),
 }
 PUBLISHED = {
     "ResNet-8": partial(cifar_resnet, 8),
