@@ -31,6 +31,7 @@ from jax import lax
 from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
 from flax_attn.functional._sums import CHANNEL, SPATIAL, Axes
+from flax_attn.functional._sums import accumulator as accumulator
 from flax_attn.functional.checks import check_choice, check_positive
 
 Array = jax.Array
