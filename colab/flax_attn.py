@@ -75,8 +75,9 @@ if jax.default_backend() == "cpu":
 # %%
 x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
 for name in flax_attn.BLOCKS:
-    block = flax_attn.create(name)
-    y, variables = block.init_with_output(jax.random.key(1), x)
+    # The shapes alone, which need no compilation.
+    init = flax_attn.create(name).init_with_output
+    y, variables = jax.eval_shape(init, jax.random.key(1), x)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
     print(f"{name:13} {x.shape} -> {y.shape}  {parameters:5} parameters")
 
@@ -315,7 +316,8 @@ read = jax.jit(partial(inspect.grad_cam, model, layer=last[-1]))
 cams = {"Grad-CAM": read(variables, images, label=test_labels[:4])}
 gates = {}
 if attention != "none":
-    for path, gate in inspect.attention_maps(model, variables, images).items():
+    maps = jax.jit(partial(inspect.attention_maps, model))(variables, images)
+    for path, gate in maps.items():
         block, *_, kind = path.split("/")
         if kind == "spatial_gate" and block in last:
             gates[block] = gate

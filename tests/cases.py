@@ -24,10 +24,10 @@ ARTICLE = {
 
 
 @contextlib.contextmanager
-def compiling_quickly():
+def compiling_quickly(quickly=True):
     """Without most of the compiler's optimizations, and then as before."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     try:
         yield
     finally:

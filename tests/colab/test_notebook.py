@@ -9,6 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 import flax_attn
+from tests import processes
 
 COLAB = Path(__file__).parents[2] / "colab"
 
@@ -29,15 +30,16 @@ def run(notebook, epochs):
 
 def test_runs_from_top_to_bottom(monkeypatch):
     # Two devices, as a stand-in for the cores of a TPU.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    devices = "--xla_force_host_platform_device_count=2"
+    monkeypatch.setenv("XLA_FLAGS", f"{devices} {processes.QUICK}")
     notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
-    outputs, text = run(notebook, epochs=3)
+    outputs, text = run(notebook, epochs=2)
     assert f"kept: jax=={version('jax')} jaxlib=={version('jaxlib')} flax==" in text
     assert f"from {COLAB.parent / 'flax_attn'}\n" in text
     assert "backend: cpu" in text and "WARNING: no accelerator" in text
     assert "ResNet-8, attention cbam, " in text and "on 2 × cpu" in text
     losses = [float(loss) for loss in re.findall(r"epoch +\d+: loss ([\d.]+)", text)]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 2 and losses[-1] < losses[0]
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 2
     if folder := os.environ.get("SAVE_NOTEBOOK"):

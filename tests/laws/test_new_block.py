@@ -12,7 +12,7 @@ from flax import linen as nn
 import flax_attn
 from flax_attn import blocks, functional
 from flax_attn.functional import checks
-from tests import cases, references
+from tests import cases, references, tiny_run
 from tests.cases import normal, variables_for
 from tests.laws import test_axes, test_dtypes, test_masks, test_start, test_values
 from train import benchmark, cifar
@@ -94,7 +94,9 @@ def test_the_laws_take_it(law):
     law(block=NEW)
 
 
-def test_trains_on_digits(tmp_path, capsys, quick_compilations):
+def test_trains_on_digits(tmp_path, capsys, quick_compilations, monkeypatch):
+    """In a network of one residual block."""
+    monkeypatch.setattr("train.engine.model.cifar_resnet", tiny_run.network)
     arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"
     cifar.main([*arguments.split(), "480", "--workdir", str(tmp_path / "run")])
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -86,11 +86,12 @@ def draw_params(module, x):
 
     No bias and no scale has a value that the compiler could simplify away.
     """
-    start = {"kernel": lambda p: p, "scale": jnp.ones_like}
+    start = {"kernel": lambda p: p, "scale": np.ones_like}
     return jax.tree_util.tree_map_with_path(
         lambda path, p: (
-            start.get(path[-1].key, jnp.zeros_like)(p)
-            + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape)
+            start.get(path[-1].key, np.zeros_like)(p)
+            + np.float32(0.1)
+            * np.cos(np.arange(p.size, dtype=np.float32)).reshape(p.shape)
         ),
         variables_for(module, x)["params"],
     )
@@ -123,8 +124,12 @@ CASES = [(b, "float32", s) for b, s in zip(BEFORE, SHAPES, strict=True)]
 CASES += [("silu", "bfloat16", SHAPES[3])]
 
 
-# What decides no maximum has no decision to lose: one program of it, beside the `long`
-# ones of all.
+def long_unless(quick):
+    return () if quick else pytest.mark.long
+
+
+# What decides no maximum has no decision to lose: one program of it without the
+# long tests.
 WITHOUT_MAXIMUM = ("residual", "float32")
 
 
@@ -144,10 +149,14 @@ def has_maximum(block):
 @pytest.mark.parametrize(
     "before, dtype, shape, block",
     [
-        pytest.param(*case, block, id="-".join((case[0], case[1], block)))
+        pytest.param(
+            *case,
+            block,
+            id="-".join((case[0], case[1], block)),
+            marks=long_unless(case[:2] == WITHOUT_MAXIMUM or has_maximum(block)),
+        )
         for case in CASES
         for block in BLOCKS
-        if case[:2] == WITHOUT_MAXIMUM or has_maximum(block)
     ],
 )
 def test_gradients_behind_other_layers(before, dtype, shape, block):

@@ -23,14 +23,16 @@ from flax_attn.resnet import (
     imagenet_resnet,
 )
 from tests.cases import normal
-from tests.laws.test_programs import Program, distances, draw_params, op_by_op
+from tests.laws.test_programs import (
+    Program,
+    distances,
+    draw_params,
+    long_unless,
+    op_by_op,
+)
 
 # A decision is what a compiler could make twice, and these blocks make every kind.
 DECIDING = ("se-max", "cbam", "scse-max")
-
-
-def long_unless(quick):
-    return () if quick else pytest.mark.long
 
 
 blocks = pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_remat_and_accumulated_gradients(block):
 
 SMALL = {
     "basic": partial(ResNet, (1, 1), BasicBlock, width=16, imagenet_stem=False),
-    "bottleneck": partial(ResNet, (1, 1), BottleneckBlock, width=16),
+    "bottleneck": partial(ResNet, (1,), BottleneckBlock, width=16),
 }
 PUBLISHED = {
     "ResNet-8": partial(cifar_resnet, 8),

@@ -1,6 +1,7 @@
 """Every block under what JAX users do to programs: meshes, export, dtypes, boxes."""
 
-from functools import partial
+from functools import cache, partial
+from itertools import product
 
 import chex
 import jax
@@ -18,7 +19,8 @@ from tests.cases import forward_and_gradients, has_parameters, normal, variables
 blocks = pytest.mark.parametrize("block", BLOCKS)
 learned = pytest.mark.parametrize("block", list(filter(has_parameters, BLOCKS)))
 quick = pytest.mark.usefixtures("quick_compilations")
-SHAPE = (4, 6, 8, 16)
+# More columns than a tile of the convolution's windows has.
+SHAPE = (4, 6, 20, 16)
 
 
 def arrays(block, **fields):
@@ -27,45 +29,49 @@ def arrays(block, **fields):
     return module, variables_for(module, x), x, cotangent
 
 
+@cache
+def expected(block):
+    """Output and gradients on one device, by the plain implementation."""
+    return jax.device_get(forward_and_gradients(*arrays(block, implementation="plain")))
+
+
+# Axes of one device too. The plain form is XLA's to partition; one mesh shows that it
+# is allowed to.
 MESHES = {
     "space": ((2, 4), ("data", "space"), jax.P("data", None, "space")),
-    "batch": ((4,), ("data",), jax.P("data")),
-    "channels": ((2, 4), ("data", "model"), jax.P("data", None, None, "model")),
-    "one device": ((1,), ("data",), jax.P("data")),
+    "channels": ((1, 4), ("data", "model"), jax.P("data", None, None, "model")),
+    "batch": ((4, 1), ("data", "model"), jax.P("data")),
 }
-
-
 # Flax's own convolution, which BAM has inside, refuses the other meshes; slices with a
 # stride refuse a sharded axis.
-POSSIBLE = {
-    "bam": ["batch", "one device"],
-    "ge-plus": ["batch", "channels", "one device"],
-}
+POSSIBLE = {"bam": ["batch"], "ge-plus": ["batch", "channels"]}
+CASES = [
+    pytest.param(block, mesh, implementation, id=f"{block}-{mesh}-{implementation}")
+    for block in BLOCKS
+    for possible in [POSSIBLE.get(block, ["space", "channels"])]
+    for mesh, implementation in [*product(possible, ["fast"]), (possible[0], "plain")]
+]
 
 
 @quick
-@blocks
-@pytest.mark.parametrize("implementation", ["fast", "plain"])
-def test_explicit_meshes(block, implementation):
+@pytest.mark.parametrize("block, mesh, implementation", CASES)
+def test_explicit_meshes(block, mesh, implementation):
     module, variables, x, cotangent = arrays(block, implementation=implementation)
-    expected = forward_and_gradients(module, variables, x, cotangent)
-    possible = POSSIBLE.get(block, list(MESHES))
-    # The plain form is XLA's to partition; one mesh shows that it is allowed to.
-    for name in possible if implementation == "fast" else possible[:1]:
-        shape, names, spec = MESHES[name]
-        mesh = jax.make_mesh(
-            shape,
-            names,
-            axis_types=(AxisType.Explicit,) * len(names),
-            devices=jax.devices()[: int(np.prod(shape))],
-        )
-        with jax.set_mesh(mesh):
-            on_mesh = jax.device_put((x, cotangent), jax.NamedSharding(mesh, spec))
-            replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
-            y, d_variables, d_x = forward_and_gradients(module, replicated, *on_mesh)
-        assert d_x.sharding.is_equivalent_to(on_mesh[0].sharding, d_x.ndim)
-        got = jax.device_get((y, d_variables, d_x))
-        chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
+    shape, names, spec = MESHES[mesh]
+    mesh = jax.make_mesh(
+        shape,
+        names,
+        axis_types=(AxisType.Explicit,) * len(names),
+        devices=jax.devices()[: int(np.prod(shape))],
+    )
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put((x, cotangent), jax.NamedSharding(mesh, spec))
+        replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+        result = forward_and_gradients(module, replicated, *on_mesh)
+    *_, d_x = result
+    assert d_x.sharding.is_equivalent_to(on_mesh[0].sharding, d_x.ndim)
+    got = jax.device_get(result)
+    chex.assert_trees_all_close(got, expected(block), rtol=1e-4, atol=1e-5)
 
 
 @quick
@@ -84,26 +90,23 @@ def test_shard_map_with_replicated_parameters(block):
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(shared, data, data), out_specs=(shared, data)
     )
-    _, *expected = forward_and_gradients(module, variables, x, cotangent)
     got = jax.jit(run)(variables, x, cotangent)
-    chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(got, expected(block)[1:], rtol=1e-4, atol=1e-5)
 
 
 @quick
 @blocks
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
-    module, variables, *_ = arrays(block)
-    x = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 16"), jnp.float32)
+    module, variables, x, cotangent = arrays(block)
+    any_size = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 16"), jnp.float32)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables)
-    program = export.export(jax.jit(lambda v, x: module.apply(v, x)))(shapes, x)
+    program = export.export(jax.jit(lambda v, x: module.apply(v, x)))(shapes, any_size)
     program = export.deserialize(program.serialize(vjp_order=1))
-    x, cotangent = normal((2, 5, 19, 16), 3), normal((2, 5, 19, 16), 4)
-    _, *expected = forward_and_gradients(module, variables, x, cotangent)
     got = jax.jit(lambda v, x, ct: jax.vjp(program.call, v, x)[1](ct))(
         variables, x, cotangent
     )
-    chex.assert_trees_all_close(got, tuple(expected), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(got, expected(block)[1:], rtol=1e-4, atol=1e-5)
 
 
 @blocks

@@ -15,12 +15,14 @@ from tests.cases import (
     REFERENCES,
     assert_alike,
     assert_exact,
+    compiling_quickly,
     fast_and_plain,
     normal,
     variables_for,
 )
 
 blocks = pytest.mark.parametrize("block", BLOCKS)
+quick = pytest.mark.usefixtures("quick_compilations")
 # The shape, the number of spatial axes, and whether there are biases.
 KINDS = {
     "maps": ((2, 9, 7, 36), 2, True),
@@ -46,7 +48,9 @@ def test_both_implementations_against_float64(block, kind):
     make = partial(BLOCKS[block], spatial_dims=dims, use_bias=use_bias)
     variables = variables_for(make(), x)
     run = fast_and_plain(make)
-    results = run(variables, x, cotangent)
+    # What the compiler's optimizations do shows in maps.
+    with compiling_quickly(kind != "maps"):
+        results = run(variables, x, cotangent)
     assert_alike(results)
     assert_exact(block, variables, x, cotangent, results["fast"], dims)
     for change in WITH_TIES.values():
@@ -63,6 +67,7 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@quick
 @blocks
 def test_float64(block, x64):
     make = partial(BLOCKS[block], param_dtype=jnp.float64)
@@ -71,14 +76,15 @@ def test_float64(block, x64):
     expected = REFERENCES[block](variables["params"], x)
 
     @jax.jit
-    def run(x):
+    def run(variables, x):
         return [make(implementation=i).apply(variables, x) for i in IMPLEMENTATIONS]
 
-    for y in run(x):
+    for y in run(variables, x):
         assert y.dtype == jnp.float64
         np.testing.assert_allclose(y, expected, rtol=1e-12)
 
 
+@quick
 @blocks
 def test_forward_mode_by_the_plain_implementation(block):
     x = normal((1, 3, 3, 4), 0)
@@ -113,6 +119,7 @@ def test_the_fast_implementation_refuses_forward_mode(block):
         jax.jvp(partial(module.apply, variables), (x,), (x,))
 
 
+@quick
 @blocks
 def test_the_multiplier_multiplies_back(block):
     """In both APIs and layouts, with a mask and without."""

@@ -53,8 +53,8 @@ class Config:
     preset: str | None = None
     """Published variant in place of attention, from flax_attn.presets."""
     attention_lr_scale: float = 1.0
-    """Factor on the learning rate of the attention blocks' parameters. Spatial
-    attention (cbam, spatial, ...) starts faster with 0.1."""
+    """Factor on the learning rate of the attention blocks' parameters. With
+    --init identity and 0.1, spatial attention (cbam, ...) starts faster."""
     dataset: Annotated[str | None, one_of(lambda: DEFAULTS)] = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
