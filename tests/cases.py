@@ -8,12 +8,29 @@ from functools import cache, partial
 import chex
 import jax
 import numpy as np
+import pytest
 
 from flax_attn import presets
 from flax_attn.blocks import BLOCKS
 from tests.references import REFERENCES
 
 IMPLEMENTATIONS = ("fast", "plain")
+
+
+def long_unless(quick):
+    return () if quick else pytest.mark.long
+
+
+def each_block(long=()):
+    """A law's parameter, ``block``; those in ``long`` are left to the long tests."""
+    names = [pytest.param(b, marks=long_unless(b not in long)) for b in BLOCKS]
+    return pytest.mark.parametrize("block", names)
+
+
+# The dearest to compile, of whose classes the laws run another form.
+OTHER_FORMS = ("channel-conv", "cbam-conv", "ge-plus")
+blocks = each_block()
+forms = each_block(long=OTHER_FORMS)
 
 # Of the others there are no weights to compare.
 ARTICLE = {

@@ -59,7 +59,8 @@ class SimAM(Attention, kw_only=True):
         self._check_fields()
         x, mask = self.validated(x, mask)
         # Shifted by a mean, the variance is no difference of large squares; and of that
-        # mean, the rounding is taken out again, which lam would magnify.
+        # mean, the rounding is taken out again, which lam would magnify. The value of
+        # `rest` is about zero, but its derivatives belong to those of the variance.
         mean = lax.stop_gradient(self._mean(x, mask))
         shifted = x.astype(mean.dtype) - mean
         rest = self._mean(shifted, mask)

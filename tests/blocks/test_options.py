@@ -141,3 +141,21 @@ def test_what_adds_has_no_multiplier():
     init = partial(GlobalContext().init, method="multiplier")
     with pytest.raises(ValueError, match='`fuse` must .*"add".* pass fuse="scale"'):
         jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 4, 4, 16)))
+
+
+@pytest.mark.usefixtures("quick_compilations")
+def test_second_derivatives_of_simam():
+    """Of the equation as it stands in the paper."""
+    x = normal((1, 2, 3, 1), 0)
+    block = SimAM(implementation="plain")
+
+    def equation(x):
+        mean, variance = (f((1, 2), keepdims=True) for f in (x.mean, x.var))
+        logits = (x - mean) ** 2 / (4 * (variance + 1e-4)) + 0.5
+        return x * jax.nn.sigmoid(logits)
+
+    def curvature(f):
+        return jax.jit(jax.hessian(lambda x: (f(x) ** 3).sum()))(x)
+
+    got, expected = curvature(lambda x: block.apply({}, x)), curvature(equation)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)

@@ -13,6 +13,8 @@ from tests.cases import (
     IMPLEMENTATIONS,
     assert_alike,
     assert_exact,
+    blocks,
+    forms,
     forward_and_gradients,
     normal,
     variables_for,
@@ -21,10 +23,8 @@ from tests.cases import (
 # What these show does not depend on the optimizer of the compiler.
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
 
-
-@blocks
+@forms
 def test_each_sample_is_on_its_own(block):
     """With two leading axes, or none under vmap, or in the other layout."""
     x, cotangent = normal((2, 3, 5, 4, 16), 0), normal((2, 3, 5, 4, 16), 1)
@@ -77,7 +77,7 @@ def test_the_same_variables_in_both_layouts(block):
     assert first == last
 
 
-@blocks
+@forms
 def test_sharded_over_eight_devices(block):
     module = BLOCKS[block]()
     x, cotangent = normal((16, 6, 5, 16), 0), normal((16, 6, 5, 16), 1)

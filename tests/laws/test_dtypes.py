@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from flax_attn.blocks import BLOCKS
-from tests.cases import IMPLEMENTATIONS, has_parameters, normal, variables_for
-
-blocks = pytest.mark.parametrize("block", BLOCKS)
+from tests.cases import (
+    IMPLEMENTATIONS,
+    blocks,
+    forms,
+    has_parameters,
+    normal,
+    variables_for,
+)
 
 
 @blocks
@@ -42,7 +47,8 @@ def test_result_dtype_is_linens(block, implementation):
 ERRORS = {"bfloat16": 0.1, "float16": 0.0125}
 
 
-@blocks
+@pytest.mark.usefixtures("quick_compilations")
+@forms
 def test_half_precision_is_near_float32(block):
     x = normal((2, 12, 11, 32), 0)
     # Of one sign, or the sums over a map would cancel down to the rounding.
@@ -71,7 +77,7 @@ def test_half_precision_is_near_float32(block):
             assert error / max(np.abs(b).max(), 1) < limit, dtype
 
 
-@blocks
+@forms
 def test_large_half_precision_maps_do_not_overflow(block):
     make = partial(BLOCKS[block], dtype=jnp.float16)
     # One row of the other sign, since a gate of positions may be shut for one of them.

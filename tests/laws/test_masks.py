@@ -10,6 +10,7 @@ from flax_attn.blocks import BLOCKS
 from tests.cases import (
     assert_alike,
     assert_exact,
+    blocks,
     compiling_quickly,
     fast_and_plain,
     normal,
@@ -18,7 +19,6 @@ from tests.cases import (
 
 SIZES = {1: (9,), 2: (5, 4), 3: (3, 5, 4)}
 CHANNELS = 20
-blocks = pytest.mark.parametrize("block", BLOCKS)
 quick = pytest.mark.usefixtures("quick_compilations")
 
 

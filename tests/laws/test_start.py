@@ -7,15 +7,20 @@ import pytest
 from flax import linen as nn
 
 from flax_attn.blocks import BLOCKS
-from tests.cases import IMPLEMENTATIONS, has_parameters, normal, variables_for
+from tests.cases import (
+    IMPLEMENTATIONS,
+    blocks,
+    forms,
+    has_parameters,
+    normal,
+    variables_for,
+)
 
 # What these show does not depend on the optimizer of the compiler.
 pytestmark = pytest.mark.usefixtures("quick_compilations")
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
 
-
-@blocks
+@forms
 def test_identity_that_can_learn(block):
     x = normal((2, 5, 4, 32), 1)
 

@@ -22,12 +22,15 @@ from flax_attn.resnet import (
     cifar_resnet,
     imagenet_resnet,
 )
-from tests.cases import normal
+from tests.cases import (
+    each_block,
+    long_unless,
+    normal,
+)
 from tests.laws.test_programs import (
     Program,
     distances,
     draw_params,
-    long_unless,
     op_by_op,
 )
 
@@ -35,10 +38,7 @@ from tests.laws.test_programs import (
 DECIDING = ("se-max", "cbam", "scse-max")
 
 
-blocks = pytest.mark.parametrize(
-    "block",
-    [pytest.param(block, marks=long_unless(block in DECIDING)) for block in BLOCKS],
-)
+deciding = each_block(long=[name for name in BLOCKS if name not in DECIDING])
 TOLERANCE = 1e-3
 
 
@@ -73,7 +73,7 @@ class Stack(nn.Module):
         return jnp.sin(nn.Dense(5)(x.mean((1, 2)))).sum()
 
 
-@blocks
+@deciding
 def test_layers_in_a_scan(block):
     x = normal((3, 9, 11, 20), 1)
     module = Stack(block)
@@ -96,7 +96,7 @@ def test_layers_in_a_scan(block):
     assert_close(jax.jit(jax.grad(scanned))(params), expected)
 
 
-@blocks
+@deciding
 def test_remat_and_accumulated_gradients(block):
     x = normal((3, 2, 14, 14, 8), 2)  # Three small batches.
     module = Program(block, "norm", 24, jnp.dtype("float32"))

@@ -14,9 +14,17 @@ from jax.sharding import AxisType
 
 from flax_attn import functional
 from flax_attn.blocks import BLOCKS
-from tests.cases import forward_and_gradients, has_parameters, normal, variables_for
+from tests.cases import (
+    OTHER_FORMS,
+    blocks,
+    forms,
+    forward_and_gradients,
+    has_parameters,
+    long_unless,
+    normal,
+    variables_for,
+)
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
 learned = pytest.mark.parametrize("block", list(filter(has_parameters, BLOCKS)))
 quick = pytest.mark.usefixtures("quick_compilations")
 # More columns than a tile of the convolution's windows has.
@@ -46,7 +54,13 @@ MESHES = {
 # stride refuse a sharded axis.
 POSSIBLE = {"bam": ["batch"], "ge-plus": ["batch", "channels"]}
 CASES = [
-    pytest.param(block, mesh, implementation, id=f"{block}-{mesh}-{implementation}")
+    pytest.param(
+        block,
+        mesh,
+        implementation,
+        id=f"{block}-{mesh}-{implementation}",
+        marks=long_unless(block not in OTHER_FORMS),
+    )
     for block in BLOCKS
     for possible in [POSSIBLE.get(block, ["space", "channels"])]
     for mesh, implementation in [*product(possible, ["fast"]), (possible[0], "plain")]
@@ -75,7 +89,7 @@ def test_explicit_meshes(block, mesh, implementation):
 
 
 @quick
-@blocks
+@forms
 def test_shard_map_with_replicated_parameters(block):
     module, variables, x, cotangent = arrays(block)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -95,7 +109,7 @@ def test_shard_map_with_replicated_parameters(block):
 
 
 @quick
-@blocks
+@forms
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
     module, variables, x, cotangent = arrays(block)
@@ -203,7 +217,7 @@ def test_means_of_large_maps(size):
 
 
 @quick
-@blocks
+@forms
 def test_second_derivatives(block):
     """Of a gradient by the gradient: each rule is differentiable in reverse mode."""
     module, variables, x, _ = arrays(block)

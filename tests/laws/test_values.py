@@ -15,13 +15,16 @@ from tests.cases import (
     REFERENCES,
     assert_alike,
     assert_exact,
+    blocks,
     compiling_quickly,
     fast_and_plain,
+    forms,
+    long_unless,
     normal,
     variables_for,
 )
+from tests.nnx.cases import drawn
 
-blocks = pytest.mark.parametrize("block", BLOCKS)
 quick = pytest.mark.usefixtures("quick_compilations")
 # The shape, the number of spatial axes, and whether there are biases.
 KINDS = {
@@ -33,6 +36,7 @@ KINDS = {
     "one signal": ((6, 20), 1, True),
     "volumes": ((2, 3, 5, 4, 20), 3, False),
 }
+QUICK = ("maps", "1x1", "one channel", "signals", "volumes")
 WITH_TIES = {
     "after a ReLU": lambda x: np.maximum(x, 0),
     "constant": lambda x: np.full_like(x, 0.7),
@@ -41,7 +45,9 @@ WITH_TIES = {
 
 
 @blocks
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=long_unless(kind in QUICK)) for kind in KINDS]
+)
 def test_both_implementations_against_float64(block, kind):
     shape, dims, use_bias = KINDS[kind]
     x, cotangent = normal(shape, 1), normal(shape, 2)
@@ -68,7 +74,7 @@ def x64():
 
 
 @quick
-@blocks
+@forms
 def test_float64(block, x64):
     make = partial(BLOCKS[block], param_dtype=jnp.float64)
     x = np.float64(normal((1, 6, 5, 16), 0))
@@ -85,7 +91,7 @@ def test_float64(block, x64):
 
 
 @quick
-@blocks
+@forms
 def test_forward_mode_by_the_plain_implementation(block):
     x = normal((1, 3, 3, 4), 0)
     variables = variables_for(BLOCKS[block](), x)
@@ -120,7 +126,7 @@ def test_the_fast_implementation_refuses_forward_mode(block):
 
 
 @quick
-@blocks
+@forms
 def test_the_multiplier_multiplies_back(block):
     """In both APIs and layouts, with a mask and without."""
     # What can also add to the map has nothing to multiply by unless it scales.
@@ -130,7 +136,7 @@ def test_the_multiplier_multiplies_back(block):
     mask = np.ones(x.shape[:-1], bool)
     mask[1, 3:] = mask[1, :, 2:] = False
     linen, variables = make(), variables_for(make(), x)
-    native = nnx.native(make)(16, rngs=flax.nnx.Rngs(0))
+    native = drawn(lambda: nnx.native(make)(16, rngs=flax.nnx.Rngs(0)))
     nnx.from_linen(native, variables)
 
     @jax.jit
