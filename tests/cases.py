@@ -1,6 +1,5 @@
 """The blocks and inputs that several test files share."""
 
-import contextlib
 import dataclasses
 import zlib
 from functools import cache, partial
@@ -40,17 +39,6 @@ ARTICLE = {
 }
 
 
-@contextlib.contextmanager
-def compiling_quickly(quickly=True):
-    """Without most of the compiler's optimizations, and then as before."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", quickly)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 def normal(shape, seed):
     # RandomState's stream is frozen for good, so golden files need no inputs.
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
@@ -77,10 +65,10 @@ def has_parameters(block):
     return bool(jax.tree.leaves(shapes))
 
 
-def forward_and_gradients(module, variables, x, cotangent):
+def forward_and_gradients(module, variables, x, cotangent, jit=jax.jit):
     """The output, and the gradients of <output, cotangent> by variables and input."""
 
-    @jax.jit
+    @jit
     def run(variables, x, cotangent):
         y, pullback = jax.vjp(module.apply, variables, x)
         return y, *pullback(cotangent)
@@ -88,14 +76,15 @@ def forward_and_gradients(module, variables, x, cotangent):
     return run(variables, x, cotangent)
 
 
-def fast_and_plain(make):
+def fast_and_plain(make, jit=jax.jit):
     """What ``forward_and_gradients`` returns, by implementation, compiled at once.
 
     Args:
       make: function from the field ``implementation`` to a block.
+      jit: how it is compiled.
     """
 
-    @jax.jit
+    @jit
     def run(variables, x, cotangent, mask=None):
         def of(implementation):
             module = make(implementation=implementation)

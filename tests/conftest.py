@@ -5,9 +5,10 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests import processes
-from tests.cases import compiling_quickly
+from tests import compilation, processes
 
+# Read when the first program is compiled.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compilation.QUICK}"
 # Eight devices, for the tests of sharding; before the first use of a device.
 jax.config.update("jax_num_cpu_devices", 8)
 # A broadcast that nobody wrote down is a bug here.
@@ -27,17 +28,10 @@ def environment(tmp_path_factory):
     return os.environ | {
         "PYTHONPATH": str(processes.ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": processes.QUICK,
+        "XLA_FLAGS": compilation.QUICK,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
-
-
-@pytest.fixture
-def quick_compilations():
-    """For programs that run for moments and prove nothing about the optimizer."""
-    with compiling_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# For short runs, whose time is that of compilation.
-QUICK = "--xla_backend_optimization_level=0"
 
 
 def start(environment, module, *arguments, prefix=(), **variables):

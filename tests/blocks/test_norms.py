@@ -12,9 +12,6 @@ from flax import linen as nn
 from flax_attn import BAM, CBAM, SE, ChannelAttention, SpatialAttention
 from tests.cases import normal, variables_for
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 CHANNELS = 20
 # Norms know no implementation, and this one compiles faster.
 PLAIN = {"implementation": "plain"}

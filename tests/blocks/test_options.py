@@ -143,7 +143,6 @@ def test_what_adds_has_no_multiplier():
         jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 4, 4, 16)))
 
 
-@pytest.mark.usefixtures("quick_compilations")
 def test_second_derivatives_of_simam():
     """Of the equation as it stands in the paper."""
     x = normal((1, 2, 3, 1), 0)

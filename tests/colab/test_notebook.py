@@ -9,7 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 import flax_attn
-from tests import processes
+from tests import compilation
 
 COLAB = Path(__file__).parents[2] / "colab"
 
@@ -31,7 +31,7 @@ def run(notebook, epochs):
 def test_runs_from_top_to_bottom(monkeypatch):
     # Two devices, as a stand-in for the cores of a TPU.
     devices = "--xla_force_host_platform_device_count=2"
-    monkeypatch.setenv("XLA_FLAGS", f"{devices} {processes.QUICK}")
+    monkeypatch.setenv("XLA_FLAGS", f"{devices} {compilation.QUICK}")
     notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
     outputs, text = run(notebook, epochs=2)
     assert f"kept: jax=={version('jax')} jaxlib=={version('jaxlib')} flax==" in text

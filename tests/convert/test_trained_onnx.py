@@ -15,8 +15,6 @@ import pytest
 from flax_attn import SE, ChannelsFirst, convert
 from tests.cases import normal
 
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 BLOCKS = {
     "rapidocr_onnxruntime": {
         "ch_PP-OCRv4_det_infer": 10,

@@ -10,7 +10,6 @@ from tests.docs import markdown
 REFERENCE = markdown.ROOT / ".github" / "docs" / "reference"
 
 
-@pytest.mark.usefixtures("quick_compilations")
 @pytest.mark.parametrize("page", markdown.GUIDES, ids=lambda page: page.stem)
 def test_guide(page):
     namespace = markdown.fresh()

@@ -16,8 +16,6 @@ from train.engine.config import Config
 
 DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devices=1)
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.mark.parametrize(
     "fields, message",

@@ -18,7 +18,7 @@ def losses_of(count):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_network, quick):
+def alone(tiny_network):
     return losses_of(1)
 
 

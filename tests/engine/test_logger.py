@@ -13,7 +13,7 @@ from train.engine.config import Config, resolve
 
 
 def test_tensorboard_gets_the_metrics_of_a_killed_run_once(
-    shared_compilations, tiny_network, quick, tmp_path, monkeypatch
+    shared_compilations, tiny_network, tmp_path, monkeypatch
 ):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing import event_accumulator

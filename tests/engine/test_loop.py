@@ -21,7 +21,7 @@ TINY = Config(
 )
 
 
-pytestmark = pytest.mark.usefixtures("shared_compilations", "tiny_network", "quick")
+pytestmark = pytest.mark.usefixtures("shared_compilations", "tiny_network")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ EPOCHS = 20
 CONFIG = resolve(Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS))
 
 
-pytestmark = pytest.mark.usefixtures("shared_compilations", "tiny_network", "quick")
+pytestmark = pytest.mark.usefixtures("shared_compilations", "tiny_network")
 
 
 def start(workdir, environment, *arguments, prefix=()):

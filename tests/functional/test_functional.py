@@ -10,6 +10,7 @@ import pytest
 
 from flax_attn import eca_kernel_size, functional
 from tests.cases import IMPLEMENTATIONS, normal
+from tests.compilation import jit_as_users_do
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -50,8 +51,10 @@ def test_eca_kernel_size_errors(arguments, message):
 def test_means_accumulate_in_float32(dtype, value, implementation):
     x = jnp.full((40, 40, 300), value, dtype)
     kwargs = {"implementation": implementation}
-    spatial = jax.jit(partial(functional.squeeze_spatial, pool="avg", **kwargs))(x)
-    channels = jax.jit(partial(functional.squeeze_channels, **kwargs))(x)
+    spatial = jit_as_users_do(
+        partial(functional.squeeze_spatial, pool="avg", **kwargs)
+    )(x)
+    channels = jit_as_users_do(partial(functional.squeeze_channels, **kwargs))(x)
     assert spatial.dtype == channels.dtype == jnp.float32
     expected = float(x[0, 0, 0])
     np.testing.assert_allclose(spatial, expected, rtol=1e-5)
@@ -74,7 +77,7 @@ def test_the_first_of_equals_takes_the_gradient(dtype, implementation):
             x, pool="max", implementation=implementation
         ).sum()
 
-    for grad in (jax.grad(peak), jax.jit(jax.grad(peak))):
+    for grad in (jax.grad(peak), jit_as_users_do(jax.grad(peak))):
         g = np.asarray(grad(x), np.float32)
         np.testing.assert_array_equal(g[..., 0], np.eye(12)[6].reshape(3, 4))
         np.testing.assert_array_equal(g[..., 1], np.eye(12)[1].reshape(3, 4))
@@ -119,13 +122,13 @@ def test_squeezes_with_an_older_jax_too(monkeypatch, fast, dtype, h, w, c):
     monkeypatch.setattr(_sums, "FAST_REDUCTIONS", fast)
     x = jnp.asarray(normal((2, 2, h, w, c), 0), dtype).at[1, 0, -1, -1, -1].set(9)
     expected = np.asarray(x, np.float32)
-    over_space = jax.jit(partial(functional.squeeze_spatial, pool="max"))(x)
+    over_space = jit_as_users_do(partial(functional.squeeze_spatial, pool="max"))(x)
     over_space = np.asarray(over_space, np.float32)
     np.testing.assert_array_equal(over_space, expected.max((-3, -2), keepdims=True))
-    over_channels = jax.jit(functional.squeeze_channels)(x)[..., 0]
+    over_channels = jit_as_users_do(functional.squeeze_channels)(x)[..., 0]
     over_channels = np.asarray(over_channels, np.float32)
     np.testing.assert_array_equal(over_channels, expected.max(-1))
-    means = jax.jit(partial(functional.squeeze_spatial, pool="avg"))(x)
+    means = jit_as_users_do(partial(functional.squeeze_spatial, pool="avg"))(x)
     expected = expected.astype(np.float64).mean((-3, -2), keepdims=True)
     np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
 
@@ -135,7 +138,9 @@ def test_the_gradient_of_a_maximum_alone():
     # a pixel that holds NaN have their first NaN for a maximum.
     x = normal((2, 5, 9, 70), 0)
     x[1, 2, 3, 4:6] = np.nan
-    grad = jax.jit(jax.grad(lambda x: functional.squeeze_channels(x)[..., 0].sum()))
+    grad = jit_as_users_do(
+        jax.grad(lambda x: functional.squeeze_channels(x)[..., 0].sum())
+    )
     # `argmax` of NumPy finds the first NaN too.
     np.testing.assert_array_equal(grad(x), np.eye(70)[x.argmax(-1)])
 
@@ -156,7 +161,7 @@ def test_the_squeezes_of_other_platforms(dtype):
         (_sums.product, _sums.CHANNEL, (x, gate)),
     ]
 
-    @jax.jit
+    @jit_as_users_do
     def run(cases_maps):
         return [
             _maxima.squeezes_by_reduction(f, axes, with_index, *maps)
@@ -199,7 +204,7 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
     plain = partial(functional.conv_spatial, implementation="plain")
     backward = partial(getattr(_convolution, f"_bwd_{form}"), None)
 
-    @jax.jit
+    @jit_as_users_do
     def run(*arrays):
         return jax.vjp(plain, maps, kernel)[1](cotangent), backward(*arrays)
 
@@ -256,7 +261,7 @@ def test_channel_convolution(k):
 def by_implementation(conv, *arrays):
     """Output and gradients of both, from one program."""
 
-    @jax.jit
+    @jit_as_users_do
     def run(maps, kernel, cotangent):
         results = {}
         for implementation in IMPLEMENTATIONS:
@@ -272,7 +277,7 @@ def test_two_leading_axes_of_the_convolution():
     maps, kernel = normal((2, 3, 9, 10, 2), 0), normal((5, 5, 2, 1), 1)
     for implementation in IMPLEMENTATIONS:
         conv = partial(functional.conv_spatial, implementation=implementation)
-        y, each = jax.jit(lambda m, k, f=conv: (f(m, k), [f(a, k) for a in m]))(
+        y, each = jit_as_users_do(lambda m, k, f=conv: (f(m, k), [f(a, k) for a in m]))(
             maps, kernel
         )
         np.testing.assert_allclose(y, np.stack(each), atol=1e-5)
@@ -282,7 +287,7 @@ def test_half_precision_volumes_sum_in_float32():
     """Forty-nine slices of ones: half precision would stop counting."""
     maps = jnp.ones((49, 1, 1, 1), jnp.bfloat16)
     kernel = jnp.full((49, 1, 1, 1, 1), 10 + 1 / 16, jnp.bfloat16)
-    y = jax.jit(functional.conv_spatial)(maps, kernel)
+    y = jit_as_users_do(functional.conv_spatial)(maps, kernel)
     expected = 49 * float(kernel[0, 0, 0, 0, 0])
     assert y.dtype == jnp.bfloat16
     # The middle slice alone sees all of the kernel.

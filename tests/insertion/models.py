@@ -11,9 +11,6 @@ from tests.cases import normal
 X = normal((2, 8, 8, 3), 0)
 # Compiles faster than the default generator.
 KEY = jax.random.key(0, impl="rbg")
-# Programs this small take longer to compile than to run. Nothing is fused, either, so
-# that equal arithmetic gives equal bits.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 CBAM = partial(flax_attn.CBAM, reduction=4, spatial_kernel_size=3)
 SE = partial(flax_attn.SE, reduction=2)
 

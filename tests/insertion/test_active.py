@@ -8,16 +8,13 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import variables_for
-from tests.insertion.models import KEY, SE, Chain, Gated, X, quick
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+from tests.insertion.models import KEY, SE, Chain, Gated, X
 
 
 @pytest.mark.parametrize("broken", ["", "result", "zero"])
 def test_inactive_gates_are_found(broken):
     model = Gated(broken)
-    variables = quick(model.init)(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     run = partial(flax_attn.assert_active, model, variables, X)
     if not broken:
         assert run() == ("used/channel", "used/spatial", "second")
@@ -40,7 +37,7 @@ def test_a_scale_that_starts_at_zero_is_reported():
         SE,
         nn.LayerNorm,
     )
-    variables = quick(model.init)(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     with pytest.raises(AssertionError, match="gates of layers_0/attention.*at zero"):
         flax_attn.assert_active(model, variables, X)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import variables_for
-from tests.insertion.models import KEY, SE, Chain, X, quick, shapes, without_attention
+from tests.insertion.models import KEY, SE, Chain, X, shapes, without_attention
 from tests.insertion.user_models import (
     Careful,
     DoubleConv,
@@ -19,9 +19,6 @@ from tests.insertion.user_models import (
     Staged,
     UNet,
 )
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 
 class Shared(nn.Module):
@@ -47,7 +44,7 @@ def test_a_submodule_that_is_called_twice_has_one_attention(layer):
     for _ in range(2):
         expected = layer.apply({"params": params}, expected)
         expected = SE().apply(attention, expected)
-    y = quick(model.apply)(variables, X)
+    y = jax.jit(model.apply)(variables, X)
     np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
@@ -74,7 +71,7 @@ def test_a_submodule_that_calls_its_super_class_has_one_attention():
     params = variables["params"]["block"]
     y = 2 * nn.Conv(3, (1, 1)).apply({"params": params["conv"]}, X)
     y = SE().apply({"params": params["attention"]}, y)
-    np.testing.assert_allclose(quick(model.apply)(variables, X), y, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(model.apply)(variables, X), y, atol=1e-6)
 
 
 def test_parameters_keep_their_paths():
@@ -191,8 +188,8 @@ def test_a_submodule_with_and_without_attention(layer):
     variables = variables_for(model, X)
     assert shapes(model, X)["params"] == {"layer": shapes(inserted, X)["params"]}
     own = {"params": variables["params"]["layer"]}
-    y, attended, z = quick(model.apply)(variables, X)
-    np.testing.assert_allclose(attended, quick(inserted.apply)(own, X), atol=1e-6)
+    y, attended, z = jax.jit(model.apply)(variables, X)
+    np.testing.assert_allclose(attended, jax.jit(inserted.apply)(own, X), atol=1e-6)
     np.testing.assert_array_equal(y, z)
     assert np.abs(y - attended).max() > 0
 

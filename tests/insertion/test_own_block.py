@@ -12,10 +12,7 @@ import flax_attn
 from flax_attn import blocks
 from flax_attn.inspect import attention_maps
 from tests.cases import normal, variables_for
-from tests.insertion.models import KEY, Chain, X, quick, without_attention
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+from tests.insertion.models import KEY, Chain, X, without_attention
 
 
 class Own(blocks.Attention, kw_only=True):
@@ -71,9 +68,9 @@ def test_it_is_inserted(make):
     # SE's two kernels, the layer of the position gate and two levels.
     counts = [site.parameters for site in flax_attn.sites(model, X)]
     assert counts == [2 * 4 * 2 + 4 + 2, 2 * 3 * 1 + 3 + 2]
-    variables = quick(model.init)(KEY, X)
-    y = quick(Chain().apply)(without_attention(variables), X)
-    np.testing.assert_array_equal(quick(model.apply)(variables, X), y)
+    variables = jax.jit(model.init)(KEY, X)
+    y = jax.jit(Chain().apply)(without_attention(variables), X)
+    np.testing.assert_array_equal(jax.jit(model.apply)(variables, X), y)
 
     labels = flax_attn.parameter_labels(model, X)["first"]
     assert labels["attention"]["logits"]["kernel"] == "attention"

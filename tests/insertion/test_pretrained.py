@@ -7,11 +7,8 @@ import pytest
 import flax_attn
 from flax_attn.insertion import insert_pretrained
 from tests.cases import variables_for
-from tests.insertion.models import SE, X, quick
+from tests.insertion.models import SE, X
 from tests.insertion.user_models import ResNet
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 
 class Pretrained:
@@ -41,7 +38,7 @@ class Pretrained:
         self._params = params
 
     def init_weights(self, key, input_shape):
-        init = quick(self.module.init, static_argnames="train")
+        init = jax.jit(self.module.init, static_argnames="train")
         return init(key, np.zeros(input_shape, np.float32), train=False)
 
     def __call__(self, images, params=None):

@@ -17,7 +17,6 @@ from tests.insertion.models import (
     SE,
     Chain,
     X,
-    quick,
     shapes,
     without_attention,
 )
@@ -28,9 +27,6 @@ from tests.insertion.user_models import (
     ResNet,
     UNet,
 )
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 MODELS = {
     "resnet": (
@@ -88,7 +84,7 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
     model, attention, where, kwargs = MODELS[name]
     inserted = flax_attn.insert(model, attention, where, init="identity")
     init = partial(inserted.init, **kwargs)
-    fresh = quick(init)(KEY, X)
+    fresh = jax.jit(init)(KEY, X)
     # Unlike what the new model's initializers give.
     pretrained = jax.tree.map(lambda v: v + np.float32(0.01), without_attention(fresh))
     variables, new = flax_attn.merge(pretrained, fresh)
@@ -97,13 +93,12 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
         np.testing.assert_array_equal, without_attention(variables), pretrained
     )
 
-    y = quick(partial(model.apply, **kwargs))(pretrained, X)
-    now = quick(partial(inserted.apply, **kwargs))(variables, X)
+    y = jax.jit(partial(model.apply, **kwargs))(pretrained, X)
+    now = jax.jit(partial(inserted.apply, **kwargs))(variables, X)
     np.testing.assert_array_equal(now, y)
     cotangent = normal(y.shape, 3)
 
-    # `quick` gives maxima wrong gradients.
-    @(jax.jit if name == "resnet" else quick)
+    @jax.jit
     def gradients_of(params):
         def loss(params):
             y = inserted.apply(variables | {"params": params}, X, **kwargs)
@@ -125,7 +120,7 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
 
 def test_identity_start_without_jit():
     model = flax_attn.insert(Chain(), SE, nn.Conv, init="identity")
-    variables = quick(model.init)(KEY, X)
+    variables = jax.jit(model.init)(KEY, X)
     y = Chain().apply(without_attention(variables), X)
     np.testing.assert_array_equal(model.apply(variables, X), y)
 
@@ -133,17 +128,17 @@ def test_identity_start_without_jit():
 def test_other_variables_are_initialized_alike():
     model = InvertedResidual(4)
     inserted = flax_attn.insert(model, SE(), nn.Conv)
-    a, b = (quick(m.init)(KEY, X) for m in (model, inserted))
+    a, b = (jax.jit(m.init)(KEY, X) for m in (model, inserted))
     jax.tree.map(np.testing.assert_array_equal, a, without_attention(b))
 
 
 def test_sites_keep_their_dtype_in_half_precision():
     model = ResNet(stage_sizes=(1,), dtype=jnp.bfloat16)
     inserted = flax_attn.insert(model, SE, nn.BatchNorm, init="identity")
-    fresh = quick(partial(inserted.init, train=False))(KEY, X)
-    y = quick(partial(inserted.apply, train=False))(fresh, X)
+    fresh = jax.jit(partial(inserted.init, train=False))(KEY, X)
+    y = jax.jit(partial(inserted.apply, train=False))(fresh, X)
     plain = without_attention(fresh)
-    expected = quick(partial(model.apply, train=False))(plain, X)
+    expected = jax.jit(partial(model.apply, train=False))(plain, X)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.float32(y), np.float32(expected))
 
@@ -160,7 +155,7 @@ def test_batch_statistics_methods_and_rngs():
     inserted = flax_attn.insert(MobileNet(), SE(), InvertedResidual)
     variables = variables_for(inserted, X)
 
-    @quick
+    @jax.jit
     def run(variables, x):
         y = inserted.apply(variables, x)
         encoded = inserted.apply(variables, x, method="encode")

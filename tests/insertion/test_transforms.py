@@ -9,10 +9,7 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal, variables_for
-from tests.insertion.models import KEY, SE, Chain, X, by_hand, quick, shapes
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
+from tests.insertion.models import KEY, SE, Chain, X, by_hand, shapes
 
 
 def assert_same_function(f, g, params, x):
@@ -22,7 +19,7 @@ def assert_same_function(f, g, params, x):
         y, pullback = jax.vjp(function, params, x)
         return y, *pullback(cotangent)
 
-    a, b = (quick(partial(both, function))(params, x) for function in (f, g))
+    a, b = (jax.jit(partial(both, function))(params, x) for function in (f, g))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), a, b)
 
 
@@ -81,7 +78,7 @@ def test_scan():
 
     assert_same_function(scanned, loop, stacked, X)
     # Each step has its own initial weights.
-    fresh = quick(model.init)(KEY, X)["params"]["body"]["chain"]
+    fresh = jax.jit(model.init)(KEY, X)["params"]["body"]["chain"]
     first, *others = fresh["second"]["attention"]["reduce"]["kernel"]
     assert all(np.abs(first - other).max() > 1e-3 for other in others)
     paths = ("body/chain/second/attention",)
@@ -103,7 +100,7 @@ def test_vmap():
 
     model = flax_attn.insert(Ensemble(), SE(), nn.Conv)
     variables = variables_for(model, X)
-    y = quick(model.apply)(variables, X)
+    y = jax.jit(model.apply)(variables, X)
     for i in range(2):
         member = jax.tree.map(lambda p: p[i], variables["params"]["members"])  # noqa: B023
         np.testing.assert_allclose(y[i], by_hand(member, X), atol=1e-5)
@@ -111,10 +108,10 @@ def test_vmap():
     # jax.vmap of apply over weights and over examples.
     model = flax_attn.insert(Chain(), SE(), nn.Conv)
     member = variables["params"]["members"]
-    z = quick(jax.vmap(lambda p: model.apply({"params": p}, X)))(member)
+    z = jax.jit(jax.vmap(lambda p: model.apply({"params": p}, X)))(member)
     np.testing.assert_allclose(z, y, atol=1e-5)
     one = {"params": jax.tree.map(lambda p: p[0], member)}
-    z = quick(jax.vmap(partial(model.apply, one)))(X)
+    z = jax.jit(jax.vmap(partial(model.apply, one)))(X)
     np.testing.assert_allclose(z, y[0], atol=1e-5)
 
 

@@ -11,9 +11,6 @@ import flax_attn
 from tests.cases import normal, variables_for
 from tests.insertion.models import SE, Gated, X
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 def test_merge_lists_mismatches():
     new = {"params": {"a": {"kernel": np.ones((2, 3))}, "b": {"bias": np.ones(4)}}}

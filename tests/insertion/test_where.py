@@ -13,16 +13,13 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal, variables_for
-from tests.insertion.models import KEY, SE, Halves, Odd, X, quick, shapes
+from tests.insertion.models import KEY, SE, Halves, Odd, X, shapes
 from tests.insertion.user_models import (
     DoubleConv,
     InvertedResidual,
     MobileNet,
     UNet,
 )
-
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
 
 DOWN = ["down_4/Conv_0", "down_4/Conv_1", "down_8/Conv_0", "down_8/Conv_1"]
 UP = ["up_8", "up_4"]
@@ -273,5 +270,5 @@ def test_maps_need_a_block_of_two_spatial_axes():
 def test_one_map_without_a_batch_axis():
     model = flax_attn.insert(UNet(), SE(), "down_4")
     variables = variables_for(model, X)
-    one = quick(model.apply)(variables, X[0])
-    np.testing.assert_allclose(one, quick(model.apply)(variables, X)[0], atol=1e-5)
+    one = jax.jit(model.apply)(variables, X[0])
+    np.testing.assert_allclose(one, jax.jit(model.apply)(variables, X)[0], atol=1e-5)

@@ -20,9 +20,6 @@ from tests.cases import (
     variables_for,
 )
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 @forms
 def test_each_sample_is_on_its_own(block):

@@ -16,6 +16,7 @@ from tests.cases import (
     normal,
     variables_for,
 )
+from tests.compilation import jit_as_users_do
 
 
 @blocks
@@ -47,7 +48,6 @@ def test_result_dtype_is_linens(block, implementation):
 ERRORS = {"bfloat16": 0.1, "float16": 0.0125}
 
 
-@pytest.mark.usefixtures("quick_compilations")
 @forms
 def test_half_precision_is_near_float32(block):
     x = normal((2, 12, 11, 32), 0)
@@ -84,7 +84,7 @@ def test_large_half_precision_maps_do_not_overflow(block):
     x = jnp.full((1, 32, 32, 64), 300, jnp.float16).at[:, 0].set(-300)
     variables = variables_for(make(), x)
 
-    @jax.jit
+    @jit_as_users_do
     def run(variables, x):
         return [make(implementation=i).apply(variables, x) for i in IMPLEMENTATIONS]
 

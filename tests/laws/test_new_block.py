@@ -94,7 +94,7 @@ def test_the_laws_take_it(law):
     law(block=NEW)
 
 
-def test_trains_on_digits(tmp_path, capsys, quick_compilations, monkeypatch):
+def test_trains_on_digits(tmp_path, capsys, monkeypatch):
     """In a network of one residual block."""
     monkeypatch.setattr("train.engine.model.cifar_resnet", tiny_run.network)
     arguments = f"--attention {NEW} --dataset digits --depth 8 --epochs 1 --batch-size"

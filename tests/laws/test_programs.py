@@ -18,11 +18,11 @@ from flax_attn.blocks import BLOCKS
 from tests.cases import (
     IMPLEMENTATIONS,
     OTHER_FORMS,
-    compiling_quickly,
     long_unless,
     normal,
     variables_for,
 )
+from tests.compilation import jit_as_users_do
 
 SHAPES = (
     (2, 14, 14, 32),
@@ -77,8 +77,8 @@ def errors(module, plain, x):
         y, _ = module.apply({"params": params}, x, mutable=["batch_stats"])
         return jnp.sin(y).sum()
 
-    compiled = jax.jit(jax.grad(partial(loss, module)))(params)
-    eager = op_by_op(jax.grad(partial(loss, plain)), params)
+    compiled = jit_as_users_do(jax.grad(partial(loss, module)))(params)
+    eager = jax.grad(partial(loss, plain))(params)
     # Of the whole gradient, since single leaves may cancel to their rounding.
     return distances(compiled, eager)
 
@@ -97,12 +97,6 @@ def draw_params(module, x):
         ),
         variables_for(module, x)["params"],
     )
-
-
-def op_by_op(function, *args):
-    """``function`` without jit; each operation alone needs no optimization."""
-    with compiling_quickly():
-        return function(*args)
 
 
 def distances(compiled, eager):

@@ -16,9 +16,6 @@ from tests.cases import (
     variables_for,
 )
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 @forms
 def test_identity_that_can_learn(block):

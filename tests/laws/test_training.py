@@ -27,11 +27,11 @@ from tests.cases import (
     long_unless,
     normal,
 )
+from tests.compilation import jit_as_users_do
 from tests.laws.test_programs import (
     Program,
     distances,
     draw_params,
-    op_by_op,
 )
 
 # A decision is what a compiler could make twice, and these blocks make every kind.
@@ -92,8 +92,8 @@ def test_layers_in_a_scan(block):
         y = head.apply({"params": params["Dense_0"]}, y.mean((1, 2)))
         return jnp.sin(y).sum()
 
-    expected = op_by_op(jax.grad(unrolled), params)
-    assert_close(jax.jit(jax.grad(scanned))(params), expected)
+    expected = jax.grad(unrolled)(params)
+    assert_close(jit_as_users_do(jax.grad(scanned))(params), expected)
 
 
 @deciding
@@ -107,7 +107,7 @@ def test_remat_and_accumulated_gradients(block):
         y, _ = module.apply({"params": params}, x, mutable="batch_stats")
         return jnp.sin(y).sum()
 
-    @jax.jit
+    @jit_as_users_do
     def accumulated(params):
         def add(total, x):
             grads = jax.grad(jax.checkpoint(partial(loss, module)))(params, x)
@@ -115,7 +115,7 @@ def test_remat_and_accumulated_gradients(block):
 
         return lax.scan(add, jax.tree.map(jnp.zeros_like, params), x)[0]
 
-    each = [op_by_op(jax.grad(partial(loss, plain)), params, part) for part in x]
+    each = [jax.grad(partial(loss, plain))(params, part) for part in x]
     assert_close(accumulated(params), jax.tree.map(lambda *g: sum(g), *each))
 
 
@@ -160,11 +160,11 @@ def test_gradients_of_a_short_training(network, block):
         picked = jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], 1)
         return -picked.mean()
 
-    compiled = jax.jit(jax.grad(partial(loss, module)))
+    compiled = jit_as_users_do(jax.grad(partial(loss, module)))
     for step in range(3):
         x = normal(shape, 10 + step)
         grads = compiled(params, x)
-        expected = op_by_op(jax.grad(partial(loss, plain)), params, x)
+        expected = jax.grad(partial(loss, plain))(params, x)
         assert_close(grads, expected, tolerance=NETWORK_TOLERANCE)
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
 

@@ -24,9 +24,9 @@ from tests.cases import (
     normal,
     variables_for,
 )
+from tests.compilation import jit_as_users_do
 
 learned = pytest.mark.parametrize("block", list(filter(has_parameters, BLOCKS)))
-quick = pytest.mark.usefixtures("quick_compilations")
 # More columns than a tile of the convolution's windows has.
 SHAPE = (4, 6, 20, 16)
 
@@ -67,7 +67,6 @@ CASES = [
 ]
 
 
-@quick
 @pytest.mark.parametrize("block, mesh, implementation", CASES)
 def test_explicit_meshes(block, mesh, implementation):
     module, variables, x, cotangent = arrays(block, implementation=implementation)
@@ -88,7 +87,6 @@ def test_explicit_meshes(block, mesh, implementation):
     chex.assert_trees_all_close(got, expected(block), rtol=1e-4, atol=1e-5)
 
 
-@quick
 @forms
 def test_shard_map_with_replicated_parameters(block):
     module, variables, x, cotangent = arrays(block)
@@ -108,7 +106,6 @@ def test_shard_map_with_replicated_parameters(block):
     chex.assert_trees_all_close(got, expected(block)[1:], rtol=1e-4, atol=1e-5)
 
 
-@quick
 @forms
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
@@ -174,7 +171,7 @@ def test_nan_at_one_sample_stays_there_under_vmap():
     maps, kernel = normal((3, 9, 9, 2), 0), normal((3, 3, 2, 1), 1)
     maps[1, 4, 4, 0] = np.nan
     run = jax.vmap(functional.conv_spatial, (0, None))
-    d_maps = jax.jit(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
+    d_maps = jit_as_users_do(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
     assert np.isnan(run(maps, kernel)).sum() == 9
     assert np.isfinite(d_maps).all()
 
@@ -186,7 +183,7 @@ def test_nan_is_the_largest(implementation):
     x[1, 3, 4, 5] = np.nan
     gate = jnp.ones((2, 1, 1, 64))
 
-    @jax.jit
+    @jit_as_users_do
     def squeezed(x):
         run = {"implementation": implementation}
         return (
@@ -206,17 +203,16 @@ def test_means_of_large_maps(size):
     x = np.full((*size, 2), 0.1, np.float32)
     exact = float(np.float32(0.1))
     mean = partial(functional.squeeze_spatial, spatial_dims=dims)
-    np.testing.assert_allclose(jax.jit(mean)(x), exact, rtol=1e-6)
+    np.testing.assert_allclose(jit_as_users_do(mean)(x), exact, rtol=1e-6)
 
     def product_sum(gate):
         return functional.scale(x, gate, spatial_dims=dims).sum()
 
     gate = jnp.ones((1,) * dims + (2,))
-    slope = jax.jit(jax.grad(product_sum))(gate) / np.prod(size)
+    slope = jit_as_users_do(jax.grad(product_sum))(gate) / np.prod(size)
     np.testing.assert_allclose(slope, exact, rtol=2e-6)
 
 
-@quick
 @forms
 def test_second_derivatives(block):
     """Of a gradient by the gradient: each rule is differentiable in reverse mode."""

@@ -16,16 +16,15 @@ from tests.cases import (
     assert_alike,
     assert_exact,
     blocks,
-    compiling_quickly,
     fast_and_plain,
     forms,
     long_unless,
     normal,
     variables_for,
 )
+from tests.compilation import jit_as_users_do
 from tests.nnx.cases import drawn
 
-quick = pytest.mark.usefixtures("quick_compilations")
 # The shape, the number of spatial axes, and whether there are biases.
 KINDS = {
     "maps": ((2, 9, 7, 36), 2, True),
@@ -53,10 +52,9 @@ def test_both_implementations_against_float64(block, kind):
     x, cotangent = normal(shape, 1), normal(shape, 2)
     make = partial(BLOCKS[block], spatial_dims=dims, use_bias=use_bias)
     variables = variables_for(make(), x)
-    run = fast_and_plain(make)
     # What the compiler's optimizations do shows in maps.
-    with compiling_quickly(kind != "maps"):
-        results = run(variables, x, cotangent)
+    run = fast_and_plain(make, jit_as_users_do if kind == "maps" else jax.jit)
+    results = run(variables, x, cotangent)
     assert_alike(results)
     assert_exact(block, variables, x, cotangent, results["fast"], dims)
     for change in WITH_TIES.values():
@@ -73,7 +71,6 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-@quick
 @forms
 def test_float64(block, x64):
     make = partial(BLOCKS[block], param_dtype=jnp.float64)
@@ -90,7 +87,6 @@ def test_float64(block, x64):
         np.testing.assert_allclose(y, expected, rtol=1e-12)
 
 
-@quick
 @forms
 def test_forward_mode_by_the_plain_implementation(block):
     x = normal((1, 3, 3, 4), 0)
@@ -125,7 +121,6 @@ def test_the_fast_implementation_refuses_forward_mode(block):
         jax.jvp(partial(module.apply, variables), (x,), (x,))
 
 
-@quick
 @forms
 def test_the_multiplier_multiplies_back(block):
     """In both APIs and layouts, with a mask and without."""

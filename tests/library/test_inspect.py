@@ -14,9 +14,6 @@ from flax_attn.inspect import attention_maps, color_map, overlay, statistics
 from flax_attn.resnet import BasicBlock, BottleneckBlock, ResNet
 from tests.cases import ARTICLE, IMPLEMENTATIONS, normal, variables_for
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 blocks = pytest.mark.parametrize("block", ARTICLE)
 ATTEND = ("channel/channel_gate", "spatial/spatial_gate")
 

@@ -14,9 +14,6 @@ import flax_attn
 from flax_attn.blocks import BLOCKS
 from tests.cases import normal
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 X = normal((4, 5, 4, 16), 1)
 
 

@@ -9,7 +9,6 @@ from tests.docs import markdown
 BLOCKS = list(markdown.blocks(markdown.README))
 
 
-@pytest.mark.usefixtures("quick_compilations")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block(number, tmp_path, monkeypatch):
     tiny_hub.write(tmp_path)

@@ -12,9 +12,6 @@ from tests.cases import normal
 from tests.nnx.cases import create, drawn
 from tests.nnx.user_models import Bottleneck, DoubleConv, ResNet, UNet
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 X = normal((2, 8, 8, 3), 1)
 MODELS = {
     "resnet": (

@@ -14,9 +14,6 @@ import flax_attn.nnx
 from flax_attn import blocks
 from tests.nnx.cases import MASK, X, compiled, every_block, every_class, params
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 @every_class
 def test_new_parameters(name):

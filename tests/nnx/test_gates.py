@@ -8,9 +8,6 @@ from flax import nnx
 import flax_attn.nnx
 from tests.nnx.cases import MASK, X, compiled, every_block, every_class, pair
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 @every_block
 def test_the_maps_are_those_of_linen(name):

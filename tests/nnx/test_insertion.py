@@ -14,9 +14,6 @@ import flax_attn.nnx
 from tests.cases import normal
 from tests.nnx.cases import drawn, every_class
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 X = normal((2, 6, 6, 3), 1)
 
 

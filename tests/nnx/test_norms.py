@@ -14,9 +14,6 @@ from flax_attn import blocks
 from tests.cases import variables_for
 from tests.nnx.cases import MASK, X, compiled, create, representative
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 NORM_FIELDS = ("spatial_norm", "norm", "hidden_norm")
 
 

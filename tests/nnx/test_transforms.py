@@ -27,9 +27,6 @@ from tests.nnx.cases import (
     pair,
 )
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 
 def stacked(name, layers=3):
     """Layers in one module, by a vectorized constructor."""

@@ -25,9 +25,6 @@ from tests.nnx.cases import (
     pair,
 )
 
-# What these show does not depend on the optimizer of the compiler.
-pytestmark = pytest.mark.usefixtures("quick_compilations")
-
 FIELDS = {
     "bfloat16, bias, masked": ({"use_bias": True, "dtype": jnp.bfloat16}, MASK),
     "whole": ({}, None),

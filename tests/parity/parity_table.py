@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from flax_attn import GatherExcite, presets
 from tests import cases
+from tests.compilation import jit_as_users_do
 from tests.parity import make_golden
 
 LIMIT = 1e-5
@@ -335,7 +336,7 @@ def run_flax(case, implementation, variables, x, cotangent):
     """Our output, gradients and new batch statistics for ``case``."""
     module = case.module(implementation=implementation)
 
-    @jax.jit
+    @jit_as_users_do
     def run(variables, x, cotangent):
         def apply(params, x):
             both = variables | {"params": params}
@@ -444,7 +445,9 @@ def article_errors(case, implementation, expected):
     """The error of each array in a case of the article's blocks."""
     variables, x, cotangent = case.arrays()
     module = case.module(implementation=implementation)
-    y, d_variables, d_x = cases.forward_and_gradients(module, variables, x, cotangent)
+    y, d_variables, d_x = cases.forward_and_gradients(
+        module, variables, x, cotangent, jit_as_users_do
+    )
     actual = {"y": y, "x": d_x, **named(d_variables["params"])}
     return errors(actual, expected)
 

@@ -60,13 +60,12 @@ def test_logits_and_maps(timm, tmp_path, name):
     assert preprocessing.test_crop_pct == config["crop_pct"]
 
     images = cases.normal((1, size, size, len(preprocessing.mean)), 0)
-    quick = {"xla_backend_optimization_level": 0}
 
     def run(variables, images):
         maps = model.apply(variables, images, method="features")
         return model.apply(variables, images), maps
 
-    logits, maps = jax.jit(run, compiler_options=quick)(variables, images)
+    logits, maps = jax.jit(run)(variables, images)
     with torch.no_grad():
         inputs = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
         expected = theirs(inputs).numpy()

@@ -18,9 +18,7 @@ from train.engine.config import Config
 from train.study import gates as study
 
 
-def test_spatial_gates_and_grad_cam_are_those_of_each_stages_last_block(
-    quick_compilations,
-):
+def test_spatial_gates_and_grad_cam_are_those_of_each_stages_last_block():
     rng = np.random.RandomState(0)
     pixels = rng.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
     labels = np.arange(12, dtype=np.int32) % 10

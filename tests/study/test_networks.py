@@ -4,7 +4,7 @@ from flax_attn.resnet import BasicBlock, ResNet
 from train.study import networks
 
 
-def test_networks_take_turns_and_are_compared_to_none(monkeypatch, quick_compilations):
+def test_networks_take_turns_and_are_compared_to_none(monkeypatch):
     """With invented times for the networks."""
     steps = []
 

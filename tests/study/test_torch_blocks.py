@@ -21,7 +21,7 @@ def to_torch(kernel):
 
 
 @pytest.mark.parametrize("block", ARTICLE)
-def test_output_and_gradients(block, quick_compilations):
+def test_output_and_gradients(block):
     torch = pytest.importorskip("torch")
     # Its gradient compiles fastest.
     module, x = create(block, implementation="plain"), normal((2, 5, 6, 32), 0)

@@ -15,9 +15,7 @@ from train.study import blocks, timing, torch_blocks, tpu
 ROOT = Path(__file__).parents[2]
 
 
-def test_blocks_against_the_plain_ones(
-    quick_compilations, tmp_path, capsys, monkeypatch
-):
+def test_blocks_against_the_plain_ones(tmp_path, capsys, monkeypatch):
     # The handler would stay.
     monkeypatch.setattr(timing, "interrupt_between_turns", lambda: None)
     out, plot = tmp_path / "out.json", tmp_path / "out.png"

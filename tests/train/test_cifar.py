@@ -22,7 +22,7 @@ def run_here(capsys, *arguments):
     return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
 
-def test_digits(tmp_path, capsys, quick_compilations, monkeypatch):
+def test_digits(tmp_path, capsys, monkeypatch):
     """By a network of one residual block."""
     monkeypatch.setattr(model, "cifar_resnet", tiny_run.network)
     workdir = tmp_path / "run"
