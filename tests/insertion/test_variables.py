@@ -64,7 +64,7 @@ def test_labels_select_what_is_trained():
         y = inserted.apply({"params": params}, X)
         return jnp.sum(y * normal(y.shape, 3))
 
-    @jax.jit  # `quick` gives maxima wrong gradients.
+    @jax.jit
     def step(params):
         gradients = jax.grad(loss)(params)
         updates, _ = optimizer.update(gradients, optimizer.init(params), params)
