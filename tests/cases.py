@@ -60,8 +60,9 @@ def variables_for(module, x, seed=0):
 @cache
 def has_parameters(block):
     """Whether there is anything to learn, and so to start from, in a block."""
-    init = BLOCKS[block]().init
-    shapes = jax.eval_shape(init, jax.random.key(0), np.ones((1, 1, 1, 16), "f4"))
+    x = np.ones((1, 1, 1, 16), np.float32)
+    # Within the trace, the key starts no backend.
+    shapes = jax.eval_shape(lambda: BLOCKS[block]().init(jax.random.key(0), x))
     return bool(jax.tree.leaves(shapes))
 
 
