@@ -159,21 +159,19 @@ class GatherExcite(Attention, kw_only=True):
 
     def _resized(self, y: Array, x: Array, mask: Array | None) -> Array:
         """The nearest of ``y`` for each valid position of ``x``."""
-        batch, spatial = x.ndim - 1 - self.spatial_dims, self.spatial_dims
-        for axis in range(-1 - spatial, -1):
+        axes = range(-1 - self.spatial_dims, -1)
+        for axis in axes:
             n: int | Array = x.shape[axis]
             m: int | Array = y.shape[axis]
-            to = jnp.arange(n).reshape(*(1,) * batch, n, 1)
-            of = jnp.arange(m).reshape(*(1,) * batch, 1, m)
+            along = [1] * x.ndim
+            along[axis] = x.shape[axis]
+            to = jnp.arange(n).reshape(along)
             if mask is not None:  # Resized to what is valid, without the padding.
-                others = tuple(a for a in range(-1 - spatial, 0) if a != axis)
-                valid = mask.any(others)[..., None]
-                n = jnp.where(valid, to + 1, 1).max(-2, keepdims=True)
+                others = tuple(a for a in axes if a != axis)
+                valid = mask.any(others, keepdims=True)
+                n = jnp.where(valid, to + 1, 1).max(axis, keepdims=True)
                 m = (n + self.extent - 1) // self.extent
-            picks = (to * m // n == of).astype(y.dtype)
-            picks = jnp.expand_dims(picks, tuple(range(batch, batch + spatial - 1)))
-            y = jnp.moveaxis(y, axis, -2)
-            y = jnp.moveaxis(jnp.matmul(picks, y, precision="highest"), -2, axis)
+            y = jnp.take_along_axis(y, to * m // n, axis, mode="clip")
         return y
 
     def _check_fields(self) -> None:

@@ -158,3 +158,15 @@ def test_second_derivatives_of_simam():
 
     got, expected = curvature(lambda x: block.apply({}, x)), curvature(equation)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("extra_params", [False, True])
+def test_nan_stays_in_the_regions_that_gather_it(extra_params):
+    """One of 4x4 positions, and one channel of two."""
+    x = normal((1, 16, 16, 2), 0)
+    x[0, 0, 0, 0] = np.nan
+    block = GatherExcite(extent=4, extra_params=extra_params)
+    y = jax.jit(block.apply)(variables_for(block, x), x)
+    expected = np.zeros(x.shape, bool)
+    expected[0, :4, :4, 0] = True
+    np.testing.assert_array_equal(np.isnan(y), expected)
