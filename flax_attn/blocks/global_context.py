@@ -75,7 +75,6 @@ class GlobalContext(Attention, kw_only=True):
         With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
         nothing and comes out as zero.
         """
-        checks.check_choice("fuse", self.fuse, FUSIONS)
         x, valid = self.validated(x, mask)
         if self.fuse == "scale":
             return self.scaled(x, self.multiplier(x, mask))
@@ -88,7 +87,6 @@ class GlobalContext(Attention, kw_only=True):
         Raises:
           ValueError: with ``fuse="add"``, which multiplies by nothing.
         """
-        checks.check_choice("fuse", self.fuse, FUSIONS)
         if self.fuse == "add":
             raise ValueError(
                 '`fuse` must be "scale" for a multiplier, got "add", which adds to x; '
@@ -111,6 +109,7 @@ class GlobalContext(Attention, kw_only=True):
     @nn.compact
     def _transformed(self, x: Array, mask: Array | None) -> Array:
         x, valid = self.validated(x, mask)
+        checks.check_choice("fuse", self.fuse, FUSIONS)
         checks.check_callable("act", self.act)
         layer = partial(
             nn.Dense,

@@ -15,6 +15,10 @@ from flax_attn import (
     ESE,
     SE,
     ChannelAttention,
+    CoordinateAttention,
+    GatherExcite,
+    GlobalContext,
+    SimAM,
     SpatialAttention,
     scSE,
 )
@@ -134,8 +138,9 @@ def test_kernels_of_every_size(block, k):
 
 def test_fields_reach_the_computation():
     """No option is ignored: each changes the output."""
-    x = normal((2, 6, 5, 16), 0)
+    x = normal((2, 6, 5, 64), 0)
     conv = partial(ChannelAttention, excite="conv")
+    plus = partial(GatherExcite, extent=4, extra_params=True)
     changes = [
         (SE, {"pool": "max"}),
         (SE, {"pool": "avg+max"}),
@@ -158,6 +163,17 @@ def test_fields_reach_the_computation():
         (scSE, {"act": nn.gelu}),
         (scSE, {"combine": "max"}),
         (scSE, {"gate": nn.hard_sigmoid}),
+        (BAM, {"combine": "multiply"}),
+        (BAM, {"spatial_act": nn.relu}),
+        (SimAM, {"lam": 1.0}),
+        (SimAM, {"ddof": 1}),
+        (GlobalContext, {"fuse": "scale"}),
+        (GlobalContext, {"act": nn.gelu}),
+        (GlobalContext, {"epsilon": 1.0}),
+        (CoordinateAttention, {"act": nn.relu}),
+        (GatherExcite, {"extent": 2}),
+        (plus, {"act": nn.gelu}),
+        (plus, {"extent": 2}),
     ]
 
     @jax.jit
