@@ -144,6 +144,7 @@ def test_a_state_does_not_count_what_is_read_ahead(images, stream):
         assert_same([next(batches) for _ in range(4)], stream[5:9])
 
 
+OLD_JAXLIB = "worker profiling requires jaxlib extension version"
 PROGRAM = """
 import contextlib, hashlib, json, sys
 from pathlib import Path
@@ -175,7 +176,9 @@ def test_resume_from_a_state_in_a_fresh_process(root, images, stream):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [digest(stream[p : p + 3]) for p in POSITIONS]
-    assert not run.stderr
+    # What Grain says of a jaxlib older than itself is not of the program.
+    said = [line for line in run.stderr.splitlines() if OLD_JAXLIB not in line]
+    assert not said
 
 
 # The pass over the test images.
