@@ -49,7 +49,10 @@ def test_outputs_and_gradients_are_those_of_linen(name, fields, mask):
     got = nnx.jit(partial(gradients, mask=mask))(block, X, COTANGENT)
     expected = linen_gradients(linen, variables, mask)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-6)
+    # Two programs: a sum of large terms may be rounded differently.
+    for leaf, wanted in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        atol = 1e-6 * max(np.abs(wanted).max(), 1)
+        np.testing.assert_allclose(leaf, wanted, rtol=0, atol=atol)
     assert all(np.abs(d).max() > 0 for d in jax.tree.leaves(got[1]))
 
 
