@@ -26,6 +26,10 @@ def representative(names):
 
 
 every_class = pytest.mark.parametrize("name", representative(blocks.BLOCKS))
+# For what is said of parameters.
+learned_class = pytest.mark.parametrize(
+    "name", representative(filter(has_parameters, blocks.BLOCKS))
+)
 
 SHAPE = (4, 6, 5, 16)
 X, COTANGENT = normal(SHAPE, 1), normal(SHAPE, 2)

@@ -12,7 +12,15 @@ from flax import nnx
 
 import flax_attn.nnx
 from flax_attn import blocks
-from tests.nnx.cases import MASK, X, compiled, every_block, every_class, params
+from tests.nnx.cases import (
+    MASK,
+    X,
+    compiled,
+    every_block,
+    every_class,
+    learned_class,
+    params,
+)
 
 
 @every_class
@@ -32,7 +40,7 @@ def test_new_parameters(name):
     assert not nnx.to_flat_state(nnx.state(first, nnx.RngState))
 
 
-@every_class
+@learned_class
 def test_shapes_alone(name):
     shapes = nnx.eval_shape(lambda: flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0)))
     linen = jax.eval_shape(blocks.BLOCKS[name]().init, jax.random.key(0), X)

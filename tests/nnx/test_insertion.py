@@ -12,7 +12,7 @@ from flax import nnx
 
 import flax_attn.nnx
 from tests.cases import normal
-from tests.nnx.cases import drawn, every_class
+from tests.nnx.cases import drawn, learned_class
 
 X = normal((2, 6, 6, 3), 1)
 
@@ -88,7 +88,7 @@ def test_sites(where, paths):
     assert sorted(gates) == sorted(f"{p}/attention/channel_gate" for p in paths)
 
 
-@every_class
+@learned_class
 def test_starts_as_the_model_was_and_trains(name):
     model = make()
     run = nnx.jit(lambda model: nnx.clone(model)(X))

@@ -8,7 +8,7 @@ from flax import nnx
 
 import flax_attn.nnx
 from tests.cases import normal
-from tests.nnx.cases import drawn, every_class
+from tests.nnx.cases import drawn, learned_class
 
 X = normal((4, 8, 8, 3), 1)
 LABELS = np.array([0, 1, 2, 0])
@@ -42,7 +42,7 @@ class ResNet(nnx.Module):
             self.sow(nnx.Intermediate, "features", x)
 
 
-@every_class
+@learned_class
 def test_trains_and_evaluates(name):
     attention = flax_attn.nnx.BLOCKS[name]
     model = drawn(lambda: ResNet(attention, rngs=nnx.Rngs(0)))

@@ -23,6 +23,7 @@ from tests.nnx.cases import (
     drawn,
     every_class,
     gradients,
+    learned_class,
     linen_gradients,
     pair,
 )
@@ -60,7 +61,7 @@ def test_split_and_merge(name):
     assert hash(graph) == hash(nnx.split(nnx.clone(block))[0])
 
 
-@every_class
+@learned_class
 def test_jit_compiles_once_and_keeps_the_state(name):
     block, linen, variables = pair(name)
     other = pair(name)[0]
@@ -141,7 +142,7 @@ def test_vmap_over_stacked_layers(name):
     np.testing.assert_allclose(y, np.stack(expected), rtol=1e-5, atol=1e-6)
 
 
-@every_class
+@learned_class
 def test_scan_over_stacked_layers_with_remat(name):
     module, linen = stacked(name, layers=2), blocks.BLOCKS[name]()
 
@@ -187,7 +188,7 @@ def test_tabulate(name):
     nnx.clone(block).eval()  # The methods are as they were.
 
 
-@every_class
+@learned_class
 def test_an_optimizer_step_lowers_the_loss(name):
     block = pair(name)[0]
     # Positive, so that no ReLU of few units is dead from the start.
@@ -206,7 +207,7 @@ def test_an_optimizer_step_lowers_the_loss(name):
     assert losses[2] < losses[1] < losses[0]
 
 
-@every_class
+@learned_class
 def test_orbax(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     block = pair(name)[0]
@@ -222,7 +223,7 @@ def test_orbax(name, tmp_path):
     chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(new)), saved)
 
 
-@every_class
+@learned_class
 def test_partitioned_parameters_keep_their_sharding(name):
     init = nn.with_partitioning(nn.initializers.ones_init(), (None, "model"))
     auto = (AxisType.Auto,)
