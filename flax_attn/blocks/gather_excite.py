@@ -1,19 +1,13 @@
 """Gather-Excite: each position is gated by its surroundings, near or all."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
-import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, ModuleDef, Width
 from flax_attn.blocks.channel import mlp
-from flax_attn.functional import Array, checks
-
-Pads = Sequence[tuple[int, int]]
+from flax_attn.functional import Array, checks, neighborhoods
 
 
 class GatherExcite(Attention, kw_only=True):
@@ -93,7 +87,13 @@ class GatherExcite(Attention, kw_only=True):
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of a local extent alone, ``(..., H, W, C)``."""
         x, valid = self.validated(x, mask)
-        logits = self._resized(self._logits(x, mask), x, valid)
+        logits = neighborhoods.resize_nearest(
+            self._logits(x, mask),
+            x,
+            self.extent,
+            mask=valid,
+            spatial_dims=self.spatial_dims,
+        )
         gate = functional.apply_mask(self.gate_from(logits), valid)
         self.sow("intermediates", "element_gate", gate)
         return gate
@@ -107,7 +107,9 @@ class GatherExcite(Attention, kw_only=True):
         if self.extra_params:
             y = self._convolved(x, mask)
         elif self.extent:
-            y = self._averaged(x, mask)
+            y = neighborhoods.local_mean(
+                x, self.extent, mask=mask, spatial_dims=self.spatial_dims
+            )
         else:
             y = functional.squeeze_spatial(
                 x,
@@ -118,17 +120,6 @@ class GatherExcite(Attention, kw_only=True):
         if not self.extra_params:
             y = y.astype(self.dtype or x.dtype)
         return mlp(self, x.shape[-1])(y) if self.use_mlp else y
-
-    def _averaged(self, x: Array, mask: Array | None) -> Array:
-        """Means of the positions nearer than e to every e-th one."""
-        valid = jnp.ones_like(x[..., :1], bool) if mask is None else mask
-        dtype, e, dims = functional.accumulator(x), self.extent, self.spatial_dims
-        window = (2 * e - 1,) * dims, (e,) * dims, ((e - 1, e - 1),) * dims
-
-        def sums(x: Array) -> Array:
-            return nn.pooling.pool(x.astype(dtype), 0.0, lax.add, *window)
-
-        return sums(x) / sums(valid).clip(1)
 
     def _convolved(self, x: Array, mask: Array | None) -> Array:
         features, count = x.shape[-1], self.extent.bit_length() - 1
@@ -142,7 +133,7 @@ class GatherExcite(Attention, kw_only=True):
                 strides=2,
                 padding=1,
                 feature_group_count=features,
-                conv_general_dilated=_depthwise,
+                conv_general_dilated=neighborhoods.conv_depthwise,
                 use_bias=self.use_bias and self.hidden_norm is None,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -156,23 +147,6 @@ class GatherExcite(Attention, kw_only=True):
             )
             x = x if i == count else self.act(x)
         return x
-
-    def _resized(self, y: Array, x: Array, mask: Array | None) -> Array:
-        """The nearest of ``y`` for each valid position of ``x``."""
-        axes = range(-1 - self.spatial_dims, -1)
-        for axis in axes:
-            n: int | Array = x.shape[axis]
-            m: int | Array = y.shape[axis]
-            along = [1] * x.ndim
-            along[axis] = x.shape[axis]
-            to = jnp.arange(n).reshape(along)
-            if mask is not None:  # Resized to what is valid, without the padding.
-                others = tuple(a for a in axes if a != axis)
-                valid = mask.any(others, keepdims=True)
-                n = jnp.where(valid, to + 1, 1).max(axis, keepdims=True)
-                m = (n + self.extent - 1) // self.extent
-            y = jnp.take_along_axis(y, to * m // n, axis, mode="clip")
-        return y
 
     def _check_fields(self) -> None:
         power = checks.is_int(self.extent) and self.extent & (self.extent - 1) == 0
@@ -192,26 +166,3 @@ class GatherExcite(Attention, kw_only=True):
                 "`identity_init` must be False, got True: without `extra_params` and "
                 "`use_mlp` there are no parameters that could start at zero."
             )
-
-
-def _depthwise(
-    x: Array, kernel: Array, strides: Sequence[int], padding: Pads, **_: Any
-) -> Array:
-    """A convolution of each channel alone, as a product with stacked slices.
-
-    XLA's depthwise convolution is slow on CPU, and its gradient with a stride cannot be
-    exported for any size.
-    """
-    dtype, *sizes, features = functional.accumulator(x), *x.shape[1:]
-    windows = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
-    for axis, (taps, n, stride) in enumerate(
-        zip(kernel.shape, sizes, strides, strict=False), -len(sizes) - 1
-    ):
-        cut = partial(lax.slice_in_dim, windows, stride=stride, axis=axis)
-        windows = jnp.stack([cut(t, t + n) for t in range(taps)])
-    # The taps of the last axis stand first.
-    weights = kernel.astype(dtype).T.reshape(features, *kernel.shape[-3::-1])
-    weights = jnp.moveaxis(weights, 0, -1)
-    axes = tuple(range(len(sizes)))
-    weights = jnp.expand_dims(weights, tuple(range(len(sizes), windows.ndim - 1)))
-    return (windows * weights).sum(axes).astype(x.dtype)

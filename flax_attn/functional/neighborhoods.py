@@ -1,0 +1,90 @@
+"""Means, convolutions and resizing around every position, as Gather-Excite has them.
+
+All map ``(..., H, W, C)``, or what ``spatial_dims`` says, channel by channel.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from flax_attn.functional import Array, accumulator
+
+
+def local_mean(
+    x: Array, extent: int, *, mask: Array | None = None, spatial_dims: int = 2
+) -> Array:
+    """Means of the valid positions nearer than ``extent`` to every such position.
+
+    Returns ``(..., ceil(H / extent), ceil(W / extent), C)`` in float32 or wider, zero
+    where no position is valid. What the mask excludes must be zero in ``x``.
+    """
+    valid = jnp.ones_like(x[..., :1], bool) if mask is None else mask
+    lead, dims = x.ndim - spatial_dims - 1, spatial_dims
+
+    def per_axis(of_batch: Any, of_space: Any) -> list[Any]:
+        return [of_batch] * lead + [of_space] * dims + [of_batch]
+
+    def sums(x: Array) -> Array:
+        return lax.reduce_window(
+            x.astype(dtype),
+            0.0,
+            lax.add,
+            per_axis(1, 2 * extent - 1),
+            per_axis(1, extent),
+            per_axis((0, 0), (extent - 1, extent - 1)),
+        )
+
+    dtype = accumulator(x)
+    return sums(x) / sums(valid).clip(1)
+
+
+def resize_nearest(
+    y: Array, like: Array, extent: int, *, mask: Array | None = None, spatial_dims: int
+) -> Array:
+    """``y``, one of every ``extent`` positions, at every position of ``like``.
+
+    With a mask ``y`` is resized to the valid part alone, without the padding.
+    """
+    axes = range(-1 - spatial_dims, -1)
+    for axis in axes:
+        n: int | Array = like.shape[axis]
+        m: int | Array = y.shape[axis]
+        along = [1] * like.ndim
+        along[axis] = like.shape[axis]
+        to = jnp.arange(n).reshape(along)
+        if mask is not None:
+            valid = mask.any(tuple(a for a in axes if a != axis), keepdims=True)
+            n = jnp.where(valid, to + 1, 1).max(axis, keepdims=True)
+            m = (n + extent - 1) // extent
+        y = jnp.take_along_axis(y, to * m // n, axis, mode="clip")
+    return y
+
+
+def conv_depthwise(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **_: Any,
+) -> Array:
+    """A convolution of each channel alone, as a product with stacked slices.
+
+    Called as ``lax.conv_general_dilated`` is. XLA's own is slow on CPU, and with a
+    stride its gradient cannot be exported for any size.
+    """
+    dtype, *sizes, features = accumulator(x), *x.shape[1:]
+    windows = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
+    for axis, (taps, n, stride) in enumerate(
+        zip(kernel.shape, sizes, strides, strict=False), -len(sizes) - 1
+    ):
+        cut = partial(lax.slice_in_dim, windows, stride=stride, axis=axis)
+        windows = jnp.stack([cut(t, t + n) for t in range(taps)])
+    # The taps of the last axis stand first.
+    weights = kernel.astype(dtype).T.reshape(features, *kernel.shape[-3::-1])
+    weights = jnp.moveaxis(weights, 0, -1)
+    axes = tuple(range(len(sizes)))
+    weights = jnp.expand_dims(weights, tuple(range(len(sizes), windows.ndim - 1)))
+    return (windows * weights).sum(axes).astype(x.dtype)
