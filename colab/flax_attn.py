@@ -15,16 +15,15 @@
 
 # %% [markdown]
 # # Attention blocks for convolutional networks in Flax
-#
-# Applies every block to an array, trains a ResNet with one of them and shows where it
-# attends. On Colab choose *Runtime → Change runtime type* for a TPU or GPU; all of its
-# cores are used. Without one everything runs on the CPU, only slower.
+# This notebook applies every block to an array, trains a ResNet with one of them and shows
+# where it attends. On Colab, choose *Runtime → Change runtime type* for a TPU or GPU; all
+# TPU cores are used. Without an accelerator, everything runs on the CPU, but more slowly.
 
 # %% [markdown]
 # ## Install
-# In a checkout, the notebook uses the library that it lies beside; elsewhere it installs
-# `flax-attn[train]` from PyPI. The installed jax and flax are kept in both cases: another
-# jax may not find the TPU. The cells below need nothing else of the repository.
+# In a checkout, the notebook uses the library from that checkout; otherwise it installs
+# `flax-attn[train]` from PyPI. Both keep the installed jax and flax, since another jax
+# version may not find the TPU. The notebook needs no other files from the repository.
 
 # %%
 import importlib.util
@@ -69,21 +68,20 @@ if jax.default_backend() == "cpu":
         "TPU or GPU runtime, or train on the digits."
     )
 
-# %% [markdown]
-# ## Every block maps a feature map to one of the same shape
+# %% ## Every block keeps the shape of its input [markdown]
+#
 
 # %%
 x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
 for name in flax_attn.BLOCKS:
-    # The shapes alone, which need no compilation.
+    # Only shapes are computed; nothing is compiled.
     init = flax_attn.create(name).init_with_output
     y, variables = jax.eval_shape(init, jax.random.key(1), x)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
     print(f"{name:13} {x.shape} -> {y.shape}  {parameters:5} parameters")
 
-# %% [markdown]
-# ## The same blocks for Flax NNX
-# They have the same variables, so weights move between the two as they are.
+# %% ## The same blocks for Flax NNX They have the same variables, so weights [markdown]
+# can be moved between the two APIs unchanged.
 
 # %%
 from flax import nnx
@@ -99,10 +97,10 @@ print("largest difference from Linen:", abs(block(x) - same).max())
 
 # %% [markdown]
 # ## Train a ResNet with a block in every residual branch
-# The digits are 1,797 scans that come with scikit-learn; CIFAR is downloaded. By default a
-# gate starts near one half; with `init = "identity"` it starts at 1. On the digits,
-# ResNet-8 with CBAM reached 97.4 % after 15 epochs from the default and 95.4 % from the
-# identity (two seeds each).
+# The digits are 1,797 scanned digits that ship with scikit-learn; CIFAR is downloaded. By
+# default a gate is initially near 0.5; with `init = "identity"` it is initially 1. On the
+# digits, ResNet-8 with CBAM reached 97.4% after 15 epochs with default initialization and
+# 95.4% with identity initialization (two seeds each).
 
 # %%
 # @title What to train { display-mode: "form" }
@@ -140,7 +138,7 @@ CIFAR = {  # Archive, its SHA-256, bytes before the pixels, classes.
 
 
 def digits():
-    """Each of the 8x8 pixels becomes a 4x4 square; 1,437 train, 360 test."""
+    """Each of the 8x8 pixels becomes a 4x4 square; 1,437 training and 360 test images."""
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     pixels = pixels.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, -1)
@@ -150,7 +148,7 @@ def digits():
 
 
 def cifar(name):
-    """The binary files: label bytes, then the red, green and blue plane."""
+    """Reads the binary files: label bytes, then the red, green and blue planes."""
     archive, sha256, label_bytes, classes = CIFAR[name]
     path = pooch.retrieve(TORONTO + archive, f"sha256:{sha256}", progressbar=True)
     parts = {"train": [], "test": []}
@@ -169,11 +167,11 @@ def cifar(name):
 parts, classes = digits() if dataset == "digits" else cifar(dataset)
 (train_images, train_labels), (test_images, test_labels) = parts
 mean, std = train_images.mean((0, 1, 2)) / 255, train_images.std((0, 1, 2)) / 255
-print(f"{len(train_images):,} images train, {len(test_images):,} test")
+print(f"{len(train_images):,} training images, {len(test_images):,} test images")
 
 # %% [markdown]
-# ### The network, and a step on all devices
-# A batch is split over the devices and the network is on each of them; the compiler adds
+# ### The network, and a training step on all devices
+# Each batch is sharded over the devices and the network is replicated; the compiler inserts
 # the communication.
 
 # %%
@@ -217,7 +215,7 @@ def normalize(images):
 
 
 def augment(images, rng):
-    """Shifts each image by up to 4 pixels, and mirrors half of those of CIFAR."""
+    """Shifts each image by up to 4 pixels, and flips half of the CIFAR images."""
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32), axis=(1, 2))
     y, x = rng.integers(0, 9, (2, len(images)))
@@ -250,7 +248,7 @@ def correct(variables, images, labels):
 
 
 def accuracy(variables):
-    """On all test images; the last batch is filled with images that do not count."""
+    """Test accuracy; the last batch is padded with images that do not count."""
     right = []
     for start in range(0, len(test_images), batch_size):
         images = normalize(test_images[start : start + batch_size])
@@ -301,10 +299,10 @@ plt.show()
 
 # %% [markdown]
 # ## Where it attends
-# `flax_attn.inspect.attention_maps(model, variables, x)` reads every gate of a model by
-# its path. Here are the spatial gates of the last block of each stage, how far they are
-# open, and Grad-CAM: where the last map speaks for the image's class. A gate that hardly
-# differs over an image says nothing about it, and is marked as constant.
+# `flax_attn.inspect.attention_maps(model, variables, x)` returns every gate of a model by
+# path. The figure shows the spatial gates of the last block of each stage, and Grad-CAM:
+# where the last feature map supports the image's class. A gate that varies little over an
+# image is marked as constant. The table shows how far the gates are open.
 
 # %%
 from flax_attn import inspect
@@ -323,7 +321,7 @@ if attention != "none":
             gates[block] = gate
 display(inspect.plot(shown, gates, cams=cams))
 if gates:
-    # From the identity a gate is within [0, 2].
+    # With identity initialization, gates are within [0, 2].
     most = 2 if init == "identity" else 1
     print(inspect.statistics({name: gate / most for name, gate in gates.items()}))
 else:

@@ -1,4 +1,4 @@
-"""The site: guides in Markdown, and a reference made from the docstrings."""
+"""Sphinx configuration: guides in Markdown, API reference from the docstrings."""
 
 import sys
 import tomllib
@@ -34,7 +34,7 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 def _without_fields(
     app: Any, what: str, name: str, obj: Any, options: Any, signature: Any, result: Any
 ) -> tuple[str | None, str | None]:
-    # Flax's own arguments and the representations of functions; the docstring has them.
+    # Hides Flax's own arguments and long reprs; the docstring lists the fields.
     if what == "class" and issubclass(obj, nn.Module):
         return "(**fields)", None
     return signature, result
