@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, ModuleDef, Width
-from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
+from flax_attn.blocks.channel import channel_logits, hidden_width, normalized_mlp
 from flax_attn.functional import Array, checks
 
 Combine = Literal["add", "multiply"]
@@ -93,16 +93,9 @@ class BAM(Attention, kw_only=True):
         """Returns the gate alone, ``(..., H, W, C)``."""
         checks.check_choice("combine", self.combine, COMBINATIONS)
         x, valid = self.validated(x, mask)
-        axes = tuple(range(-1 - self.spatial_dims, -1))
-        rows = None if valid is None else valid.any(axes, keepdims=True)
-
-        def act(s: Array) -> Array:
-            each = None if rows is None else rows[None]  # One squeeze is stacked.
-            return self.act(self._hidden(s, each, "reduce_norm"))
-
-        channel = channel_logits(
-            self, x, mask, pools=("avg",), excite=partial(mlp, act=act)
-        )
+        excite = normalized_mlp(self, x, mask)
+        channel = channel_logits(self, x, mask, pools=("avg",), excite=excite)
+        rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
         channel = self.normalized(self.norm, channel, rows, name="channel_norm")
         spatial = self._spatial_logits(x, valid)
         logits = channel + spatial if self.combine == "add" else channel * spatial
@@ -113,16 +106,7 @@ class BAM(Attention, kw_only=True):
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
         checks.check_positive("dilation", self.dilation)
         hidden = hidden_width(self, x.shape[-1])
-        conv = partial(
-            nn.Conv,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        inner = partial(
-            conv, hidden, kernel_init=self.kernel_init, bias_init=self.bias_init
-        )
+        inner = partial(self.make_layer(nn.Conv), hidden)
         ones, threes = (1,) * self.spatial_dims, (3,) * self.spatial_dims
         wide = partial(inner, threes, kernel_dilation=self.dilation)
         layers = {
@@ -134,12 +118,11 @@ class BAM(Attention, kw_only=True):
         for name, layer in layers.items():
             # A bias fills the padding, which the next convolution would look into.
             y = layer(functional.apply_mask(y, mask))
-            y = self._hidden(y, mask, f"{name}_norm")
+            y = self.normalized(
+                self.hidden_norm, y, mask, name=f"{name}_norm", is_last=False
+            )
             y = y if self.spatial_act is None else self.spatial_act(y)
         is_last = self.combine == "add"
-        inits = self.last_layer() if is_last else self.first_layer()
-        y = conv(1, ones, **inits, name="spatial_expand")(y)
+        expand = self.make_layer(nn.Conv, is_last=is_last)
+        y = expand(1, ones, name="spatial_expand")(y)
         return self.normalized(self.norm, y, mask, name="spatial_norm", is_last=is_last)
-
-    def _hidden(self, x: Array, mask: Array | None, name: str) -> Array:
-        return self.normalized(self.hidden_norm, x, mask, name=name, is_last=False)

@@ -1,7 +1,6 @@
 """CBAM: channel attention, then spatial attention on the result."""
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -95,46 +94,17 @@ class CBAM(Attention, kw_only=True):
         """``x`` times its channel gate, that gate, and the spatial gate."""
         # Checked here as well, under the name that the user wrote.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
-        common: dict[str, Any] = {
-            "gate": self.gate,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
-            "implementation": self.implementation,
-            "identity_init": self.identity_init,
-            "spatial_dims": self.spatial_dims,
-        }
         channel = ChannelAttention(
-            reduction=self.reduction,
-            divisor=self.divisor,
-            pool=self.pool,
-            excite=self.excite,
-            hidden_features=self.hidden_features,
-            kernel_size=self.kernel_size,
-            gamma=self.gamma,
-            b=self.b,
-            act=self.act,
-            use_bias=self.use_bias,
-            **common,
-            name="channel",
+            **self.shared_fields(ChannelAttention), name="channel"
         )
-        spatial = SpatialAttention(
-            kernel_size=self.spatial_kernel_size,
-            pool=self.pool,
-            norm=self.spatial_norm,
-            use_bias=self.use_bias and self.spatial_norm is None,
-            **common,
-            name="spatial",
-        )
+        of_spatial = self.shared_fields(SpatialAttention) | {
+            "kernel_size": self.spatial_kernel_size,
+            "norm": self.spatial_norm,
+            "use_bias": self.use_bias and self.spatial_norm is None,
+        }
+        spatial = SpatialAttention(**of_spatial, name="spatial")
         # spatial(channel(x)), but for the squeeze that is taken with the first product.
         x, _ = self.validated(x, mask)
         x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
-        y, maps = functional.scale_and_squeeze(
-            x,
-            gate,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
+        y, maps = functional.scale_and_squeeze(x, gate, **self.map_options)
         return y, gate, spatial.gate_of(maps.astype(y.dtype), mask)

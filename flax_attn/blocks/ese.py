@@ -48,12 +48,5 @@ class ESE(ChannelBlock, kw_only=True):
 
 
 def _layer(module: Attention, features: int) -> Callable[[Array], Array]:
-    return nn.Dense(
-        features,
-        use_bias=module.use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        precision=module.precision,
-        **module.last_layer(),
-        name="excite",
-    )
+    layer: nn.Dense = module.make_layer(nn.Dense, is_last=True)(features, name="excite")
+    return layer

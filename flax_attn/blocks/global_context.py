@@ -1,7 +1,6 @@
 """GlobalContext: a context that attention pools, added to a map or gating it."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -111,17 +110,10 @@ class GlobalContext(Attention, kw_only=True):
         x, valid = self.validated(x, mask)
         checks.check_choice("fuse", self.fuse, FUSIONS)
         checks.check_callable("act", self.act)
-        layer = partial(
-            nn.Dense,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        pool = layer(1, use_bias=False, kernel_init=self.kernel_init, name="pool")
-        hidden = hidden_width(self, x.shape[-1])
-        reduce = layer(
-            hidden, use_bias=self.use_bias, **self.first_layer(), name="reduce"
-        )
+        first_layer = self.make_layer(nn.Dense)
+        last_layer = self.make_layer(nn.Dense, is_last=True)
+        pool = first_layer(1, use_bias=False, name="pool")
+        reduce = first_layer(hidden_width(self, x.shape[-1]), name="reduce")
         norm = nn.LayerNorm(  # Of float32, as strict promotion wants it.
             epsilon=self.epsilon,
             use_fast_variance=False,
@@ -129,9 +121,7 @@ class GlobalContext(Attention, kw_only=True):
             bias_init=self.bias_init,
             name="norm",
         )
-        expand = layer(
-            x.shape[-1], use_bias=self.use_bias, **self.last_layer(), name="expand"
-        )
+        expand = last_layer(x.shape[-1], name="expand")
         context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
         h = reduce(context)
         wide = h.astype(functional.accumulator(h))
@@ -139,7 +129,7 @@ class GlobalContext(Attention, kw_only=True):
 
     def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
         """The mean of ``x`` weighted by the softmax of ``logits``."""
-        axes = tuple(range(-1 - self.spatial_dims, -1))
+        axes = self.spatial_axes
         logits = logits.astype(functional.accumulator(logits))
         some: bool | Array = True
         if mask is not None:
@@ -148,15 +138,9 @@ class GlobalContext(Attention, kw_only=True):
         # The quotient does not depend on the maximum, so neither does its gradient.
         largest = lax.stop_gradient(logits).max(axes, keepdims=True)
         weights = jnp.exp(logits - jnp.where(some, largest, 0))
-        squeeze = partial(
-            functional.squeeze_spatial,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
+        options = self.map_options
+        weighted = functional.scale(x.astype(weights.dtype), weights, **options)
+        total = functional.squeeze_spatial(weights, **options)
+        return functional.squeeze_spatial(weighted, **options) / jnp.where(
+            some, total, 1
         )
-        weighted = functional.scale(
-            x.astype(weights.dtype),
-            weights,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
-        return squeeze(weighted) / jnp.where(some, squeeze(weights), 1)

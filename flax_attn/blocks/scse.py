@@ -67,21 +67,7 @@ class scSE(sSE, kw_only=True):
         """Makes the two halves."""
         super().setup()
         checks.check_choice("combine", self.combine, COMBINATIONS)
-        self.channel: SE = SE(
-            reduction=self.reduction,
-            hidden_features=self.hidden_features,
-            act=self.act,
-            gate=self.gate,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            implementation=self.implementation,
-            identity_init=self.identity_init,
-            spatial_dims=self.spatial_dims,
-        )
+        self.channel: SE = SE(**self.shared_fields(SE))
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.

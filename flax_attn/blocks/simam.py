@@ -67,7 +67,7 @@ class SimAM(Attention, kw_only=True):
         variance = self._mean(shifted**2, mask) - rest**2
         squares = functional.apply_mask((shifted - rest) ** 2, mask)
         if self.ddof:
-            axes = tuple(range(-1 - self.spatial_dims, -1))
+            axes = self.spatial_axes
             size = math.prod(x.shape[axis] for axis in axes)
             valid = size if mask is None else mask.sum(axes, keepdims=True)
             n = jnp.asarray(valid, mean.dtype)
@@ -79,12 +79,7 @@ class SimAM(Attention, kw_only=True):
         return gate
 
     def _mean(self, x: Array, mask: Array | None) -> Array:
-        return functional.squeeze_spatial(
-            x,
-            mask=mask,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
+        return functional.squeeze_spatial(x, mask=mask, **self.map_options)
 
     def _check_fields(self) -> None:
         if not isinstance(self.lam, numbers.Real) or not self.lam > 0:

@@ -41,14 +41,7 @@ class sSE(Attention, kw_only=True):
 
     def setup(self) -> None:
         """Makes the layer."""
-        self.spatial = nn.Dense(
-            1,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            **self.last_layer(),
-        )
+        self.spatial = self.make_layer(nn.Dense, is_last=True)(1)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
