@@ -24,6 +24,7 @@ from flax_attn.insertion.selection import (
     Select,
     Where,
     check_batch_axis,
+    check_map,
     described,
     is_map,
     listed,
@@ -273,12 +274,7 @@ class _Insertion(Hook):
                 return type(y)(first, *y[1:])
             return (first, *y[1:])
         site = f"{path} ({type(module).__name__})"
-        if not is_map(y):
-            raise ValueError(
-                "`where` must select submodules that return a feature map "
-                f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
-                f"{described(y)}; select others, e.g. by a function of the path."
-            )
+        check_map(y, site)
         dims = getattr(self.attention, "spatial_dims", None)
         check_batch_axis(dims, y.shape, axes, site)
         block = attached(self.attention, module, self.name, self.token)

@@ -6,7 +6,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_attn.functional import Array
-from flax_attn.nnx._blocks import Attention, modules
+from flax_attn.nnx._blocks import Attention, joined, modules
 
 
 def attention_maps(
@@ -54,7 +54,7 @@ def attention_maps(
     gates = {}
     for path, values in flatten_dict(nnx.to_pure_dict(state)).items():
         if any(path[: len(root)] == root for root in roots):
-            name = "/".join(map(str, path))
+            name = joined(path)
             for i, gate in enumerate(values):
                 gates[name if len(values) == 1 else f"{name}/{i}"] = gate
     if not gates:
