@@ -42,11 +42,9 @@ class BAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r, or a ratio; the hidden width of both branches is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
+      reduction: of both branches, see ``SE.reduction`` (default: 16).
       dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       norm: module at the end of each branch, ``partial(nn.BatchNorm,
         use_running_average=not train)`` in the paper; called as Flax's norms are, with
         ``mask=`` where the block has a mask (default: None).
@@ -57,9 +55,6 @@ class BAM(Attention, kw_only=True):
       act: activation between the MLP's layers (default: nn.relu).
       spatial_act: activation after each convolution but the last (default: None).
       use_bias: whether all layers add a bias (default: True, as in the paper).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: a module without ``train`` cannot make its own BatchNorm, so ``norm`` is
     to be given. The released code multiplies the branches, and has norms and

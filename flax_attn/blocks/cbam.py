@@ -36,26 +36,19 @@ class CBAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel MLP, or a ratio; the hidden width is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
-      divisor: what the hidden width is a multiple of, see ``SE.divisor``
-        (default: None).
+      reduction: of the channel MLP, see ``SE.reduction`` (default: 16).
+      divisor: of the hidden width, see ``SE.divisor`` (default: None).
       pool: ``"both"`` as in the paper; or ``"avg+max"``, with which each half squeezes
         once, to half the sum of mean and maximum (default: "both").
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
-        to it; it overrides ``reduction`` (default: None).
-      kernel_size: width of the channel convolution, odd, or a function from C to it
-        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
+      kernel_size: of the channel convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor of the rule for that width, not 0 (default: 2).
       b: offset of the rule for that width (default: 1).
       spatial_norm: module between the spatial convolution, which then has no bias, and
         its gate, see ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: see ``ChannelAttention`` and ``SpatialAttention``.
 

@@ -29,10 +29,6 @@ class ChannelBlock(Attention, kw_only=True):
 
     gates: ClassVar[Mapping[str, str]] = {"channel_gate": "channel_gate"}
 
-    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define channel_gate.")
-
     def sown_gate(
         self,
         x: Array,
@@ -77,9 +73,6 @@ class SE(ChannelBlock, kw_only=True):
         ``partial(nn.BatchNorm, use_running_average=not train)``; called as Flax's norms
         are, with ``mask=`` where the block has a mask (default: None).
       act: activation between the two layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the article's text has no biases and its released code has; set
     ``use_bias=True`` for the latter.
@@ -129,9 +122,6 @@ class ECA(ChannelBlock, kw_only=True):
       padding: what stands beyond the first and last channel, ``"zeros"`` or
         ``"circular"`` (default: "zeros").
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: none from the article.
 
     References: Wang, Wu, Zhu, Li, Zuo, Hu. ECA-Net: Efficient Channel Attention for
@@ -171,27 +161,19 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the MLP, or a ratio; the hidden width is ``max(C // r,
-        1)``, see ``SE.reduction`` (default: 16).
-      divisor: what the hidden width is a multiple of, see ``SE.divisor``
-        (default: None).
+      reduction: of the MLP, see ``SE.reduction`` (default: 16).
+      divisor: of the hidden width, see ``SE.divisor`` (default: None).
       pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites half the sum of
         the two squeezes instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
-        to it; it overrides ``reduction`` (default: None).
-      kernel_size: width k of the convolution, odd, or a function from C to it
-        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
+      kernel_size: of the convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor of the rule for k, not 0 (default: 2).
       b: offset of the rule for k (default: 1).
-      padding: what the convolution finds beyond the first and last channel,
-        ``"zeros"`` or ``"circular"`` (default: "zeros").
+      padding: of the convolution, see ``ECA.padding`` (default: "zeros").
       hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; it
         normalizes either squeeze on its own (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the official code's MLP has biases; set ``use_bias=True`` for it.
     Of elements that tie for a maximum the first one takes its gradient, as in PyTorch's

@@ -36,16 +36,12 @@ class CoordinateAttention(Attention, kw_only=True):
 
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 32).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       hidden_norm: module between ``reduce`` and ``act``, over all rows and columns
         together, such as ``partial(nn.BatchNorm, use_running_average=not train)``;
         called as Flax's norms are, with ``mask=`` where the block has a mask (default:
         None).
       act: activation between the layers (default: nn.hard_swish).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the paper has two axes; here a signal has one gate, from ``expand_l``,
     and a volume three, each from the mean over the other axes. The released code and

@@ -29,9 +29,6 @@ class ESE(ChannelBlock, kw_only=True):
     Attributes:
       pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: the released code and timm have a bias and the gate
     ``nn.hard_sigmoid``: ``flax_attn.presets.timm_ese``.
 

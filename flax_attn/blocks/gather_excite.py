@@ -44,8 +44,7 @@ class GatherExcite(Attention, kw_only=True):
       use_mlp: whether an MLP excites; with ``extra_params`` GE-θ+, and alone over all
         of H and W ``SE`` (default: False).
       reduction: divisor r; the MLP's hidden width is ``max(C // r, 1)`` (default: 16).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       hidden_norm: module after each convolution, such as ``partial(nn.BatchNorm,
         use_running_average=not train)``; called as Flax's norms are, with ``mask=``
         where the block has a mask. A convolution before it has no bias (default: None).

@@ -42,15 +42,11 @@ class GlobalContext(Attention, kw_only=True):
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)``. The paper has 16 and
         4. Of a width of 1, LayerNorm leaves nothing (default: 4).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       fuse: what is done with the result, ``"add"`` to x, or ``"scale"`` x by its gate
         (default: "add").
       act: activation between the two layers (default: nn.relu).
       epsilon: of the LayerNorm (default: 1e-5).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: none from the paper. The layer ``pool`` never has a bias, which the
     softmax would cancel. timm's ``gc`` scales, and its ``gca`` adds; both have biases,

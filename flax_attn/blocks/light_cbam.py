@@ -27,9 +27,6 @@ class LightCBAM(CBAM, kw_only=True):
     Attributes:
       pool: squeeze of both halves, see ``CBAM.pool`` (default: "avg+max").
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: timm's gates are sigmoids whatever ``gate_layer`` is; here both are
     ``gate``. For timm's widths, norm and start see ``flax_attn.presets.timm_lcbam``.
 

@@ -39,16 +39,11 @@ class scSE(sSE, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel half, or a ratio; its hidden width is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 2).
+      reduction: of the channel half, see ``SE.reduction`` (default: 2).
       combine: what makes one map of the two, element by element: ``"add"`` as in the
         paper or ``"max"`` as in its successor (default: "add").
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       act: activation between the two layers of the channel half (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: none from the paper.
 

@@ -38,9 +38,6 @@ class SimAM(Attention, kw_only=True):
       ddof: what is subtracted from the number of positions in the divisor of the
         variance, 0 as in the paper or 1 (default: 0).
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: none from the paper. The released code divides by H * W - 1; set
     ``ddof=1`` for it. The variance of a single position is 0 here and NaN there.
 

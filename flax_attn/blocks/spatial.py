@@ -38,9 +38,6 @@ class SpatialAttention(Attention, kw_only=True):
         official code; called as Flax's norms are, with ``mask=`` where the block has a
         mask (default: None).
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
     Of elements that tie for the maximum the first one takes its gradient, as with
     ``torch.max(x, dim)``; ``torch.amax`` shares it evenly.

@@ -28,9 +28,6 @@ class sSE(Attention, kw_only=True):
       gate: function from logits to the gate (default: nn.sigmoid); the others are those
         of ``Attention`` too.
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: none from the paper.
 
     References: Roy, Navab, Wachinger. Concurrent Spatial and Channel Squeeze &

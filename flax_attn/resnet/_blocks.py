@@ -57,11 +57,7 @@ class BottleneckBlock(nn.Module):
       features: number of filters of the first two; the result has four times as many
         channels.
       stride: stride of the 3x3 convolution.
-      conv: makes a convolution.
-      norm: makes a normalization.
-      attention: makes the block between the last normalization and the addition, or
-        None.
-      pooled_shortcut: as in ``ResNet`` (default: False).
+      conv, norm, attention, pooled_shortcut: as in ``BasicBlock``.
       groups: number of groups of the 3x3 convolution,
         https://arxiv.org/abs/1611.05431 (default: 1).
       width_per_group: the first two convolutions have ``features * width_per_group //
