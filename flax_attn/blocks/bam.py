@@ -101,18 +101,15 @@ class BAM(Attention, kw_only=True):
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
         checks.check_positive("dilation", self.dilation)
         hidden = hidden_width(self, x.shape[-1])
-        inner = partial(self.make_layer(nn.Conv), hidden)
-        ones, threes = (1,) * self.spatial_dims, (3,) * self.spatial_dims
-        wide = partial(inner, threes, kernel_dilation=self.dilation)
-        layers = {
-            "spatial_reduce": inner(ones, name="spatial_reduce"),
-            "spatial_conv1": wide(name="spatial_conv1"),
-            "spatial_conv2": wide(name="spatial_conv2"),
-        }
+        conv, ones = self.make_layer(nn.Conv), (1,) * self.spatial_dims
+        inner = partial(conv, hidden, ones)
+        threes = (3,) * self.spatial_dims
+        wide = partial(conv, hidden, threes, kernel_dilation=self.dilation)
         y = x
-        for name, layer in layers.items():
+        for place, layer in {"reduce": inner, "conv1": wide, "conv2": wide}.items():
+            name = f"spatial_{place}"
             # A bias fills the padding, which the next convolution would look into.
-            y = layer(functional.apply_mask(y, mask))
+            y = layer(name=name)(functional.apply_mask(y, mask))
             y = self.normalized(
                 self.hidden_norm, y, mask, name=f"{name}_norm", is_last=False
             )

@@ -203,14 +203,12 @@ class ChannelAttention(ChannelBlock, kw_only=True):
         pools: tuple[PoolDef, ...] = ("avg+max",)
         if self.pool == "both":
             pools = functional.POOLS
-        if self.excite == "conv":
-            if self.hidden_norm is not None:
-                raise ValueError(
-                    "`hidden_norm` goes between the layers of the MLP, so `excite` "
-                    'must be "mlp", got "conv"; leave `hidden_norm` out.'
-                )
-            return self.sown_gate(x, mask, pools=pools, excite=_conv)
-        excite = normalized_mlp(self, x, mask)
+        if self.excite == "conv" and self.hidden_norm is not None:
+            raise ValueError(
+                "`hidden_norm` goes between the layers of the MLP, so `excite` must be "
+                '"mlp", got "conv"; leave `hidden_norm` out.'
+            )
+        excite = _conv if self.excite == "conv" else normalized_mlp(self, x, mask)
         return self.sown_gate(x, mask, pools=pools, excite=excite)
 
 

@@ -139,10 +139,8 @@ class Inserted(Intercepted):
 
 
 def _instance(attention: Any) -> nn.Module:
-    if isinstance(attention, nn.Module):
-        return attention.clone(parent=None, name=None)
     made = attention
-    if callable(attention):
+    if callable(attention) and not isinstance(attention, nn.Module):
         # Without a parent: a module made inside another's method becomes a part of it.
         keywords = {"parent": None} if makes_module(attention) else {}
         try:
@@ -153,12 +151,12 @@ def _instance(attention: Any) -> nn.Module:
                 f"raises {error}; pass them, as in presets.official_cbam(train=True) "
                 "or functools.partial(SE, reduction=4)."
             ) from error
-    if isinstance(made, nn.Module):
-        return made.clone(parent=None, name=None)
-    raise ValueError(
-        "`attention` must be a Linen module, or a function that returns one, got "
-        f"{attention!r}; pass e.g. flax_attn.SE()."
-    )
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            "`attention` must be a Linen module, or a function that returns one, got "
+            f"{attention!r}; pass e.g. flax_attn.SE()."
+        )
+    return made.clone(parent=None, name=None)
 
 
 def _starting_as(init: str, block: nn.Module) -> nn.Module:

@@ -23,7 +23,11 @@ def selector(
     if kinds and all(isinstance(k, type) and issubclass(k, base) for k in kinds):
         return lambda module, path: isinstance(module, kinds)
     if isinstance(where, str):
-        return lambda module, path: _matches(path, where)
+        # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
+        deep = "/" in where
+        return lambda module, path: (
+            (deep or "/" not in path) and fnmatch.fnmatchcase(path, where)
+        )
     if isinstance(where, re.Pattern):
         return lambda module, path: where.fullmatch(path) is not None
     if callable(where) and not isinstance(where, type | base):
@@ -33,13 +37,6 @@ def selector(
         f"or a function (module, path) -> bool, got {where!r}; pass several classes as "
         "a tuple."
     )
-
-
-def _matches(path: str, pattern: str) -> bool:
-    # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
-    if "/" not in pattern and "/" in path:
-        return False
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 def makes_module(value: Any) -> bool:
