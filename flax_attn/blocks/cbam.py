@@ -69,11 +69,7 @@ class CBAM(Attention, kw_only=True):
     act: Callable[[Array], Array] = nn.relu
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the spatial gate is zero there.
-        """
+        """As ``Attention``: ``x`` times its two gates."""
         y, _, spatial = self._halves(x, mask)
         return self.scaled(y, spatial)
 

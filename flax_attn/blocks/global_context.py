@@ -65,11 +65,7 @@ class GlobalContext(Attention, kw_only=True):
     epsilon: float = 1e-5
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` with its context.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
+        """As ``Attention``: ``x`` with its context, or times its gate."""
         x, valid = self.validated(x, mask)
         if self.fuse == "scale":
             return self.scaled(x, self.multiplier(x, mask))

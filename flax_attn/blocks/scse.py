@@ -65,11 +65,7 @@ class scSE(sSE, kw_only=True):
         self.channel: SE = SE(**self.shared_fields(SE))
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the spatial gate is zero there.
-        """
+        """As ``Attention``: the two recalibrations of ``x``, combined."""
         x, channel, spatial = self._promoted(x, mask)
         by_channel, by_position = self.scaled(x, channel), self.scaled(x, spatial)
         if self.combine == "max":

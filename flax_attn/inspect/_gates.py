@@ -42,8 +42,8 @@ def attention_maps(
 
     Returns:
       The gates in the order of their computation (under ``jax.jit``: sorted), with the
-      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or, of BAM,
-      ``(..., H, W, C)``. A block that is called several times has a path for each call,
+      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W,
+      C)``. A block that is called several times has a path for each call,
       ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
       have one gate, stacked along the axis in ``variable_axes``.
 

@@ -35,9 +35,7 @@ def attention_maps(
       **kwargs: its keyword arguments.
 
     Returns:
-      The gates, with the block's dtype and the shape ``(..., 1, 1, C)``, ``(..., H, W,
-      1)`` or, of BAM, ``(..., H, W, C)``. A block that is called several times has a
-      path for each call, ending in ``/0``, ``/1`` and so on.
+      The gates, as ``flax_attn.inspect.attention_maps`` returns them.
 
     Raises:
       ValueError: no block is called.

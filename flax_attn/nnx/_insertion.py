@@ -54,9 +54,7 @@ def insert(
       >>> model.first.attention.reduce.kernel.shape
       (16, 1)
 
-    A submodule that is called twice has one attention. A submodule may return a tuple
-    whose first entry is its map. Each result has the dtype of the output that it
-    replaces. Attention is never inserted into attention, nor after ``model`` itself.
+    What counts as a map, and where none is inserted, is as in ``flax_attn.insert``.
 
     Args:
       model: any NNX module; it is called once, on shapes alone, and keeps its state.
