@@ -132,7 +132,6 @@ class GlobalContext(Attention, kw_only=True):
         weights = jnp.exp(logits - jnp.where(some, largest, 0))
         options = self.map_options
         weighted = functional.scale(x.astype(weights.dtype), weights, **options)
-        total = functional.squeeze_spatial(weights, **options)
-        return functional.squeeze_spatial(weighted, **options) / jnp.where(
-            some, total, 1
-        )
+        total = functional.squeeze_spatial(weighted, **options)
+        norm = functional.squeeze_spatial(weights, **options)
+        return total / jnp.where(some, norm, 1)

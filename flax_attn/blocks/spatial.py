@@ -72,13 +72,13 @@ class SpatialAttention(Attention, kw_only=True):
         checks.check_choice("pool", self.pool, BOTH_POOLS)
         if self.pool == "avg+max":
             maps = maps.mean(-1, keepdims=True)
-        conv = self.make_layer(Conv, is_last=True)(
+        logits = self.make_layer(Conv, is_last=True)(
             partial(functional.conv_spatial, implementation=self.implementation),
             kernel_shape=(*(self.kernel_size,) * self.spatial_dims, maps.shape[-1], 1),
             name="conv",
-        )
+        )(maps)
         mask = checks.check_mask(mask, maps)
-        logits = self.normalized(self.norm, conv(maps), mask, name="norm")
+        logits = self.normalized(self.norm, logits, mask, name="norm")
         gate = functional.apply_mask(self.gate_from(logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate
