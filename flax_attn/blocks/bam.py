@@ -88,9 +88,9 @@ class BAM(Attention, kw_only=True):
         """Returns the gate alone, ``(..., H, W, C)``."""
         checks.check_choice("combine", self.combine, COMBINATIONS)
         x, valid = self.validated(x, mask)
+        rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
         excite = normalized_mlp(self, x, mask)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=excite)
-        rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
         channel = self.normalized(self.norm, channel, rows, name="channel_norm")
         spatial = self._spatial_logits(x, valid)
         logits = channel + spatial if self.combine == "add" else channel * spatial
