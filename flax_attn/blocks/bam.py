@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from flax_attn import functional
 from flax_attn.blocks.base import Attention, ModuleDef, Width
-from flax_attn.blocks.channel import channel_logits, hidden_width, mlp
+from flax_attn.blocks.channel import channel_logits, hidden_width, normalized_mlp
 from flax_attn.functional import Array, checks
 
 Combine = Literal["add", "multiply"]
@@ -42,11 +42,9 @@ class BAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r, or a ratio; the hidden width of both branches is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
+      reduction: of both branches, see ``SE.reduction`` (default: 16).
       dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       norm: module at the end of each branch, ``partial(nn.BatchNorm,
         use_running_average=not train)`` in the paper; called as Flax's norms are, with
         ``mask=`` where the block has a mask (default: None).
@@ -57,9 +55,6 @@ class BAM(Attention, kw_only=True):
       act: activation between the MLP's layers (default: nn.relu).
       spatial_act: activation after each convolution but the last (default: None).
       use_bias: whether all layers add a bias (default: True, as in the paper).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: a module without ``train`` cannot make its own BatchNorm, so ``norm`` is
     to be given. The released code multiplies the branches, and has norms and
@@ -93,16 +88,9 @@ class BAM(Attention, kw_only=True):
         """Returns the gate alone, ``(..., H, W, C)``."""
         checks.check_choice("combine", self.combine, COMBINATIONS)
         x, valid = self.validated(x, mask)
-        axes = tuple(range(-1 - self.spatial_dims, -1))
-        rows = None if valid is None else valid.any(axes, keepdims=True)
-
-        def act(s: Array) -> Array:
-            each = None if rows is None else rows[None]  # One squeeze is stacked.
-            return self.act(self._hidden(s, each, "reduce_norm"))
-
-        channel = channel_logits(
-            self, x, mask, pools=("avg",), excite=partial(mlp, act=act)
-        )
+        rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
+        excite = normalized_mlp(self, x, mask)
+        channel = channel_logits(self, x, mask, pools=("avg",), excite=excite)
         channel = self.normalized(self.norm, channel, rows, name="channel_norm")
         spatial = self._spatial_logits(x, valid)
         logits = channel + spatial if self.combine == "add" else channel * spatial
@@ -113,33 +101,20 @@ class BAM(Attention, kw_only=True):
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
         checks.check_positive("dilation", self.dilation)
         hidden = hidden_width(self, x.shape[-1])
-        conv = partial(
-            nn.Conv,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        inner = partial(
-            conv, hidden, kernel_init=self.kernel_init, bias_init=self.bias_init
-        )
-        ones, threes = (1,) * self.spatial_dims, (3,) * self.spatial_dims
-        wide = partial(inner, threes, kernel_dilation=self.dilation)
-        layers = {
-            "spatial_reduce": inner(ones, name="spatial_reduce"),
-            "spatial_conv1": wide(name="spatial_conv1"),
-            "spatial_conv2": wide(name="spatial_conv2"),
-        }
+        conv, ones = self.make_layer(nn.Conv), (1,) * self.spatial_dims
+        inner = partial(conv, hidden, ones)
+        threes = (3,) * self.spatial_dims
+        wide = partial(conv, hidden, threes, kernel_dilation=self.dilation)
         y = x
-        for name, layer in layers.items():
+        for place, layer in {"reduce": inner, "conv1": wide, "conv2": wide}.items():
+            name = f"spatial_{place}"
             # A bias fills the padding, which the next convolution would look into.
-            y = layer(functional.apply_mask(y, mask))
-            y = self._hidden(y, mask, f"{name}_norm")
+            y = layer(name=name)(functional.apply_mask(y, mask))
+            y = self.normalized(
+                self.hidden_norm, y, mask, name=f"{name}_norm", is_last=False
+            )
             y = y if self.spatial_act is None else self.spatial_act(y)
         is_last = self.combine == "add"
-        inits = self.last_layer() if is_last else self.first_layer()
-        y = conv(1, ones, **inits, name="spatial_expand")(y)
+        expand = self.make_layer(nn.Conv, is_last=is_last)
+        y = expand(1, ones, name="spatial_expand")(y)
         return self.normalized(self.norm, y, mask, name="spatial_norm", is_last=is_last)
-
-    def _hidden(self, x: Array, mask: Array | None, name: str) -> Array:
-        return self.normalized(self.hidden_norm, x, mask, name=name, is_last=False)

@@ -1,5 +1,6 @@
 """What a block is, and what the blocks share beside the arithmetic."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -118,11 +119,41 @@ class Attention(nn.Module, kw_only=True):
     def scaled(self, x: Array, gate: Array) -> Array:
         """Returns ``x * gate`` in the block's dtype, for an ``x`` that is validated."""
         x, gate = promote_dtype(x, gate, dtype=self.dtype)
-        return functional.scale(
-            x,
-            gate,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
+        return functional.scale(x, gate, **self.map_options)
+
+    @property
+    def map_options(self) -> dict[str, Any]:
+        """The options that functions of a map take."""
+        return {
+            "spatial_dims": self.spatial_dims,
+            "implementation": self.implementation,
+        }
+
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        """The spatial axes of a map, counted from its last."""
+        return tuple(range(-1 - self.spatial_dims, -1))
+
+    def shared_fields(self, kind: type["Attention"]) -> dict[str, Any]:
+        """The fields that a block of the class ``kind`` has too."""
+        own, others = (
+            {field.name for field in dataclasses.fields(c)} - {"parent", "name"}
+            for c in (self, kind)
+        )
+        return {name: getattr(self, name) for name in own & others}
+
+    def make_layer(self, kind: ModuleDef, *, is_last: bool = False) -> ModuleDef:
+        """``kind``, such as nn.Dense, with the fields that layers have.
+
+        ``is_last``: it makes the logits.
+        """
+        return partial(
+            kind,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            **(self.last_layer() if is_last else self.first_layer()),
         )
 
     def first_layer(self) -> dict[str, Any]:
@@ -181,9 +212,8 @@ class Attention(nn.Module, kw_only=True):
             return norm(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
         # NaN: a row, or for statistics of the batch, the whole of it.
-        axes = tuple(range(-1 - self.spatial_dims, -1))
         shared = hasattr(norm, "use_running_average")
-        valid = mask.any(None if shared else axes, keepdims=True)
+        valid = mask.any(None if shared else self.spatial_axes, keepdims=True)
         return norm(x, mask=mask | ~valid)
 
     def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
@@ -257,23 +287,19 @@ _NO_SCALE = (
 
 
 class Conv(nn.Module):
-    """A convolution to one channel: its parameters, named as ``nn.Conv`` names them.
+    """A convolution to one channel, with the fields and parameters of ``nn.Conv``.
 
     Attributes:
-      compute: function from the input and the kernel to the result.
+      compute: function from the input, the kernel and ``precision=`` to the result.
       kernel_shape: shape of the kernel; its last axis has size 1.
-      use_bias: whether to add a bias, (1,).
-      dtype: the dtype of the result (default: infer from input and params).
-      param_dtype: the dtype passed to parameter initializers.
-      kernel_init: initializer of the kernel.
-      bias_init: initializer of the bias.
     """
 
-    compute: Callable[[Array, Array], Array]
+    compute: Callable[..., Array]
     kernel_shape: tuple[int, ...]
     use_bias: bool
     dtype: Dtype | None
     param_dtype: Dtype
+    precision: PrecisionLike
     kernel_init: Initializer
     bias_init: Initializer
 
@@ -287,5 +313,5 @@ class Conv(nn.Module):
         if self.use_bias:
             arrays.append(self.param("bias", self.bias_init, (1,), self.param_dtype))
         x, kernel, *bias = promote_dtype(*arrays, dtype=self.dtype)
-        y = self.compute(x, kernel)
+        y = self.compute(x, kernel, precision=self.precision)
         return y + bias[0][0] if bias else y

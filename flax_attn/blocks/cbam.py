@@ -1,7 +1,6 @@
 """CBAM: channel attention, then spatial attention on the result."""
 
 from collections.abc import Callable
-from typing import Any
 
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -37,26 +36,19 @@ class CBAM(Attention, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel MLP, or a ratio; the hidden width is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
-      divisor: what the hidden width is a multiple of, see ``SE.divisor``
-        (default: None).
+      reduction: of the channel MLP, see ``SE.reduction`` (default: 16).
+      divisor: of the hidden width, see ``SE.divisor`` (default: None).
       pool: ``"both"`` as in the paper; or ``"avg+max"``, with which each half squeezes
         once, to half the sum of mean and maximum (default: "both").
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
-        to it; it overrides ``reduction`` (default: None).
-      kernel_size: width of the channel convolution, odd, or a function from C to it
-        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
+      kernel_size: of the channel convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor of the rule for that width, not 0 (default: 2).
       b: offset of the rule for that width (default: 1).
       spatial_norm: module between the spatial convolution, which then has no bias, and
         its gate, see ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: see ``ChannelAttention`` and ``SpatialAttention``.
 
@@ -77,11 +69,7 @@ class CBAM(Attention, kw_only=True):
     act: Callable[[Array], Array] = nn.relu
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` times its two gates.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the spatial gate is zero there.
-        """
+        """As ``Attention``: ``x`` times its two gates."""
         y, _, spatial = self._halves(x, mask)
         return self.scaled(y, spatial)
 
@@ -95,46 +83,17 @@ class CBAM(Attention, kw_only=True):
         """``x`` times its channel gate, that gate, and the spatial gate."""
         # Checked here as well, under the name that the user wrote.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
-        common: dict[str, Any] = {
-            "gate": self.gate,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-            "kernel_init": self.kernel_init,
-            "bias_init": self.bias_init,
-            "implementation": self.implementation,
-            "identity_init": self.identity_init,
-            "spatial_dims": self.spatial_dims,
-        }
         channel = ChannelAttention(
-            reduction=self.reduction,
-            divisor=self.divisor,
-            pool=self.pool,
-            excite=self.excite,
-            hidden_features=self.hidden_features,
-            kernel_size=self.kernel_size,
-            gamma=self.gamma,
-            b=self.b,
-            act=self.act,
-            use_bias=self.use_bias,
-            **common,
-            name="channel",
+            **self.shared_fields(ChannelAttention), name="channel"
         )
-        spatial = SpatialAttention(
-            kernel_size=self.spatial_kernel_size,
-            pool=self.pool,
-            norm=self.spatial_norm,
-            use_bias=self.use_bias and self.spatial_norm is None,
-            **common,
-            name="spatial",
-        )
+        of_spatial = self.shared_fields(SpatialAttention) | {
+            "kernel_size": self.spatial_kernel_size,
+            "norm": self.spatial_norm,
+            "use_bias": self.use_bias and self.spatial_norm is None,
+        }
+        spatial = SpatialAttention(**of_spatial, name="spatial")
         # spatial(channel(x)), but for the squeeze that is taken with the first product.
         x, _ = self.validated(x, mask)
         x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
-        y, maps = functional.scale_and_squeeze(
-            x,
-            gate,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
+        y, maps = functional.scale_and_squeeze(x, gate, **self.map_options)
         return y, gate, spatial.gate_of(maps.astype(y.dtype), mask)

@@ -29,10 +29,6 @@ class ChannelBlock(Attention, kw_only=True):
 
     gates: ClassVar[Mapping[str, str]] = {"channel_gate": "channel_gate"}
 
-    def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define channel_gate.")
-
     def sown_gate(
         self,
         x: Array,
@@ -78,9 +74,6 @@ class SE(ChannelBlock, kw_only=True):
         are, with ``mask=`` where the block has a mask (default: None).
       act: activation between the two layers (default: nn.relu).
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: the article's text has no biases and its released code has; set
     ``use_bias=True`` for the latter.
 
@@ -98,7 +91,7 @@ class SE(ChannelBlock, kw_only=True):
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate alone, ``(..., 1, 1, C)``."""
-        excite = _normalized_mlp(self, x, mask)
+        excite = normalized_mlp(self, x, mask)
         return self.sown_gate(x, mask, pools=(self.pool,), excite=excite)
 
 
@@ -128,9 +121,6 @@ class ECA(ChannelBlock, kw_only=True):
       pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
       padding: what stands beyond the first and last channel, ``"zeros"`` or
         ``"circular"`` (default: "zeros").
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: none from the article.
 
@@ -171,27 +161,19 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the MLP, or a ratio; the hidden width is ``max(C // r,
-        1)``, see ``SE.reduction`` (default: 16).
-      divisor: what the hidden width is a multiple of, see ``SE.divisor``
-        (default: None).
+      reduction: of the MLP, see ``SE.reduction`` (default: 16).
+      divisor: of the hidden width, see ``SE.divisor`` (default: None).
       pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites half the sum of
         the two squeezes instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
-      hidden_features: the MLP's hidden width itself, at least 1, or a function from C
-        to it; it overrides ``reduction`` (default: None).
-      kernel_size: width k of the convolution, odd, or a function from C to it
-        (default: None, which means ``eca_kernel_size(C, gamma=gamma, b=b)``).
+      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
+      kernel_size: of the convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor of the rule for k, not 0 (default: 2).
       b: offset of the rule for k (default: 1).
-      padding: what the convolution finds beyond the first and last channel,
-        ``"zeros"`` or ``"circular"`` (default: "zeros").
+      padding: of the convolution, see ``ECA.padding`` (default: "zeros").
       hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; it
         normalizes either squeeze on its own (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the official code's MLP has biases; set ``use_bias=True`` for it.
     Of elements that tie for a maximum the first one takes its gradient, as in PyTorch's
@@ -221,14 +203,12 @@ class ChannelAttention(ChannelBlock, kw_only=True):
         pools: tuple[PoolDef, ...] = ("avg+max",)
         if self.pool == "both":
             pools = functional.POOLS
-        if self.excite == "conv":
-            if self.hidden_norm is not None:
-                raise ValueError(
-                    "`hidden_norm` goes between the layers of the MLP, so `excite` "
-                    'must be "mlp", got "conv"; leave `hidden_norm` out.'
-                )
-            return self.sown_gate(x, mask, pools=pools, excite=_conv)
-        excite = _normalized_mlp(self, x, mask)
+        if self.excite == "conv" and self.hidden_norm is not None:
+            raise ValueError(
+                "`hidden_norm` goes between the layers of the MLP, so `excite` must be "
+                '"mlp", got "conv"; leave `hidden_norm` out.'
+            )
+        excite = _conv if self.excite == "conv" else normalized_mlp(self, x, mask)
         return self.sown_gate(x, mask, pools=pools, excite=excite)
 
 
@@ -247,27 +227,21 @@ def channel_logits(
     # The mean comes in float32; Linen's promotion starts from the dtype of the input.
     dtype = module.dtype or x.dtype
     if pools == functional.POOLS:
-        squeezed = [*functional.squeeze_spatial_by_both(x, **_options(module, mask))]
+        squeezed = [
+            *functional.squeeze_spatial_by_both(x, mask=mask, **module.map_options)
+        ]
     else:
         squeezed = [squeeze(module, x, mask, pool) for pool in pools]
     # A sum over the first axis is slow in XLA's CPU backend of jax 0.10.2.
     return reduce(jnp.add, logits_of(jnp.stack([s.astype(dtype) for s in squeezed])))
 
 
-def _options(module: Attention, mask: Array | None) -> dict[str, Any]:
-    return {
-        "mask": mask,
-        "spatial_dims": module.spatial_dims,
-        "implementation": module.implementation,
-    }
-
-
 def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> Array:
     """``x`` reduced over H and W to size 1; ``mask`` is ``(..., H, W, 1)``."""
     if callable(pool):
-        return _squeeze_by(pool, x, mask, module.spatial_dims)
+        return _squeeze_by(pool, x, mask, module.spatial_axes)
     checks.check_choice("pool", pool, POOLS)
-    options = _options(module, mask)
+    options = {"mask": mask, **module.map_options}
     if pool != "avg+max":
         return functional.squeeze_spatial(x, pool=pool, **options)
     mean, maximum = functional.squeeze_spatial_by_both(x, **options)
@@ -275,16 +249,14 @@ def squeeze(module: Attention, x: Array, mask: Array | None, pool: PoolDef) -> A
 
 
 def _squeeze_by(
-    pool: Callable[..., Array], x: Array, mask: Array | None, spatial_dims: int
+    pool: Callable[..., Array], x: Array, mask: Array | None, axes: tuple[int, ...]
 ) -> Array:
-    axes = tuple(range(-1 - spatial_dims, -1))
     where = {}
     if mask is not None:
         # What has nothing valid is squeezed as it is, which is zero.
         where["where"] = mask | ~mask.any(axes, keepdims=True)
     y = pool(functional.apply_mask(x, mask), axis=axes, keepdims=True, **where)
-    ones = (1,) * spatial_dims
-    expected = (*x.shape[: -1 - spatial_dims], *ones, x.shape[-1])
+    expected = (*x.shape[: axes[0]], *(1 for _ in axes), x.shape[-1])
     if jnp.shape(y) != expected:
         raise ValueError(
             "`pool` is a function, which must reduce `axis` to size 1, got shape "
@@ -327,31 +299,22 @@ def mlp(
 
     ``act`` stands between them in the place of the module's.
     """
-    layer = partial(
-        nn.Dense,
-        use_bias=module.use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        precision=module.precision,
-    )
-    reduce = layer(
-        hidden_width(module, features), **module.first_layer(), name="reduce"
-    )
-    expand = layer(features, **module.last_layer(), name="expand")
+    hidden = hidden_width(module, features)
+    reduce = module.make_layer(nn.Dense)(hidden, name="reduce")
+    expand = module.make_layer(nn.Dense, is_last=True)(features, name="expand")
     checks.check_callable("act", module.act)
     act = act or module.act
     return lambda s: expand(act(reduce(s)))
 
 
-def _normalized_mlp(
-    module: SE | ChannelAttention, x: Array, mask: Array | None
+def normalized_mlp(
+    module: Attention, x: Array, mask: Array | None
 ) -> Callable[..., Any]:
     """``mlp`` with the norm of ``module``, if any, before its activation."""
     if module.hidden_norm is None:
         return mlp
     x, valid = module.validated(x, mask)
-    axes = tuple(range(-1 - module.spatial_dims, -1))
-    rows = None if valid is None else valid.any(axes, keepdims=True)
+    rows = None if valid is None else valid.any(module.spatial_axes, keepdims=True)
     norm = module._make_norm(module.hidden_norm, "reduce_norm", is_last=False)
 
     def act(s: Array) -> Array:
@@ -369,17 +332,11 @@ def _conv(module: Attention, features: int) -> Callable[[Array], Array]:
         width = functional.eca_kernel_size(features, gamma=module.gamma, b=module.b)
     width = width_of("kernel_size", width, features)
     checks.check_odd("kernel_size", width)
-    return Conv(
-        partial(
-            functional.conv_channels,
-            padding=module.padding,
-            precision=module.precision,
-            implementation=module.implementation,
-        ),
-        kernel_shape=(width, 1, 1),
-        use_bias=module.use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        **module.last_layer(),
-        name="conv",
+    compute = partial(
+        functional.conv_channels,
+        padding=module.padding,
+        implementation=module.implementation,
     )
+    layer = module.make_layer(Conv, is_last=True)
+    conv: Conv = layer(compute, kernel_shape=(width, 1, 1), name="conv")
+    return conv

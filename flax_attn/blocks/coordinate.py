@@ -1,7 +1,7 @@
 """Coordinate attention: one gate along each spatial axis."""
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -36,16 +36,12 @@ class CoordinateAttention(Attention, kw_only=True):
 
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 32).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       hidden_norm: module between ``reduce`` and ``act``, over all rows and columns
         together, such as ``partial(nn.BatchNorm, use_running_average=not train)``;
         called as Flax's norms are, with ``mask=`` where the block has a mask (default:
         None).
       act: activation between the layers (default: nn.hard_swish).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: the paper has two axes; here a signal has one gate, from ``expand_l``,
     and a volume three, each from the mean over the other axes. The released code and
@@ -67,17 +63,12 @@ class CoordinateAttention(Attention, kw_only=True):
         """Returns the product of the gates alone, ``(..., H, W, C)``."""
         x, mask = self.validated(x, mask)
         checks.check_callable("act", self.act)
-        layer = partial(
-            nn.Dense,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
         hidden = hidden_width(self, x.shape[-1])
-        squeeze = layer(hidden, **self.first_layer(), name="reduce")
+        squeeze = self.make_layer(nn.Dense)(hidden, name="reduce")
+        last_layer = self.make_layer(nn.Dense, is_last=True)
         # Each axis in turn stands first, and the others have size 1.
-        first, axes = -1 - self.spatial_dims, range(-1 - self.spatial_dims, -1)
+        axes = self.spatial_axes
+        first = axes[0]
         maps = [jnp.moveaxis(x, axis, first) for axis in axes]
         masks = [None if mask is None else jnp.moveaxis(mask, a, first) for a in axes]
         hiddens = [
@@ -88,7 +79,7 @@ class CoordinateAttention(Attention, kw_only=True):
         gates = []
         names = checks.LAYOUTS[self.spatial_dims].lower().split(", ")
         for axis, name, h in zip(axes, names, hiddens, strict=True):
-            expand = layer(x.shape[-1], **self.last_layer(), name=f"expand_{name}")
+            expand = last_layer(x.shape[-1], name=f"expand_{name}")
             gate = self.gate_from(expand(self.act(h)))
             gates.append(jnp.moveaxis(gate, first, axis))
         gate = functional.apply_mask(reduce(jnp.multiply, gates), mask)
@@ -110,8 +101,8 @@ class CoordinateAttention(Attention, kw_only=True):
     def _normalized_together(
         self, hiddens: list[Array], masks: list[Array | None]
     ) -> list[Array]:
-        first, others = -1 - self.spatial_dims, tuple(range(-self.spatial_dims, -1))
-        valid = [m.any(others, keepdims=True) for m in masks if m is not None]
+        first, *others = self.spatial_axes
+        valid = [m.any(tuple(others), keepdims=True) for m in masks if m is not None]
         joined = self.normalized(
             self.hidden_norm,
             jnp.concatenate(hiddens, first),

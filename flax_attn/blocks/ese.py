@@ -29,9 +29,6 @@ class ESE(ChannelBlock, kw_only=True):
     Attributes:
       pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: the released code and timm have a bias and the gate
     ``nn.hard_sigmoid``: ``flax_attn.presets.timm_ese``.
 
@@ -48,12 +45,5 @@ class ESE(ChannelBlock, kw_only=True):
 
 
 def _layer(module: Attention, features: int) -> Callable[[Array], Array]:
-    return nn.Dense(
-        features,
-        use_bias=module.use_bias,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        precision=module.precision,
-        **module.last_layer(),
-        name="excite",
-    )
+    layer: nn.Dense = module.make_layer(nn.Dense, is_last=True)(features, name="excite")
+    return layer

@@ -44,8 +44,7 @@ class GatherExcite(Attention, kw_only=True):
       use_mlp: whether an MLP excites; with ``extra_params`` GE-θ+, and alone over all
         of H and W ``SE`` (default: False).
       reduction: divisor r; the MLP's hidden width is ``max(C // r, 1)`` (default: 16).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       hidden_norm: module after each convolution, such as ``partial(nn.BatchNorm,
         use_running_average=not train)``; called as Flax's norms are, with ``mask=``
         where the block has a mask. A convolution before it has no bias (default: None).
@@ -111,12 +110,7 @@ class GatherExcite(Attention, kw_only=True):
                 x, self.extent, mask=mask, spatial_dims=self.spatial_dims
             )
         else:
-            y = functional.squeeze_spatial(
-                x,
-                mask=mask,
-                spatial_dims=self.spatial_dims,
-                implementation=self.implementation,
-            )
+            y = functional.squeeze_spatial(x, mask=mask, **self.map_options)
         if not self.extra_params:
             y = y.astype(self.dtype or x.dtype)
         return mlp(self, x.shape[-1])(y) if self.use_mlp else y
@@ -126,18 +120,15 @@ class GatherExcite(Attention, kw_only=True):
         halves = (..., *(slice(None, None, 2),) * self.spatial_dims, slice(None))
         for i in range(1, count + 1):
             is_last = i == count and not self.use_mlp
-            zeros = is_last and self.hidden_norm is None
-            conv = nn.Conv(
+            has_norm = self.hidden_norm is not None
+            conv = self.make_layer(nn.Conv, is_last=is_last and not has_norm)(
                 features,
                 (3,) * self.spatial_dims,
                 strides=2,
                 padding=1,
                 feature_group_count=features,
                 conv_general_dilated=neighborhoods.conv_depthwise,
-                use_bias=self.use_bias and self.hidden_norm is None,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                **(self.last_layer() if zeros else self.first_layer()),
+                use_bias=self.use_bias and not has_norm,
                 name=f"gather{i}",
             )
             x = conv(functional.apply_mask(x, mask))

@@ -1,7 +1,6 @@
 """GlobalContext: a context that attention pools, added to a map or gating it."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -43,15 +42,11 @@ class GlobalContext(Attention, kw_only=True):
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)``. The paper has 16 and
         4. Of a width of 1, LayerNorm leaves nothing (default: 4).
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       fuse: what is done with the result, ``"add"`` to x, or ``"scale"`` x by its gate
         (default: "add").
       act: activation between the two layers (default: nn.relu).
       epsilon: of the LayerNorm (default: 1e-5).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: none from the paper. The layer ``pool`` never has a bias, which the
     softmax would cancel. timm's ``gc`` scales, and its ``gca`` adds; both have biases,
@@ -70,11 +65,7 @@ class GlobalContext(Attention, kw_only=True):
     epsilon: float = 1e-5
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)`` with its context.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero.
-        """
+        """As ``Attention``: ``x`` with its context, or times its gate."""
         x, valid = self.validated(x, mask)
         if self.fuse == "scale":
             return self.scaled(x, self.multiplier(x, mask))
@@ -111,17 +102,10 @@ class GlobalContext(Attention, kw_only=True):
         x, valid = self.validated(x, mask)
         checks.check_choice("fuse", self.fuse, FUSIONS)
         checks.check_callable("act", self.act)
-        layer = partial(
-            nn.Dense,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        pool = layer(1, use_bias=False, kernel_init=self.kernel_init, name="pool")
-        hidden = hidden_width(self, x.shape[-1])
-        reduce = layer(
-            hidden, use_bias=self.use_bias, **self.first_layer(), name="reduce"
-        )
+        first_layer = self.make_layer(nn.Dense)
+        last_layer = self.make_layer(nn.Dense, is_last=True)
+        pool = first_layer(1, use_bias=False, name="pool")
+        reduce = first_layer(hidden_width(self, x.shape[-1]), name="reduce")
         norm = nn.LayerNorm(  # Of float32, as strict promotion wants it.
             epsilon=self.epsilon,
             use_fast_variance=False,
@@ -129,9 +113,7 @@ class GlobalContext(Attention, kw_only=True):
             bias_init=self.bias_init,
             name="norm",
         )
-        expand = layer(
-            x.shape[-1], use_bias=self.use_bias, **self.last_layer(), name="expand"
-        )
+        expand = last_layer(x.shape[-1], name="expand")
         context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
         h = reduce(context)
         wide = h.astype(functional.accumulator(h))
@@ -139,7 +121,7 @@ class GlobalContext(Attention, kw_only=True):
 
     def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
         """The mean of ``x`` weighted by the softmax of ``logits``."""
-        axes = tuple(range(-1 - self.spatial_dims, -1))
+        axes = self.spatial_axes
         logits = logits.astype(functional.accumulator(logits))
         some: bool | Array = True
         if mask is not None:
@@ -148,15 +130,8 @@ class GlobalContext(Attention, kw_only=True):
         # The quotient does not depend on the maximum, so neither does its gradient.
         largest = lax.stop_gradient(logits).max(axes, keepdims=True)
         weights = jnp.exp(logits - jnp.where(some, largest, 0))
-        squeeze = partial(
-            functional.squeeze_spatial,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
-        weighted = functional.scale(
-            x.astype(weights.dtype),
-            weights,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
-        return squeeze(weighted) / jnp.where(some, squeeze(weights), 1)
+        options = self.map_options
+        weighted = functional.scale(x.astype(weights.dtype), weights, **options)
+        total = functional.squeeze_spatial(weighted, **options)
+        norm = functional.squeeze_spatial(weights, **options)
+        return total / jnp.where(some, norm, 1)

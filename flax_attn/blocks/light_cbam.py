@@ -22,27 +22,10 @@ class LightCBAM(CBAM, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
     ``intermediates/channel/channel_gate`` and ``intermediates/spatial/spatial_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these, which are
-    those of ``CBAM``.
+    All fields are keyword-only and those of ``CBAM``, but for one default.
 
     Attributes:
-      reduction: divisor r of the channel MLP, or a ratio; the hidden width is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 16).
-      divisor: what the hidden width is a multiple of, see ``SE.divisor``
-        (default: None).
-      pool: squeeze of both halves (default: "avg+max").
-      spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
-      excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
-      hidden_features: the MLP's hidden width itself (default: None).
-      kernel_size: width of the channel convolution (default: None, ECA's rule).
-      gamma: slope divisor of the rule for that width, not 0 (default: 2).
-      b: offset of the rule for that width (default: 1).
-      spatial_norm: module between the spatial convolution, which then has no bias, and
-        its gate; timm has a BatchNorm (default: None).
-      act: activation between the MLP's layers (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
+      pool: squeeze of both halves, see ``CBAM.pool`` (default: "avg+max").
 
     Deviations: timm's gates are sigmoids whatever ``gate_layer`` is; here both are
     ``gate``. For timm's widths, norm and start see ``flax_attn.presets.timm_lcbam``.

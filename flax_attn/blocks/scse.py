@@ -39,16 +39,11 @@ class scSE(sSE, kw_only=True):
     All fields are keyword-only; beside those of ``Attention`` it has these.
 
     Attributes:
-      reduction: divisor r of the channel half, or a ratio; its hidden width is
-        ``max(C // r, 1)``, see ``SE.reduction`` (default: 2).
+      reduction: of the channel half, see ``SE.reduction`` (default: 2).
       combine: what makes one map of the two, element by element: ``"add"`` as in the
         paper or ``"max"`` as in its successor (default: "add").
-      hidden_features: the hidden width itself, at least 1, or a function from C to it;
-        it overrides ``reduction`` (default: None).
+      hidden_features: see ``SE.hidden_features`` (default: None).
       act: activation between the two layers of the channel half (default: nn.relu).
-
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
 
     Deviations: none from the paper.
 
@@ -67,28 +62,10 @@ class scSE(sSE, kw_only=True):
         """Makes the two halves."""
         super().setup()
         checks.check_choice("combine", self.combine, COMBINATIONS)
-        self.channel: SE = SE(
-            reduction=self.reduction,
-            hidden_features=self.hidden_features,
-            act=self.act,
-            gate=self.gate,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            implementation=self.implementation,
-            identity_init=self.identity_init,
-            spatial_dims=self.spatial_dims,
-        )
+        self.channel: SE = SE(**self.shared_fields(SE))
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns ``x`` of shape ``(..., H, W, C)``, recalibrated.
-
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and the spatial gate is zero there.
-        """
+        """As ``Attention``: the two recalibrations of ``x``, combined."""
         x, channel, spatial = self._promoted(x, mask)
         by_channel, by_position = self.scaled(x, channel), self.scaled(x, spatial)
         if self.combine == "max":

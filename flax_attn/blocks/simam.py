@@ -38,9 +38,6 @@ class SimAM(Attention, kw_only=True):
       ddof: what is subtracted from the number of positions in the divisor of the
         variance, 0 as in the paper or 1 (default: 0).
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: none from the paper. The released code divides by H * W - 1; set
     ``ddof=1`` for it. The variance of a single position is 0 here and NaN there.
 
@@ -67,7 +64,7 @@ class SimAM(Attention, kw_only=True):
         variance = self._mean(shifted**2, mask) - rest**2
         squares = functional.apply_mask((shifted - rest) ** 2, mask)
         if self.ddof:
-            axes = tuple(range(-1 - self.spatial_dims, -1))
+            axes = self.spatial_axes
             size = math.prod(x.shape[axis] for axis in axes)
             valid = size if mask is None else mask.sum(axes, keepdims=True)
             n = jnp.asarray(valid, mean.dtype)
@@ -79,12 +76,7 @@ class SimAM(Attention, kw_only=True):
         return gate
 
     def _mean(self, x: Array, mask: Array | None) -> Array:
-        return functional.squeeze_spatial(
-            x,
-            mask=mask,
-            spatial_dims=self.spatial_dims,
-            implementation=self.implementation,
-        )
+        return functional.squeeze_spatial(x, mask=mask, **self.map_options)
 
     def _check_fields(self) -> None:
         if not isinstance(self.lam, numbers.Real) or not self.lam > 0:

@@ -38,9 +38,6 @@ class SpatialAttention(Attention, kw_only=True):
         official code; called as Flax's norms are, with ``mask=`` where the block has a
         mask (default: None).
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
     Of elements that tie for the maximum the first one takes its gradient, as with
     ``torch.max(x, dim)``; ``torch.amax`` shares it evenly.
@@ -75,17 +72,9 @@ class SpatialAttention(Attention, kw_only=True):
         checks.check_choice("pool", self.pool, BOTH_POOLS)
         if self.pool == "avg+max":
             maps = maps.mean(-1, keepdims=True)
-        logits = Conv(
-            partial(
-                functional.conv_spatial,
-                precision=self.precision,
-                implementation=self.implementation,
-            ),
+        logits = self.make_layer(Conv, is_last=True)(
+            partial(functional.conv_spatial, implementation=self.implementation),
             kernel_shape=(*(self.kernel_size,) * self.spatial_dims, maps.shape[-1], 1),
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            **self.last_layer(),
             name="conv",
         )(maps)
         mask = checks.check_mask(mask, maps)

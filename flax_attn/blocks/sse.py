@@ -28,9 +28,6 @@ class sSE(Attention, kw_only=True):
       gate: function from logits to the gate (default: nn.sigmoid); the others are those
         of ``Attention`` too.
 
-    Raises:
-      ValueError: at the first call, for a field or an input out of its range.
-
     Deviations: none from the paper.
 
     References: Roy, Navab, Wachinger. Concurrent Spatial and Channel Squeeze &
@@ -41,14 +38,7 @@ class sSE(Attention, kw_only=True):
 
     def setup(self) -> None:
         """Makes the layer."""
-        self.spatial = nn.Dense(
-            1,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            **self.last_layer(),
-        )
+        self.spatial = self.make_layer(nn.Dense, is_last=True)(1)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the gate of the positions alone, ``(..., H, W, 1)``."""

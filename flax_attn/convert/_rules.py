@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -127,159 +127,126 @@ class Rule:
     flax: str
     kind: Kind
 
-    def under(self, torch: str, flax: str) -> "Rule":
-        """The same rule inside the modules ``torch`` and ``flax``."""
-        return Rule(torch + self.torch, flax + self.flax, self.kind)
+
+def _under(torch: str, flax: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same rules inside the modules ``torch`` and ``flax``."""
+    return tuple(Rule(torch + r.torch, flax + r.flax, r.kind) for r in rules)
+
+
+def _mlp(reduce: str, expand: str, kind: Kind) -> tuple[Rule, ...]:
+    return Rule(reduce, "reduce", kind), Rule(expand, "expand", kind)
+
+
+def _conv_and_norm(conv: str, norm: str, place: str) -> tuple[Rule, ...]:
+    return Rule(conv, f"conv{place}", _CONV), Rule(norm, f"norm{place}", _NORM)
 
 
 # Also SENet in PyTorch: https://github.com/Cadene/pretrained-models.pytorch,
 # pretrainedmodels/models/senet.py.
-_SE = (
-    Rule("fc1", "reduce", _DENSE_AS_CONV),
-    Rule("fc2", "expand", _DENSE_AS_CONV),
-)
+_SE = _mlp("fc1", "fc2", _DENSE_AS_CONV)
 _ECA = (Rule("conv", "conv", _ALONG_CHANNELS),)
-# A norm between SE's layers has the names of timm's `norm_layer`.
-_TIMM_SE = (*_SE, Rule("bn", "reduce_norm", _NORM))
-# In a residual block alone: elsewhere `fc` is the head.
-_TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
 _TIMM_SPATIAL = (
     Rule("conv.conv", "conv", _MEAN_MAX),
     Rule("conv.conv", "conv", _ONE_MAP),
     Rule("conv.bn", "norm", _NORM),
 )
-_ARTICLE_CHANNEL = (
-    Rule("fc_layers.0", "reduce", _DENSE),
-    Rule("fc_layers.2", "expand", _DENSE),
-    *_ECA,
-)
+# In a residual block alone: elsewhere `fc` is the head.
+_TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
+_ARTICLE_CHANNEL = (*_mlp("fc_layers.0", "fc_layers.2", _DENSE), *_ECA)
 _ARTICLE_SPATIAL = (Rule("conv", "conv", _MAX_MEAN),)
 # https://github.com/Jongchan/attention-module, MODELS/cbam.py; [max, mean].
-_OFFICIAL_CHANNEL = (
-    Rule("mlp.1", "reduce", _DENSE),
-    Rule("mlp.3", "expand", _DENSE),
-)
+_OFFICIAL_CHANNEL = _mlp("mlp.1", "mlp.3", _DENSE)
 _OFFICIAL_SPATIAL = (
     Rule("spatial.conv", "conv", _MAX_MEAN),
     Rule("spatial.bn", "norm", _NORM),
 )
 _OFFICIAL_CBAM = (
-    *(rule.under("ChannelGate.", "channel/") for rule in _OFFICIAL_CHANNEL),
-    *(rule.under("SpatialGate.", "spatial/") for rule in _OFFICIAL_SPATIAL),
-)
-# The same, MODELS/bam.py. Apart from the above, whose MLP has other names.
-_OFFICIAL_BAM = (
-    Rule("channel_att.gate_c.gate_c_fc_0", "reduce", _DENSE),
-    Rule("channel_att.gate_c.gate_c_bn_1", "reduce_norm", _NORM),
-    Rule("channel_att.gate_c.gate_c_fc_final", "expand", _DENSE),
-    *(
-        rule.under("spatial_att.gate_s.gate_s_", "spatial_")
-        for rule in (
-            Rule("conv_reduce0", "reduce", _BIASED_CONV),
-            Rule("bn_reduce0", "reduce_norm", _NORM),
-            Rule("conv_di_0", "conv1", _BIASED_CONV),
-            Rule("bn_di_0", "conv1_norm", _NORM),
-            Rule("conv_di_1", "conv2", _BIASED_CONV),
-            Rule("bn_di_1", "conv2_norm", _NORM),
-            Rule("conv_final", "expand", _BIASED_CONV),
-        )
-    ),
+    *_under("ChannelGate.", "channel/", _OFFICIAL_CHANNEL),
+    *_under("SpatialGate.", "spatial/", _OFFICIAL_SPATIAL),
 )
 # https://github.com/Project-MONAI/MONAI, ChannelSELayer; the same names are in
 # https://github.com/moskomule/senet.pytorch, senet/se_module.py.
-_MONAI = (
-    Rule("fc.0", "reduce", _DENSE),
-    Rule("fc.2", "expand", _DENSE),
-)
+_MONAI = _mlp("fc.0", "fc.2", _DENSE)
 # https://github.com/luuuyi/CBAM.PyTorch, model/resnet_cbam.py, and its many copies;
 # [mean, max]. Some have the two layers in a Sequential called `fc`.
-_CA = (
-    *_SE,
-    Rule("fc.0", "reduce", _DENSE_AS_CONV),
-    Rule("fc.2", "expand", _DENSE_AS_CONV),
-)
+_CA = (*_SE, *_mlp("fc.0", "fc.2", _DENSE_AS_CONV))
 _SA = (Rule("conv1", "conv", _MEAN_MAX),)
-_CA_SA = (
-    *(rule.under("ca.", "channel/") for rule in _CA),
-    *(rule.under("sa.", "spatial/") for rule in _SA),
-)
+_CA_SA = (*_under("ca.", "channel/", _CA), *_under("sa.", "spatial/", _SA))
 # Of rules with the same Flax name, the first is written; all are read.
 BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
-        *_TIMM_SE,
+        *_SE,
+        # A norm between SE's layers has the names of timm's `norm_layer`.
+        Rule("bn", "reduce_norm", _NORM),
         *_ECA,
         *_TIMM_SPATIAL,
-        *(rule.under("channel.", "channel/") for rule in _SE),
-        *(rule.under("spatial.", "spatial/") for rule in _TIMM_SPATIAL),
+        *_under("channel.", "channel/", _SE),
+        *_under("spatial.", "spatial/", _TIMM_SPATIAL),
     ),
     "torchvision": _SE,
     "article": (
         *_ARTICLE_CHANNEL,
         *_ARTICLE_SPATIAL,
-        *(r.under("channel_attention_block.", "channel/") for r in _ARTICLE_CHANNEL),
-        *(r.under("spatial_attention_block.", "spatial/") for r in _ARTICLE_SPATIAL),
+        *_under("channel_attention_block.", "channel/", _ARTICLE_CHANNEL),
+        *_under("spatial_attention_block.", "spatial/", _ARTICLE_SPATIAL),
     ),
     # ECA-Net: https://github.com/BangguWu/ECANet, models/eca_module.py.
     "official": (*_OFFICIAL_CHANNEL, *_OFFICIAL_SPATIAL, *_OFFICIAL_CBAM, *_ECA),
-    "official_bam": _OFFICIAL_BAM,
-    # timm, timm/models/_efficientnet_blocks.py: SqueezeExcite.
-    "efficientnet": (
-        Rule("conv_reduce", "reduce", _DENSE_AS_CONV),
-        Rule("conv_expand", "expand", _DENSE_AS_CONV),
+    # MODELS/bam.py. Apart from the above, whose MLP has other names.
+    "official_bam": (
+        Rule("channel_att.gate_c.gate_c_fc_0", "reduce", _DENSE),
+        Rule("channel_att.gate_c.gate_c_bn_1", "reduce_norm", _NORM),
+        Rule("channel_att.gate_c.gate_c_fc_final", "expand", _DENSE),
+        *(
+            Rule(f"spatial_att.gate_s.gate_s_{torch}", f"spatial_{flax}", kind)
+            for torch, flax, kind in (
+                ("conv_reduce0", "reduce", _BIASED_CONV),
+                ("bn_reduce0", "reduce_norm", _NORM),
+                ("conv_di_0", "conv1", _BIASED_CONV),
+                ("bn_di_0", "conv1_norm", _NORM),
+                ("conv_di_1", "conv2", _BIASED_CONV),
+                ("bn_di_1", "conv2_norm", _NORM),
+                ("conv_final", "expand", _BIASED_CONV),
+            )
+        ),
     ),
+    # timm, timm/models/_efficientnet_blocks.py: SqueezeExcite.
+    "efficientnet": _mlp("conv_reduce", "conv_expand", _DENSE_AS_CONV),
     "monai": _MONAI,
     # https://github.com/qubvel-org/segmentation_models.pytorch, base/modules.py:
     # SCSEModule.
     "smp": (
-        Rule("cSE.1", "channel/reduce", _DENSE_AS_CONV),
-        Rule("cSE.3", "channel/expand", _DENSE_AS_CONV),
+        *_under("cSE.", "channel/", _mlp("1", "3", _DENSE_AS_CONV)),
         Rule("sSE.0", "spatial", _DENSE_AS_CONV_TO_ONE),
     ),
     "ca_sa": (*_CA, *_SA, *_CA_SA),
 }
 # The attention of a residual block, by its names there.
 _RESIDUAL_ATTENTION: dict[Naming, tuple[Rule, ...]] = {
-    "timm": tuple(r.under("se.", "") for r in (*BLOCK_RULES["timm"], *_TIMM_ESE)),
-    "article": tuple(rule.under("attention.", "") for rule in BLOCK_RULES["article"]),
-    "official": (
-        *(rule.under("cbam.", "") for rule in _OFFICIAL_CBAM),
-        *(rule.under("eca.", "") for rule in _ECA),
-    ),
-    "monai": tuple(rule.under("se.", "") for rule in _MONAI),
+    "timm": _under("se.", "", (*BLOCK_RULES["timm"], *_TIMM_ESE)),
+    "article": _under("attention.", "", BLOCK_RULES["article"]),
+    "official": (*_under("cbam.", "", _OFFICIAL_CBAM), *_under("eca.", "", _ECA)),
+    "monai": _under("se.", "", _MONAI),
     "ca_sa": _CA_SA,
 }
 _STEM_AND_HEAD = (
-    Rule("conv1", "conv_stem", _CONV),
-    Rule("bn1", "norm_stem", _NORM),
+    *_conv_and_norm("conv1", "bn1", "_stem"),
     Rule("fc", "head", _DENSE),
 )
-_RESIDUAL = (
-    *(Rule(f"conv{i}", f"conv{i}", _CONV) for i in (1, 2, 3)),
-    *(Rule(f"bn{i}", f"norm{i}", _NORM) for i in (1, 2, 3)),
-    Rule("downsample.0", "conv_shortcut", _CONV),
-    Rule("downsample.1", "norm_shortcut", _NORM),
-)
-_TIMM_DEEP_STEM = (
-    Rule("conv1.0", "conv_stem1", _CONV),
-    Rule("conv1.1", "norm_stem1", _NORM),
-    Rule("conv1.3", "conv_stem2", _CONV),
-    Rule("conv1.4", "norm_stem2", _NORM),
+_TIMM_STEM = (
+    *_conv_and_norm("conv1.0", "conv1.1", "_stem1"),
+    *_conv_and_norm("conv1.3", "conv1.4", "_stem2"),
     Rule("conv1.6", "conv_stem3", _CONV),
+    *_conv_and_norm("maxpool.0", "maxpool.1", "_stem_pool"),
 )
-_TIMM_STEM_POOL = (
-    Rule("maxpool.0", "conv_stem_pool", _CONV),
-    Rule("maxpool.1", "norm_stem_pool", _NORM),
+_RESIDUAL = (
+    *(rule for i in "123" for rule in _conv_and_norm(f"conv{i}", f"bn{i}", i)),
+    *_conv_and_norm("downsample.0", "downsample.1", "_shortcut"),
 )
-_TIMM_POOLED_SHORTCUT = (
-    Rule("downsample.1", "conv_pooled_shortcut", _CONV),
-    Rule("downsample.2", "norm_pooled_shortcut", _NORM),
-)
+_TIMM_RESIDUAL = _conv_and_norm("downsample.1", "downsample.2", "_pooled_shortcut")
 # Read under these names too; written under those above.
 _HEAD_ALIASES = (Rule("linear", "head", _DENSE),)
-_RESIDUAL_ALIASES = (
-    Rule("shortcut.0", "conv_shortcut", _CONV),
-    Rule("shortcut.1", "norm_shortcut", _NORM),
-)
+_RESIDUAL_ALIASES = _conv_and_norm("shortcut.0", "shortcut.1", "_shortcut")
 _TORCH_BLOCK = re.compile(r"layer([1-9][0-9]*)\.(0|[1-9][0-9]*)\.(.+)")
 _FLAX_BLOCK = re.compile(r"stage([1-9][0-9]*)_block([1-9][0-9]*)/(.+)")
 
@@ -289,18 +256,21 @@ def top_rules(source: Side, naming: Naming) -> list[Rule]:
     rules = [*BLOCK_RULES[naming], *_STEM_AND_HEAD]
     if naming == "timm":
         # Last, since `fc` is the head first.
-        rules += (*_TIMM_DEEP_STEM, *_TIMM_STEM_POOL, *_TIMM_ESE)
-    return rules + (list(_HEAD_ALIASES) if source == "torch" else [])
+        rules += (*_TIMM_STEM, *_TIMM_ESE)
+    if source == "torch":
+        rules += _HEAD_ALIASES
+    return rules
 
 
 def residual_rules(source: Side, naming: Naming) -> list[Rule]:
     """The rules for modules of a residual block."""
     rules = list(_RESIDUAL)
     if naming == "timm":
-        rules += _TIMM_POOLED_SHORTCUT
-    attention = _RESIDUAL_ATTENTION.get(naming, ())
-    rules += [rule.under("", "attention/") for rule in attention]
-    return rules + (list(_RESIDUAL_ALIASES) if source == "torch" else [])
+        rules += _TIMM_RESIDUAL
+    rules += _under("", "attention/", _RESIDUAL_ATTENTION.get(naming, ()))
+    if source == "torch":
+        rules += _RESIDUAL_ALIASES
+    return rules
 
 
 def split_key(side: Side, key: str) -> tuple[BlockIndex, str, str] | None:

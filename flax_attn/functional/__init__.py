@@ -3,19 +3,18 @@
 Every block is one sentence: it squeezes the feature map to descriptors, excites them to
 logits, turns the logits into a gate and multiplies. The squeezes, the two convolutions
 and the product with a gate are defined here and nowhere else; the modules add
-parameters, an activation and a gate function. With ``spatial_dims=1`` a map is
-``(..., L, C)``, and with 3 ``(..., D, H, W, C)``.
+parameters, an activation and a gate function.
 
-What works on feature maps has two implementations. ``"plain"`` is the definition, in
-the obvious operations, differentiated automatically. ``"fast"`` computes the same with
-fewer passes over the map, forward and backward, but only in reverse mode: ``jax.jvp``,
-``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``.
+Options are keyword-only, and two are common. ``spatial_dims`` is 1 for a map
+``(..., L, C)``, 2, or 3 for ``(..., D, H, W, C)`` (default: 2). ``implementation`` is
+``"plain"`` for the definition, in the obvious operations, differentiated automatically,
+or ``"fast"`` (default), which computes the same with fewer passes over the map, forward
+and backward, but only in reverse mode: ``jax.jvp``, ``jax.jacfwd`` and ``jax.hessian``
+need ``"plain"``. In both, the gradient of a maximum goes to the first element that
+attains it, by its index: see ``_maxima``.
 
-In both, the gradient of a maximum goes to the first element that attains it, by its
-index: see ``_maxima``.
-
-Options are keyword-only. A bad option raises ``ValueError``; arrays are checked where
-they enter a module, by ``checks``.
+A bad option raises ``ValueError``; arrays are checked where they enter a module, by
+``checks``.
 """
 
 import math
@@ -30,7 +29,7 @@ from jax import lax
 from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._kernel_size import eca_kernel_size as eca_kernel_size
 from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
-from flax_attn.functional._sums import CHANNEL, SPATIAL, Axes
+from flax_attn.functional._sums import CHANNEL, SPATIAL
 from flax_attn.functional._sums import accumulator as accumulator
 from flax_attn.functional.checks import check_choice
 
@@ -78,8 +77,6 @@ def squeeze_spatial(
       pool: ``"avg"`` or ``"max"`` (default: ``"avg"``).
       mask: boolean array ``(..., H, W, 1)``, True where ``x`` counts (default: None,
         everywhere).
-      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("pool", pool, POOLS)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
@@ -105,12 +102,8 @@ def _squeeze_spatial(
     if mask is not None:
         x = jnp.where(mask, x, 0 if pool == "avg" else -jnp.inf)
     folded = _fold(x, spatial_dims)
-    squeeze: Callable[[Array, Axes], Array]
-    if implementation == "fast":
-        squeeze = _reductions.mean if pool == "avg" else _reductions.maximum
-    else:
-        squeeze = _plain.mean if pool == "avg" else _plain.maximum
-    y = squeeze(folded, SPATIAL)
+    forms = _reductions if implementation == "fast" else _plain
+    y = (forms.mean if pool == "avg" else forms.maximum)(folded, SPATIAL)
     y = y.reshape(_reduced(x.shape, spatial_dims, 1))
     return y if mask is None else _over_valid(y, mask, pool, spatial_dims)
 
@@ -165,16 +158,13 @@ def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Ar
 
     Args:
       x: floating-point array ``(..., H, W, C)``.
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    fast = implementation == "fast"
+    forms = _reductions if implementation == "fast" else _plain
 
     def run(x: Array) -> Array:
         rows = x.reshape(*(1,) * (3 - x.ndim), *x.shape)  # A lone signal has one row.
-        mean, maximum = (_reductions if fast else _plain).mean_and_maximum(
-            rows, CHANNEL
-        )
+        mean, maximum = forms.mean_and_maximum(rows, CHANNEL)
         maps = jnp.concatenate([maximum.astype(mean.dtype), mean], axis=-1)
         return maps.reshape(*x.shape[:-1], 2)
 
@@ -194,8 +184,6 @@ def scale(
       x: array ``(..., H, W, C)``.
       gate: array ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)`` of the
         same dtype.
-      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "plain" or gate.shape == x.shape:
@@ -221,12 +209,11 @@ def scale_and_squeeze(
 ) -> tuple[Array, Array]:
     """``y = x * gate`` for a channel gate, and ``squeeze_channels(y)``.
 
+    The fast form squeezes the product before it is rounded to a half-precision dtype.
+
     Args:
       x: array ``(..., H, W, C)``.
       gate: array ``(..., 1, 1, C)`` of the same dtype.
-      spatial_dims: number of spatial axes, 1, 2 or 3 (default: 2).
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``). The fast form
-        squeezes the product before it is rounded to a half-precision dtype.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "plain":
@@ -294,17 +281,13 @@ def conv_spatial(
       maps: array ``(..., H, W, M)`` of few channels.
       kernel: array ``(kh, kw, M, O)`` of odd sizes.
       precision: see ``jax.lax.Precision``.
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
 
     Returns:
       Array ``(..., H, W, O)``.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    conv = (
-        _plain.conv
-        if implementation == "plain"
-        else _convolution.CONVS[kernel.ndim - 2]
-    )
+    is_plain = implementation == "plain"
+    conv = _plain.conv if is_plain else _convolution.CONVS[kernel.ndim - 2]
 
     def run(maps: Array, kernel: Array) -> Array:
         return conv(maps, kernel, precision)
@@ -330,7 +313,6 @@ def conv_channels(
       padding: what stands beyond the ends, ``"zeros"`` or ``"circular"`` (default:
         ``"zeros"``).
       precision: see ``jax.lax.Precision``.
-      implementation: ``"fast"`` or ``"plain"`` (default: ``"fast"``).
     """
     check_choice("padding", padding, PADDINGS)
     p = kernel.shape[0] // 2 if padding == "circular" else 0

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_attn.functional._sums import accumulator
-
-Array = jax.Array
+from flax_attn.functional._sums import Array, accumulator, einsum_exactly
 
 # Columns that a window of the banded product makes: it does (TILE + k - 1) / k times
 # the convolution's arithmetic, at the speed of a product.
@@ -48,7 +46,7 @@ def _banded(precision: lax.PrecisionLike, maps: Array, kernel: Array) -> Array:
     *batch, h, w, _ = maps.shape
     kh, kw, _, o = kernel.shape
     windows, tile = _windows(maps, kh, kw)
-    matrix = _einsum("ijmo,jvt->vmito", kernel, _band(kw, tile, kernel.dtype))
+    matrix = einsum_exactly("ijmo,jvt->vmito", kernel, _band(kw, tile, kernel.dtype))
     matrix = matrix.reshape(windows.shape[-1], kh * tile * o)
     rows = _matmul(windows, matrix, precision)
     n = windows.shape[-2]
@@ -97,13 +95,13 @@ def _bwd_by_windows(
     # A convolution of `ct` with the flipped kernel. The gradient of its matrix is the
     # product of the windows with `maps`.
     band = _band(kw, tile, kernel.dtype)
-    matrix = _einsum("ijmo,jvt->ivotm", kernel[::-1, ::-1], band)
+    matrix = einsum_exactly("ijmo,jvt->ivotm", kernel[::-1, ::-1], band)
     d_maps = _matmul(windows, matrix.reshape(-1, tile * m), precision)
     d_maps = d_maps.reshape(*maps.shape[:-2], n * tile, m)[..., :w, :]
     tiles = _pad(maps, -2, 0, n * tile - w)
     tiles = tiles.reshape(windows.shape[0], tile * m)
     d_matrix = _matmul(windows.T, tiles, precision).reshape(kh, -1, o, tile, m)
-    d_kernel = _einsum("ivotm,jvt->ijmo", d_matrix, band.astype(d_matrix.dtype))
+    d_kernel = einsum_exactly("ivotm,jvt->ijmo", d_matrix, band.astype(d_matrix.dtype))
     return d_maps, d_kernel[::-1, ::-1]
 
 
@@ -124,7 +122,9 @@ def _bwd_by_rows(
     d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
     windows = windows.reshape(-1, windows.shape[-1])
     d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
-    d_kernel = _einsum("vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype))
+    d_kernel = einsum_exactly(
+        "vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype)
+    )
     return d_maps, d_kernel
 
 
@@ -238,8 +238,7 @@ def _windows(maps: Array, kh: int, kw: int) -> tuple[Array, int]:
     """
     *batch, h, w, m = maps.shape
     # A window's last kw - 1 columns lie in the next tile. Tiles of about equal width
-    # leave little to fill up.
-    # A width that export leaves open gets whole tiles.
+    # leave little to fill up. A width that export leaves open gets whole tiles.
     tile = max(-(-w // -(-w // TILE)) if isinstance(w, int) else TILE, kw - 1)
     tiles = -(-w // tile)
     padded = _pad(maps, -3, kh // 2, kh // 2)
@@ -253,10 +252,6 @@ def _band(k: int, tile: int, dtype: jnp.dtype) -> Array:
     """``[j, v, t]``: whether tap j of column t falls on column v of the window."""
     offsets = np.arange(tile + k - 1)[:, None] - np.arange(tile)
     return jnp.asarray(offsets == np.arange(k)[:, None, None], dtype)
-
-
-def _einsum(equation: str, *operands: Array) -> Array:
-    return jnp.einsum(equation, *operands, precision="highest")
 
 
 def _pad(x: Array, axis: int, before: int, after: int) -> Array:

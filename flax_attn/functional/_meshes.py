@@ -8,7 +8,6 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Array = jax.Array
-Spec = tuple[Any, ...]
 
 
 def on_auto_axes(

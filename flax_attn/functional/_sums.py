@@ -133,7 +133,7 @@ def sum_of_gated(x: Array, gate: Array) -> Array:
     x, gate = widen(x), widen(gate)
 
     def by_product(x: Array, gate: Array) -> Array:
-        y = _einsum("nkc,nc->nk", rows_of(x), gate.reshape(-1, x.shape[-1]))
+        y = einsum_exactly("nkc,nc->nk", rows_of(x), gate.reshape(-1, x.shape[-1]))
         return y.reshape(reduced_shape(x.shape, CHANNEL))
 
     def whole(x: Array, gate: Array) -> Array:
@@ -176,7 +176,7 @@ def part_of(rows: tuple[Array, ...], axis: int, start: int, stop: int) -> list[A
 def _contract(rows: Array, axis: int) -> Array:
     ones = jnp.ones(rows.shape[:2] if axis == 1 else rows.shape[2:], rows.dtype)
     equation = "nkc,nk->nc" if axis == 1 else "nkc,c->nk"
-    return jnp.expand_dims(_einsum(equation, rows, ones), axis)
+    return jnp.expand_dims(einsum_exactly(equation, rows, ones), axis)
 
 
 def rows_of(x: Array) -> Array:
@@ -187,5 +187,5 @@ def reduced_shape(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
     return tuple(1 if i - len(shape) in axes else n for i, n in enumerate(shape))
 
 
-def _einsum(equation: str, *operands: Array) -> Array:
+def einsum_exactly(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *operands, precision="highest")

@@ -1,7 +1,8 @@
 """``assert_active``: whether every gate of a model moves its output."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ import numpy as np
 from flax import linen as nn
 
 from flax_attn.functional import Array
-from flax_attn.insertion._linen import Call, Path, watch
+from flax_attn.insertion._linen import Call, Path, Watcher, watch
 from flax_attn.insertion.perturbation import check_gates, perturbed
 from flax_attn.insertion.trees import separate_arrays
+
+Gate = tuple[Path, str]
+"""The path of a module, and its method that returns a gate."""
 
 
 def assert_active(
@@ -55,70 +59,46 @@ def assert_active(
         scale starts at zero: pass trained variables.
       ValueError: if no gate is called, or if the output is not finite.
     """
-    gates = _find_gates(model, variables, args, kwargs)
-    run = _switchable(model, variables, args, kwargs, gates)
-    paths = ["/".join(gate.path) for gate in gates]
-    return check_gates(type(model).__name__, paths, run)
-
-
-class _Gate(NamedTuple):
-    """The method of a module that returns a gate."""
-
-    path: Path
-    method: str
-
-
-def _find_gates(
-    model: nn.Module, variables: Any, args: Any, kwargs: Any
-) -> list[_Gate]:
-    # As dicts, for their order.
-    gates: dict[_Gate, None] = {}
-    others: dict[_Gate, None] = {}
-
-    def watcher(call: Call, run: Callable[[], Any]) -> Any:
-        if call.gate is not None:
-            gates[_Gate(call.path, call.method)] = None
-        if call.site is not None:
-            others[_Gate(call.path, call.method)] = None
-        return run()
-
     arrays, arguments = separate_arrays(args, kwargs)
 
-    def apply(variables: Any, arrays: list[Any]) -> Any:
+    def outputs(watcher: Watcher, variables: Any, arrays: list[Any]) -> list[Array]:
         args, kwargs = arguments(arrays)
         return _output(watch(model, watcher), variables, args, kwargs)
 
-    jax.eval_shape(apply, variables, arrays)
-    with_gates = {gate.path[:i] for gate in gates for i in range(len(gate.path) + 1)}
-    return [*gates, *(other for other in others if other.path not in with_gates)]
+    # As dicts, for their order.
+    found: dict[Gate, None] = {}
+    others: dict[Gate, None] = {}
+
+    def find(call: Call, run: Callable[[], Any]) -> Any:
+        if call.gate is not None:
+            found[call.path, call.method] = None
+        if call.site is not None:
+            others[call.path, call.method] = None
+        return run()
+
+    jax.eval_shape(partial(outputs, find), variables, arrays)
+    with_gates = {path[:i] for path, _ in found for i in range(len(path) + 1)}
+    gates = [*found, *(gate for gate in others if gate[0] not in with_gates)]
+
+    @jax.jit
+    def run(switches: Array, variables: Any, arrays: list[Any]) -> list[Array]:
+        def change(call: Call, run: Callable[[], Any]) -> Any:
+            y, gate = run(), (call.path, call.method)
+            return perturbed(y, switches[gates.index(gate)]) if gate in gates else y
+
+        return outputs(change, variables, arrays)
+
+    def switched(switches: np.ndarray) -> list[np.ndarray]:
+        return jax.device_get(run(switches, variables, arrays))
+
+    paths = ["/".join(path) for path, _ in gates]
+    return check_gates(type(model).__name__, paths, switched)
 
 
-def _output(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> Any:
+def _output(model: nn.Module, variables: Any, args: Any, kwargs: Any) -> list[Array]:
     """The arrays of the output alone, without the collections that come with it."""
     result: Any = model.apply(variables, *args, **kwargs)
     with_state = kwargs.get("mutable", False) is not False
     if with_state or kwargs.get("capture_intermediates", False):
         result = result[0]
     return [jnp.asarray(x) for x in jax.tree.leaves(result)]
-
-
-def _switchable(
-    model: nn.Module, variables: Any, args: Any, kwargs: Any, gates: Sequence[_Gate]
-) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The output as a function of one switch for each gate; 1 changes the gate."""
-    index = {gate: i for i, gate in enumerate(gates)}
-    arrays, arguments = separate_arrays(args, kwargs)
-
-    @jax.jit
-    def run(switches: Array, variables: Any, arrays: list[Any]) -> Any:
-        def watcher(call: Call, run: Callable[[], Any]) -> Any:
-            y = run()
-            i = index.get(_Gate(call.path, call.method))
-            if i is None:
-                return y
-            return perturbed(y, switches[i])
-
-        args, kwargs = arguments(arrays)
-        return _output(watch(model, watcher), variables, args, kwargs)
-
-    return lambda switches: jax.device_get(run(switches, variables, arrays))

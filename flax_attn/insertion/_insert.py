@@ -24,6 +24,7 @@ from flax_attn.insertion.selection import (
     Select,
     Where,
     check_batch_axis,
+    check_map,
     described,
     is_map,
     listed,
@@ -138,10 +139,8 @@ class Inserted(Intercepted):
 
 
 def _instance(attention: Any) -> nn.Module:
-    if isinstance(attention, nn.Module):
-        return attention.clone(parent=None, name=None)
     made = attention
-    if callable(attention):
+    if callable(attention) and not isinstance(attention, nn.Module):
         # Without a parent: a module made inside another's method becomes a part of it.
         keywords = {"parent": None} if makes_module(attention) else {}
         try:
@@ -152,12 +151,12 @@ def _instance(attention: Any) -> nn.Module:
                 f"raises {error}; pass them, as in presets.official_cbam(train=True) "
                 "or functools.partial(SE, reduction=4)."
             ) from error
-    if isinstance(made, nn.Module):
-        return made.clone(parent=None, name=None)
-    raise ValueError(
-        "`attention` must be a Linen module, or a function that returns one, got "
-        f"{attention!r}; pass e.g. flax_attn.SE()."
-    )
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            "`attention` must be a Linen module, or a function that returns one, got "
+            f"{attention!r}; pass e.g. flax_attn.SE()."
+        )
+    return made.clone(parent=None, name=None)
 
 
 def _starting_as(init: str, block: nn.Module) -> nn.Module:
@@ -273,12 +272,7 @@ class _Insertion(Hook):
                 return type(y)(first, *y[1:])
             return (first, *y[1:])
         site = f"{path} ({type(module).__name__})"
-        if not is_map(y):
-            raise ValueError(
-                "`where` must select submodules that return a feature map "
-                f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
-                f"{described(y)}; select others, e.g. by a function of the path."
-            )
+        check_map(y, site)
         dims = getattr(self.attention, "spatial_dims", None)
         check_batch_axis(dims, y.shape, axes, site)
         block = attached(self.attention, module, self.name, self.token)

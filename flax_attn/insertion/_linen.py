@@ -235,7 +235,8 @@ class Intercepted(nn.Module):
         return types.MethodType(method, self)
 
     def _run(self, method: str | Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        name = method if isinstance(method, str) else _name_of(method)
+        unnamed = getattr(unwrapped(method), "__name__", repr(method))
+        name = method if isinstance(method, str) else unnamed
         if self.scope is None:
             raise ValueError(
                 f"`model` must be bound, but {name} is called outside of init and "
@@ -357,7 +358,3 @@ def unwrapped(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    return getattr(unwrapped(function), "__name__", repr(function))

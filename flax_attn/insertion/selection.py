@@ -15,29 +15,28 @@ Select = Callable[[nn.Module, str], bool]
 Where = type | tuple[type, ...] | str | re.Pattern[str] | Select
 
 
-def selector(where: Any) -> Select:
-    """``where`` as a function from a module and its path."""
+def selector(
+    where: Any, base: type = nn.Module, name: str = "nn.Module"
+) -> Callable[[Any, str], bool]:
+    """``where`` as a ``Select``, for modules of the class ``base``, called ``name``."""
     kinds = where if isinstance(where, tuple) else (where,)
-    if kinds and all(isinstance(k, type) and makes_module(k) for k in kinds):
+    if kinds and all(isinstance(k, type) and issubclass(k, base) for k in kinds):
         return lambda module, path: isinstance(module, kinds)
     if isinstance(where, str):
-        return lambda module, path: _matches(path, where)
+        # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
+        deep = "/" in where
+        return lambda module, path: (
+            (deep or "/" not in path) and fnmatch.fnmatchcase(path, where)
+        )
     if isinstance(where, re.Pattern):
         return lambda module, path: where.fullmatch(path) is not None
-    if callable(where) and not isinstance(where, type | nn.Module):
+    if callable(where) and not isinstance(where, type | base):
         return lambda module, path: bool(where(module, path))
     raise ValueError(
-        "`where` must be a subclass of nn.Module or a tuple of them, a pattern of "
-        f"paths, or a function (module, path) -> bool, got {where!r}; pass several "
-        "classes as a tuple, such as (nn.Conv, nn.Dense)."
+        f"`where` must be a subclass of {name} or a tuple of them, a pattern of paths, "
+        f"or a function (module, path) -> bool, got {where!r}; pass several classes as "
+        "a tuple."
     )
-
-
-def _matches(path: str, pattern: str) -> bool:
-    # fnmatch's * matches slashes, and "Block_*" would match all that is inside too.
-    if "/" not in pattern and "/" in path:
-        return False
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 def makes_module(value: Any) -> bool:
@@ -49,6 +48,16 @@ def makes_module(value: Any) -> bool:
 def is_map(value: Any) -> bool:
     """Whether ``value`` may be a feature map."""
     return isinstance(value, jax.Array | np.ndarray) and value.ndim >= 3
+
+
+def check_map(value: Any, site: str) -> None:
+    """Raises unless ``value``, which the submodule ``site`` returns, is a map."""
+    if not is_map(value):
+        raise ValueError(
+            "`where` must select submodules that return a feature map (..., H, W, C) "
+            f"or a tuple that starts with one, but {site} returns {described(value)}; "
+            "select others, e.g. by a function of the path."
+        )
 
 
 def most_axes(tree: Any) -> int:

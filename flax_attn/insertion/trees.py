@@ -1,4 +1,4 @@
-"""Trees of arguments and variables, and lists of them in messages."""
+"""Trees of arguments and of variables."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

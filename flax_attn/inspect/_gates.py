@@ -1,9 +1,10 @@
 """``attention_maps``: every gate of a model for one input."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from flax_attn.functional import Array
 from flax_attn.insertion import Call, watch
@@ -41,8 +42,8 @@ def attention_maps(
 
     Returns:
       The gates in the order of their computation (under ``jax.jit``: sorted), with the
-      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or, of BAM,
-      ``(..., H, W, C)``. A block that is called several times has a path for each call,
+      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W,
+      C)``. A block that is called several times has a path for each call,
       ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
       have one gate, stacked along the axis in ``variable_axes``.
 
@@ -69,7 +70,12 @@ def attention_maps(
 
     watched = watch(model, watcher)
     _, state = watched.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
-    gates = dict(_gates(state.get(COLLECTION, {}), made))
+    gates = {
+        path if len(values) == 1 else f"{path}/{i}": gate
+        for path, values in flatten_dict(state.get(COLLECTION, {}), sep="/").items()
+        if path in made
+        for i, gate in enumerate(values)
+    }
     if not gates or lost:
         got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(
@@ -78,16 +84,3 @@ def attention_maps(
             f'nn.vmap, keep its gates by variable_axes={{"{COLLECTION}": 0}}.'
         )
     return gates
-
-
-def _gates(
-    tree: Mapping[str, Any], made: set[str], prefix: str = ""
-) -> Iterator[tuple[str, Array]]:
-    """The gates among what was sown: the values at the paths in ``made``."""
-    for name, value in tree.items():
-        path = prefix + name
-        if isinstance(value, Mapping):
-            yield from _gates(value, made, f"{path}/")
-        elif path in made:
-            for i, gate in enumerate(value):
-                yield (path if len(value) == 1 else f"{path}/{i}"), gate

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from flax_attn.functional import Array
 from flax_attn.insertion import Call, watch
-from flax_attn.insertion.selection import listed
+from flax_attn.insertion.selection import is_map, listed
 
 # Collections of variables, which nn.remat and nn.jit carry in and out.
 _OUTPUT = "grad_cam_output"
@@ -88,7 +88,7 @@ def grad_cam(
             return y
         path = "/".join(call.path)
         called.setdefault(path, []).append(y)
-        if path != layer or not _is_map(y):
+        if path != layer or not is_map(y):
             return y
         module = call.module
         if not module.is_mutable_collection(_OUTPUT):
@@ -124,10 +124,6 @@ def grad_cam(
     return nn.relu((weights * map_.astype(dtype)).sum(-1, keepdims=True))
 
 
-def _is_map(y: Any) -> bool:
-    return isinstance(y, jax.Array) and y.ndim >= 3
-
-
 def _check_layer(layer: str, called: Mapping[str, list[Any]], lost: bool) -> None:
     """Raises ``ValueError`` unless ``layer`` is called once and returns a map."""
     found = called.get(layer, [])
@@ -137,7 +133,7 @@ def _check_layer(layer: str, called: Mapping[str, list[Any]], lost: bool) -> Non
         problem = f"{layer!r}, which is not called"
     elif len(found) > 1:
         problem = f"{layer!r}, which is called {len(found)} times"
-    elif not _is_map(found[0]):
+    elif not is_map(found[0]):
         kind = getattr(found[0], "shape", type(found[0]).__name__)
         problem = f"{layer!r}, which returns {kind}"
     else:
@@ -145,7 +141,7 @@ def _check_layer(layer: str, called: Mapping[str, list[Any]], lost: bool) -> Non
     maps = [
         path
         for path, outputs in called.items()
-        if path and path != layer and len(outputs) == 1 and _is_map(outputs[0])
+        if path and path != layer and len(outputs) == 1 and is_map(outputs[0])
     ]
     raise ValueError(
         "`layer` must be the path of a submodule that is called once and returns a map "

@@ -44,9 +44,6 @@ def assert_active(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[str, ..
       Traceback (most recent call last):
       AssertionError: The output does not depend on the gates of lost. ...
 
-    An inserted attention of another kind counts as one gate, which is its result. A
-    gate inside ``nnx.scan`` or ``nnx.vmap`` is one gate for all steps.
-
     Args:
       model: any NNX module; it stays as it is.
       *args: the arguments of a call of ``model``.

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from flax.nnx.bridge.variables import to_nnx_var
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_attn import blocks
 from flax_attn.blocks.base import ModuleDef
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         y, sown = linen.apply(
             variables, x, mask, method=method, mutable=["intermediates"]
         )
-        for path, values in _leaves(sown["intermediates"]):
+        for path, values in flatten_dict(sown["intermediates"]).items():
             for value in values:
                 self._at(path[:-1]).sow(nnx.Intermediate, path[-1], value)
         return y
@@ -252,12 +252,7 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
     # No parameter depends on the size of a map.
     x = jnp.zeros((*(1,) * linen.spatial_dims, features))
     values = _with_norms(linen, make).init(rngs.params(), x).get("params", {})
-    for path, norm in norms.items():
-        layer = values
-        for name in path[:-1]:
-            layer = layer.setdefault(name, {})
-        layer[path[-1]] = norm
-    return values
+    return unflatten_dict(flatten_dict(values) | norms)
 
 
 class _Norm(nn.Module):
@@ -321,10 +316,3 @@ def _check_norm(field: str, norm: Any) -> None:
             f"functools.partial of it, got {norm!r}; pass "
             "partial(nnx.BatchNorm, momentum=0.9)."
         )
-
-
-def _leaves(tree: Mapping[str, Any]) -> list[tuple[Path, Any]]:
-    leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda value: isinstance(value, tuple)
-    )[0]
-    return [(tuple(key.key for key in path), value) for path, value in leaves]

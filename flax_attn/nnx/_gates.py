@@ -6,7 +6,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from flax_attn.functional import Array
-from flax_attn.nnx._blocks import Attention, modules
+from flax_attn.nnx._blocks import Attention, joined, modules
 
 
 def attention_maps(
@@ -35,9 +35,7 @@ def attention_maps(
       **kwargs: its keyword arguments.
 
     Returns:
-      The gates, with the block's dtype and the shape ``(..., 1, 1, C)``, ``(..., H, W,
-      1)`` or, of BAM, ``(..., H, W, C)``. A block that is called several times has a
-      path for each call, ending in ``/0``, ``/1`` and so on.
+      The gates, as ``flax_attn.inspect.attention_maps`` returns them.
 
     Raises:
       ValueError: no block is called.
@@ -54,7 +52,7 @@ def attention_maps(
     gates = {}
     for path, values in flatten_dict(nnx.to_pure_dict(state)).items():
         if any(path[: len(root)] == root for root in roots):
-            name = "/".join(map(str, path))
+            name = joined(path)
             for i, gate in enumerate(values):
                 gates[name if len(values) == 1 else f"{name}/{i}"] = gate
     if not gates:

@@ -11,8 +11,7 @@ from flax import nnx
 from flax_attn.insertion import Site, Sites
 from flax_attn.insertion.selection import (
     check_batch_axis,
-    described,
-    is_map,
+    check_map,
     listed,
     most_axes,
     selector,
@@ -55,9 +54,7 @@ def insert(
       >>> model.first.attention.reduce.kernel.shape
       (16, 1)
 
-    A submodule that is called twice has one attention. A submodule may return a tuple
-    whose first entry is its map. Each result has the dtype of the output that it
-    replaces. Attention is never inserted into attention, nor after ``model`` itself.
+    What counts as a map, and where none is inserted, is as in ``flax_attn.insert``.
 
     Args:
       model: any NNX module; it is called once, on shapes alone, and keeps its state.
@@ -90,7 +87,7 @@ def insert(
             f"`name` must be the name of an attribute, got {name!r}; leave it out for "
             "'attention'."
         )
-    select = _select(where)
+    select = selector(where, nnx.Module, "nnx.Module")
     inside = dict(_submodules(model))
     chosen = {path for path, m in inside.items() if select(m, joined(path))}
     outputs = _outputs(model, chosen, args, kwargs)
@@ -165,20 +162,6 @@ def attention_params(model: nnx.Module) -> Any:
     return nnx.All(nnx.Param, inside)
 
 
-def _select(where: Any) -> Callable[[Any, str], bool]:
-    if not isinstance(where, type | tuple):
-        return selector(where)
-    kinds = where if isinstance(where, tuple) else (where,)
-    if not kinds or not all(
-        isinstance(kind, type) and issubclass(kind, nnx.Module) for kind in kinds
-    ):
-        raise ValueError(
-            "`where` must be a subclass of nnx.Module or a tuple of them, a pattern of "
-            f"paths, or a function (module, path) -> bool, got {where!r}."
-        )
-    return lambda module, path: isinstance(module, kinds)
-
-
 def _submodules(model: nnx.Module) -> Iterator[tuple[Place, nnx.Module]]:
     """All modules in ``model`` but itself and those of attention."""
     closed: list[Place] = []
@@ -217,12 +200,7 @@ def _recording(
         result = kind.__call__(self, *args, **kwargs)
         y = result[0] if isinstance(result, tuple) and result else result
         site = f"{joined(path)} ({kind.__name__})"
-        if not is_map(y):
-            raise ValueError(
-                "`where` must select submodules that return a feature map "
-                f"(..., H, W, C) or a tuple that starts with one, but {site} returns "
-                f"{described(y)}; select others, e.g. by a function of the path."
-            )
+        check_map(y, site)
         if _shapes(self) != shapes:
             raise ValueError(
                 "`where` must select submodules outside nnx.scan and nnx.vmap, got "

@@ -110,11 +110,7 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
       {'norm': {'mean': (1,), 'var': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and update the running averages, or by
-        those averages.
-
-    Returns:
-      ``CBAM`` with the fields of the official code.
+      train: whether to normalize by the batch, and not by the running averages.
     """
     return partial(
         CBAM,
@@ -149,11 +145,7 @@ def official_bam(*, train: bool) -> partial[BAM]:
       spatial_reduce_norm
 
     Args:
-      train: whether to normalize by the batch, and update the running averages, or by
-        those averages.
-
-    Returns:
-      ``BAM`` with the fields of the official code.
+      train: whether to normalize by the batch, and not by the running averages.
     """
     return partial(
         BAM,

@@ -113,11 +113,7 @@ def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
       {'kernel': (64, 8)}
 
     Args:
-      train: whether to normalize by the batch, and update the running averages, or by
-        those averages.
-
-    Returns:
-      ``CoordinateAttention`` with the fields of timm.
+      train: whether to normalize by the batch, and not by the running averages.
     """
     return partial(
         CoordinateAttention,
@@ -146,11 +142,7 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
       {'conv': {'kernel': (7, 7, 2, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and update the running averages, or by
-        those averages.
-
-    Returns:
-      ``CBAM`` with the fields of timm.
+      train: whether to normalize by the batch, and not by the running averages.
     """
     return partial(
         CBAM,
@@ -178,10 +170,6 @@ def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
       {'conv': {'kernel': (7, 7, 1, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and update the running averages, or by
-        those averages.
-
-    Returns:
-      ``LightCBAM`` with the fields of timm.
+      train: whether to normalize by the batch, and not by the running averages.
     """
     return partial(LightCBAM, **timm_cbam(train=train).keywords)

@@ -11,7 +11,32 @@ ModuleDef = Callable[..., Any]
 Pooling = Literal["mean", "blur"]
 
 
-class BasicBlock(nn.Module):
+class _Residual(nn.Module):
+    """What the residual blocks share; ``BasicBlock`` documents the fields."""
+
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+    attention: ModuleDef | None
+    pooled_shortcut: bool = False
+
+    @nn.nowrap
+    def joined(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Attends to the branch ``y`` and adds the shortcut of ``x``."""
+        if self.attention is not None:
+            y = self.attention(name="attention")(y)
+        if x.shape != y.shape:
+            name, stride = "shortcut", self.stride
+            if self.pooled_shortcut:
+                # A name of its own: only the stride of the convolution is another.
+                name, stride, x = "pooled_shortcut", 1, _mean_pool(x, stride)
+            x = self.conv(y.shape[-1], 1, stride, name=f"conv_{name}")(x)
+            x = self.norm(name=f"norm_{name}")(x)
+        return nn.relu(x + y)
+
+
+class BasicBlock(_Residual):
     """Two 3x3 convolutions beside a shortcut.
 
     Attributes:
@@ -25,12 +50,6 @@ class BasicBlock(nn.Module):
       anti_alias: as in ``BottleneckBlock``, for the first convolution (default: None).
     """
 
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-    attention: ModuleDef | None
-    pooled_shortcut: bool = False
     anti_alias: Pooling | None = None
 
     expansion = 1
@@ -43,10 +62,10 @@ class BasicBlock(nn.Module):
         y = pool(nn.relu(self.norm(name="norm1")(y)))
         y = self.conv(self.features, 3, 1, name="conv2")(y)
         y = self.norm(name="norm2")(y)
-        return _join(self, x, y)
+        return self.joined(x, y)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(_Residual):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut; the 3x3 has the stride.
 
     ``functools.partial`` sets the last three fields: ResNeXt-50 (32x4d) is
@@ -57,11 +76,7 @@ class BottleneckBlock(nn.Module):
       features: number of filters of the first two; the result has four times as many
         channels.
       stride: stride of the 3x3 convolution.
-      conv: makes a convolution.
-      norm: makes a normalization.
-      attention: makes the block between the last normalization and the addition, or
-        None.
-      pooled_shortcut: as in ``ResNet`` (default: False).
+      conv, norm, attention, pooled_shortcut: as in ``BasicBlock``.
       groups: number of groups of the 3x3 convolution,
         https://arxiv.org/abs/1611.05431 (default: 1).
       width_per_group: the first two convolutions have ``features * width_per_group //
@@ -72,12 +87,6 @@ class BottleneckBlock(nn.Module):
         https://arxiv.org/abs/1904.11486 (default: None).
     """
 
-    features: int
-    stride: int
-    conv: ModuleDef
-    norm: ModuleDef
-    attention: ModuleDef | None
-    pooled_shortcut: bool = False
     groups: int = 1
     width_per_group: int = 64
     anti_alias: Pooling | None = None
@@ -96,7 +105,7 @@ class BottleneckBlock(nn.Module):
         y = pool(nn.relu(self.norm(name="norm2")(y)))
         y = self.conv(self.features * self.expansion, 1, 1, name="conv3")(y)
         y = self.norm(name="norm3")(y)
-        return _join(self, x, y)
+        return self.joined(x, y)
 
 
 def blur_pool(x: jax.Array) -> jax.Array:
@@ -119,20 +128,6 @@ def _strides(
     if anti_alias == "blur":
         return 1, blur_pool
     return 1, lambda x: nn.avg_pool(x, (2, 2), (2, 2))
-
-
-def _join(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Attends to the branch ``y`` and adds the shortcut of ``x``."""
-    if block.attention is not None:
-        y = block.attention(name="attention")(y)
-    if x.shape != y.shape:
-        name, stride = "shortcut", block.stride
-        if block.pooled_shortcut:
-            # A name of its own: the convolution's stride is another, its shape is not.
-            name, stride, x = "pooled_shortcut", 1, _mean_pool(x, stride)
-        x = block.conv(y.shape[-1], 1, stride, name=f"conv_{name}")(x)
-        x = block.norm(name=f"norm_{name}")(x)
-    return nn.relu(x + y)
 
 
 def _mean_pool(x: jax.Array, size: int) -> jax.Array:

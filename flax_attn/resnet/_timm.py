@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from flax import linen as nn
-
 from flax_attn import presets
-from flax_attn.blocks import ESE
 from flax_attn.resnet._blocks import BasicBlock, BottleneckBlock
 from flax_attn.resnet._network import IMAGENET_STAGES
 
@@ -73,7 +70,7 @@ _ATTENTIONS: Mapping[str | None, Any] = {
     None: None,
     "": None,
     "se": presets.timm_se,
-    "ese": partial(ESE, use_bias=True, gate=nn.hard_sigmoid),
+    "ese": presets.timm_ese,
     "eca": presets.timm_eca,
     "ceca": presets.timm_ceca,
     "cbam": presets.timm_cbam(train=False),
@@ -176,12 +173,7 @@ def _attention(block_args: Mapping[str, Any]) -> Any:
         return attention
     if (block_args["attn_layer"], block_args["rd_ratio"]) != ("se", 0.25):
         raise _misfit("rd_ratio", "0.25, and of se", block_args["rd_ratio"])
-    return partial(attention, hidden_features=_quarter)
-
-
-def _quarter(features: int) -> int:
-    """C / 4 to the nearest multiple of 8, halves up, and at least 8."""
-    return max((features + 16) // 32 * 8, 8)
+    return partial(attention, reduction=4)
 
 
 def _block(arguments: Mapping[str, Any], anti_alias: str | None) -> Any:

@@ -82,6 +82,14 @@ def test_identity_needs_a_norm_with_a_scale(norm):
         jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
 
 
+def test_a_norm_inside_bam_is_of_each_sample():
+    module = BAM(reduction=2, hidden_norm=NORMS["group"], **PLAIN)
+    x = normal((2, 3, 4, 8), 1) * np.array([1, 9])[:, None, None, None]
+    variables = variables_for(module, x)
+    expected = [module.apply(variables, sample[None])[0] for sample in x]
+    np.testing.assert_allclose(module.apply(variables, x), expected, rtol=1e-4)
+
+
 def test_a_norm_between_the_layers():
     """Of either squeeze on its own; the start as the identity is not its business."""
     norm = partial(nn.GroupNorm, num_groups=1, use_fast_variance=False)

@@ -85,13 +85,12 @@ def test_fields_have_their_defaults(name):
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_every_field_is_documented(module):
-    doc = module.__doc__
-    if issubclass(module, flax_attn.blocks.Attention):
-        doc += flax_attn.blocks.Attention.__doc__
+    bases = [c for c in module.__mro__ if issubclass(c, flax_attn.blocks.Attention)]
+    docs = "".join(c.__doc__ for c in bases or [module])
     for field in dataclasses.fields(module):
         if field.name not in ("parent", "name"):
-            assert f"  {field.name}: " in doc, field.name
-    assert ">>>" in doc and "Raises:" in doc and "Attributes:" in doc
+            assert f"  {field.name}: " in docs, field.name
+    assert ">>>" in docs and "Raises:" in docs and "Attributes:" in module.__doc__
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -12,6 +12,7 @@ import pytest
 from flax import linen as nn
 
 from flax_attn import presets, resnet
+from flax_attn.blocks.channel import hidden_width
 from flax_attn.resnet import BasicBlock, BottleneckBlock, from_pretrained
 from flax_attn.resnet._timm import fields_of
 from tests import tiny_hub
@@ -217,7 +218,7 @@ def test_blocks_of_architectures():
     assert block("wide_resnet50_2") == (BottleneckBlock, {"width_per_group": 128})
     assert block("resnetblur18") == (BasicBlock, {"anti_alias": "blur"})
     attention = fields_of({"architecture": "resnetrs50"})[0]["attention"]
-    assert attention().hidden_features(256) == 64
+    assert hidden_width(attention(), 256) == 64
 
 
 @pytest.mark.parametrize(
