@@ -112,8 +112,7 @@ def cost(
 
     Args:
       module: an attention block, or any module of convolutions, products, reductions
-        and elementwise operations. A block that another module makes inside its own
-        call must be made with ``implementation="plain"`` there.
+        and elementwise operations.
       shape: of the input, such as (N, H, W, C).
       dtype: of the input (default: float32).
       **kwargs: keyword arguments of the call, such as ``train=False``.
@@ -139,13 +138,15 @@ def cost(
             f"`shape` must be integers of at least 1, got {shape!r}; pass the shape "
             "of the input, such as (1, 32, 32, 64)."
         )
-    module = _with_plain_blocks(module, {})
     x = jax.ShapeDtypeStruct(shape, dtype)
-    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **kwargs), x)
-    state = [name for name in variables if name != "params"]
-    traced = jax.make_jaxpr(
-        lambda variables, x: module.apply(variables, x, mutable=state, **kwargs)
-    )(variables, x)
+    with nn.intercept_methods(_run_plain):
+        variables = jax.eval_shape(
+            lambda x: module.init(jax.random.key(0), x, **kwargs), x
+        )
+        state = [name for name in variables if name != "params"]
+        traced = jax.make_jaxpr(
+            lambda variables, x: module.apply(variables, x, mutable=state, **kwargs)
+        )(variables, x)
     counted = _Count()
     counted.program(traced)
     return Cost(
@@ -157,27 +158,22 @@ def cost(
     )
 
 
-def _with_plain_blocks(value: Any, done: dict[int, nn.Module]) -> Any:
-    """``value`` with all blocks in it, and in its fields, in the plain implementation.
-
-    ``done`` holds the results by ``id``, so that a shared module stays shared.
-    """
-    if isinstance(value, list | tuple) and any(isinstance(v, nn.Module) for v in value):
-        return type(value)(_with_plain_blocks(v, done) for v in value)
-    if not isinstance(value, nn.Module):
-        return value
-    if id(value) not in done:
-        changes = {}
-        for field in dataclasses.fields(value):
-            if field.name not in ("parent", "name"):
-                old = getattr(value, field.name)
-                new = _with_plain_blocks(old, done)
-                if new is not old:
-                    changes[field.name] = new
-        if isinstance(value, Attention) and value.implementation == "fast":
-            changes["implementation"] = "plain"
-        done[id(value)] = value.clone(**changes) if changes else value
-    return done[id(value)]
+def _run_plain(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Runs a method of a block in its plain implementation, wherever the block is."""
+    module = context.module
+    if not isinstance(module, Attention) or module.implementation == "plain":
+        return run(*args, **kwargs)
+    # Fields are frozen, and a clone of a bound module would not be in its place.
+    object.__setattr__(module, "implementation", "plain")
+    try:
+        return run(*args, **kwargs)
+    finally:
+        object.__setattr__(module, "implementation", "fast")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,7 +284,7 @@ def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
         raise ValueError(
             "`module` must use operations that can be counted, got "
             f"`{eqn.primitive.name}`; remove loops, branches and random draws, and "
-            'pass implementation="plain" to blocks that it makes inside its call.'
+            'pass implementation="plain" to functions of flax_attn.functional.'
         )
     return inner
 

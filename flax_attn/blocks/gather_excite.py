@@ -103,6 +103,9 @@ class GatherExcite(Attention, kw_only=True):
         x, mask = self.validated(x, mask)
         self._check_fields()
         checks.check_callable("act", self.act)
+        if self.extent and mask is not None:
+            # Every e-th position is counted from the first that is valid.
+            x, mask = neighborhoods.align(x, mask, spatial_dims=self.spatial_dims)
         if self.extra_params:
             y = self._convolved(x, mask)
         elif self.extent:
@@ -116,7 +119,7 @@ class GatherExcite(Attention, kw_only=True):
         return mlp(self, x.shape[-1])(y) if self.use_mlp else y
 
     def _convolved(self, x: Array, mask: Array | None) -> Array:
-        features, count = x.shape[-1], self.extent.bit_length() - 1
+        features, count = x.shape[-1], int(self.extent).bit_length() - 1
         halves = (..., *(slice(None, None, 2),) * self.spatial_dims, slice(None))
         for i in range(1, count + 1):
             is_last = i == count and not self.use_mlp

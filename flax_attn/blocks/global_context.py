@@ -106,30 +106,33 @@ class GlobalContext(Attention, kw_only=True):
         last_layer = self.make_layer(nn.Dense, is_last=True)
         pool = first_layer(1, use_bias=False, name="pool")
         reduce = first_layer(hidden_width(self, x.shape[-1]), name="reduce")
-        norm = nn.LayerNorm(  # Of float32, as strict promotion wants it.
+        expand = last_layer(x.shape[-1], name="expand")
+        context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
+        h = reduce(context)
+        dtype = functional.accumulator(h)  # Named, as strict promotion wants it.
+        norm = nn.LayerNorm(
             epsilon=self.epsilon,
             use_fast_variance=False,
+            dtype=dtype,
             param_dtype=self.param_dtype,
             bias_init=self.bias_init,
             name="norm",
         )
-        expand = last_layer(x.shape[-1], name="expand")
-        context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
-        h = reduce(context)
-        wide = h.astype(functional.accumulator(h))
-        return expand(self.act(norm(wide).astype(h.dtype)))
+        return expand(self.act(norm(h.astype(dtype)).astype(h.dtype)))
 
     def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
         """The mean of ``x`` weighted by the softmax of ``logits``."""
         axes = self.spatial_axes
         logits = logits.astype(functional.accumulator(logits))
-        some: bool | Array = True
-        if mask is not None:
-            logits = jnp.where(mask, logits, -jnp.inf)
-            some = mask.any(axes, keepdims=True)
+        valid: bool | Array = True if mask is None else mask
+        some = True if mask is None else mask.any(axes, keepdims=True)
+        # No infinity, at which `jax_debug_infs` would stop.
+        lowest = jnp.finfo(logits.dtype).min
         # The quotient does not depend on the maximum, so neither does its gradient.
-        largest = lax.stop_gradient(logits).max(axes, keepdims=True)
-        weights = jnp.exp(logits - jnp.where(some, largest, 0))
+        candidates = jnp.where(valid, lax.stop_gradient(logits), lowest)
+        largest = candidates.max(axes, keepdims=True)
+        shifted = jnp.where(valid, logits - jnp.where(some, largest, 0), 0)
+        weights = functional.apply_mask(jnp.exp(shifted), mask)
         options = self.map_options
         weighted = functional.scale(x.astype(weights.dtype), weights, **options)
         total = functional.squeeze_spatial(weighted, **options)

@@ -41,26 +41,52 @@ def local_mean(
     return sums(x) / sums(valid).clip(1)
 
 
+def align(x: Array, mask: Array, *, spatial_dims: int = 2) -> tuple[Array, Array]:
+    """``x`` and ``mask`` with the valid part at the start of each spatial axis."""
+    for axis in _spatial_axes(spatial_dims):
+        start, _ = _valid_range(mask, axis, spatial_dims)
+        at = (_positions(x, axis) + start) % x.shape[axis]
+        x, mask = (jnp.take_along_axis(a, at, axis, mode="clip") for a in (x, mask))
+    return x, mask
+
+
 def resize_nearest(
     y: Array, like: Array, extent: int, *, mask: Array | None = None, spatial_dims: int
 ) -> Array:
     """``y``, one of every ``extent`` positions, at every position of ``like``.
 
-    With a mask ``y`` is resized to the valid part alone, without the padding.
+    With a mask, ``y`` is of the map that ``align`` returns, and is resized to the valid
+    part alone, without the padding.
     """
-    axes = range(-1 - spatial_dims, -1)
-    for axis in axes:
-        n: int | Array = like.shape[axis]
-        m: int | Array = y.shape[axis]
-        along = [1] * like.ndim
-        along[axis] = like.shape[axis]
-        to = jnp.arange(n).reshape(along)
-        if mask is not None:
-            valid = mask.any(tuple(a for a in axes if a != axis), keepdims=True)
-            n = jnp.where(valid, to + 1, 1).max(axis, keepdims=True)
-            m = (n + extent - 1) // extent
-        y = jnp.take_along_axis(y, to * m // n, axis, mode="clip")
+    for axis in _spatial_axes(spatial_dims):
+        to = _positions(like, axis)
+        if mask is None:
+            at = to * y.shape[axis] // like.shape[axis]
+        else:
+            start, size = _valid_range(mask, axis, spatial_dims)
+            at = (to - start) * ((size + extent - 1) // extent) // size
+        y = jnp.take_along_axis(y, at, axis, mode="clip")
     return y
+
+
+def _spatial_axes(spatial_dims: int) -> range:
+    return range(-1 - spatial_dims, -1)
+
+
+def _positions(x: Array, axis: int) -> Array:
+    """0, 1, 2, … along ``axis``, of size 1 along the others."""
+    along = [1] * x.ndim
+    along[axis] = x.shape[axis]
+    return jnp.arange(x.shape[axis]).reshape(along)
+
+
+def _valid_range(mask: Array, axis: int, spatial_dims: int) -> tuple[Array, Array]:
+    """Where the valid part starts along ``axis``, and its size, at least 1."""
+    others = tuple(a for a in _spatial_axes(spatial_dims) if a != axis)
+    valid, to = mask.any(others, keepdims=True), _positions(mask, axis)
+    start = jnp.where(valid, to, mask.shape[axis] - 1).min(axis, keepdims=True)
+    end = jnp.where(valid, to + 1, 0).max(axis, keepdims=True)
+    return start, (end - start).clip(1)
 
 
 def conv_depthwise(

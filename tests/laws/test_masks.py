@@ -11,6 +11,7 @@ from tests.cases import (
     assert_alike,
     assert_exact,
     blocks,
+    each_block,
     fast_and_plain,
     normal,
     variables_for,
@@ -26,10 +27,13 @@ CHANNELS = 20
 def test_padding_counts_for_nothing(block, dims):
     """NaN, which poisons all that it touches; a third row is nothing but padding."""
     x = normal((2, *SIZES[dims], CHANNELS), 1)
-    pads = [(0, 1), *[(0, 2 + i) for i in range(dims)], (0, 0)]
+    pads = [(0, 1), *[(1 + i, 2 + i) for i in range(dims)], (0, 0)]
     padded = np.pad(x, pads, constant_values=np.nan)
     mask = ~np.isnan(padded[..., 0])
-    valid = tuple(map(slice, x.shape[:-1]))
+    valid = tuple(
+        slice(before, before + n)
+        for (before, _), n in zip(pads, x.shape[:-1], strict=False)
+    )
     cotangent = normal(padded.shape, 2)  # Not zero outside: no output there has inputs.
     make = partial(BLOCKS[block], spatial_dims=dims, use_bias=True)
     variables = variables_for(make(), x)
@@ -42,6 +46,19 @@ def test_padding_counts_for_nothing(block, dims):
     np.testing.assert_array_equal(d_x[~mask], 0)
     result = y[valid], d_variables, d_x[valid]
     assert_exact(block, variables, x, cotangent[valid], result, dims)
+
+
+@each_block(long=[name for name in BLOCKS if name not in ("gc", "cbam")])
+def test_masks_compute_no_infinity_and_no_nan(block):
+    """As the debug flags see it, operation by operation; a sample has nothing valid."""
+    x = normal((2, 5, 6, CHANNELS), 1)
+    mask = np.zeros(x.shape[:-1], bool)
+    mask[0, :3, 1:5] = True
+    module = BLOCKS[block]()
+    variables = variables_for(module, x)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        y, pullback = jax.vjp(lambda v, x: module.apply(v, x, mask), variables, x)
+        pullback(y)
 
 
 def test_one_mask_for_the_whole_batch():

@@ -128,15 +128,19 @@ def test_strict_dtype_promotion(block, dtype, implementation):
         block, dtype=jnp.dtype(dtype), implementation=implementation
     )
     half = jax.ShapeDtypeStruct(SHAPE, jnp.dtype(dtype))
+    half_variables = jax.tree.map(lambda v: v.astype(dtype), variables)
     mask = jax.ShapeDtypeStruct(SHAPE[:-1], jnp.bool_)
 
-    def run(variables, x, mask):
+    def run(module, variables, x, mask=None):
         y, pullback = jax.vjp(lambda v, x: module.apply(v, x, mask), variables, x)
         return pullback(y)
 
     with jax.numpy_dtype_promotion("strict"):
-        jax.eval_shape(run, variables, half, mask)
-        jax.eval_shape(partial(run, mask=None), variables, half)
+        jax.eval_shape(partial(run, module), variables, half, mask)
+        jax.eval_shape(partial(run, module), variables, half)
+        for dtype in (None, module.dtype):
+            in_half = partial(run, module.clone(dtype=dtype))
+            jax.eval_shape(in_half, half_variables, half, mask)
 
 
 @learned

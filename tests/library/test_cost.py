@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,38 @@ def test_shared_modules_are_counted_once():
     assert counted == flax_attn.cost(chain(plain), (1, 4, 4, 16))
 
 
+class Pair(NamedTuple):
+    attention: nn.Module
+
+
+class Nested(nn.Module):
+    """A block in a field, in a container or made during the call."""
+
+    attention: Any
+
+    @nn.compact
+    def __call__(self, x):
+        block = jax.tree.leaves(self.attention, is_leaf=callable)[0]
+        if not isinstance(block, nn.Module):
+            block = block()
+        return block(nn.Conv(16, (1, 1))(x))
+
+
+@pytest.mark.parametrize("kind", ["field", "dict", "tuple", "made", "inserted"])
+def test_a_block_costs_the_same_wherever_it_is(kind):
+    def within(block):
+        if kind == "inserted":
+            return flax_attn.insert(nn.Sequential([nn.Conv(16, (1, 1))]), block)
+        holders = {"dict": {"a": block}, "tuple": Pair(block), "made": block.clone}
+        return Nested(holders.get(kind, block))
+
+    shape = (1, 64, 64, 16)
+    block = flax_attn.CBAM()
+    plain = nn.Sequential([nn.Conv(16, (1, 1)), block])
+    assert flax_attn.cost(within(block), shape) == flax_attn.cost(plain, shape)
+    assert block.implementation == "fast"
+
+
 class Own(nn.Module):
     implementation: str
 
@@ -223,10 +256,9 @@ def test_resnet50_is_the_published_one():
     assert 0.95 * 4.09e9 < counted.multiply_adds < 4.09e9
 
 
-class Nested(nn.Module):
-    @nn.compact
+class Fast(nn.Module):
     def __call__(self, x):
-        return flax_attn.SE()(x)
+        return flax_attn.functional.squeeze_channels(x)
 
 
 class Loop(nn.Module):
@@ -248,7 +280,7 @@ class Draw(nn.Module):
         (flax_attn.SE, (1, 4, 4, 4), r"`module` must .* got <class.*; call .*SE\(\)"),
         (flax_attn.presets.timm_se, (1, 4, 4, 4), "`module` must .* got functools"),
         (flax_attn.SE(), (4, 4), r"`x` must have at least 3 axes"),
-        (Nested(), (1, 64, 64, 8), 'pass implementation="plain" to blocks'),
+        (Fast(), (1, 64, 64, 8), 'pass implementation="plain" to functions'),
         (Loop(), (1, 4, 4, 8), "`module` must .* got `scan`"),
         (Draw(), (4, 4), "`module` must .* got `random_"),
     ],
