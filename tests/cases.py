@@ -66,15 +66,15 @@ def has_parameters(block):
     return bool(jax.tree.leaves(shapes))
 
 
-def forward_and_gradients(module, variables, x, cotangent, jit=jax.jit):
+def forward_and_gradients(module, variables, x, cotangent, *masks, jit=jax.jit):
     """The output, and the gradients of <output, cotangent> by variables and input."""
 
     @jit
-    def run(variables, x, cotangent):
-        y, pullback = jax.vjp(module.apply, variables, x)
+    def run(variables, x, cotangent, *masks):
+        y, pullback = jax.vjp(lambda v, x: module.apply(v, x, *masks), variables, x)
         return y, *pullback(cotangent)
 
-    return run(variables, x, cotangent)
+    return run(variables, x, cotangent, *masks)
 
 
 def fast_and_plain(make, jit=jax.jit):

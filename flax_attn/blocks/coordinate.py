@@ -103,10 +103,15 @@ class CoordinateAttention(Attention, kw_only=True):
     ) -> list[Array]:
         first, *others = self.spatial_axes
         valid = [m.any(tuple(others), keepdims=True) for m in masks if m is not None]
+
+        def join(arrays: list[Array]) -> Array:
+            whole = (functional.replicated_along(a, first) for a in arrays)
+            return jnp.concatenate(list(whole), first)
+
         joined = self.normalized(
             self.hidden_norm,
-            jnp.concatenate(hiddens, first),
-            jnp.concatenate(valid, first) if valid else None,
+            join(hiddens),
+            join(valid) if valid else None,
             name="hidden_norm",
             is_last=False,
         )

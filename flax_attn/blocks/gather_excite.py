@@ -120,7 +120,6 @@ class GatherExcite(Attention, kw_only=True):
 
     def _convolved(self, x: Array, mask: Array | None) -> Array:
         features, count = x.shape[-1], int(self.extent).bit_length() - 1
-        halves = (..., *(slice(None, None, 2),) * self.spatial_dims, slice(None))
         for i in range(1, count + 1):
             is_last = i == count and not self.use_mlp
             has_norm = self.hidden_norm is not None
@@ -135,7 +134,8 @@ class GatherExcite(Attention, kw_only=True):
                 name=f"gather{i}",
             )
             x = conv(functional.apply_mask(x, mask))
-            mask = None if mask is None else mask[halves]
+            if mask is not None:
+                mask = neighborhoods.every_second(mask, self.spatial_dims)
             x = self.normalized(
                 self.hidden_norm, x, mask, name=f"gather{i}_norm", is_last=is_last
             )

@@ -28,7 +28,8 @@ from jax import lax
 
 from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._kernel_size import eca_kernel_size as eca_kernel_size
-from flax_attn.functional._meshes import on_auto_axes, replicated_along, varying_alike
+from flax_attn.functional._meshes import on_auto_axes, varying_alike
+from flax_attn.functional._meshes import replicated_along as replicated_along
 from flax_attn.functional._sums import CHANNEL, SPATIAL
 from flax_attn.functional._sums import accumulator as accumulator
 from flax_attn.functional.checks import check_choice
@@ -82,7 +83,8 @@ def squeeze_spatial(
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     squeeze = _squeeze_spatial
     if mask is not None:
-        # Compiled as one, since `jax_debug_infs` looks at what a primitive returns.
+        # Compiled as one, since `jax_debug_infs` looks at what a primitive returns, and
+        # the sum of what is masked overflows.
         squeeze = _squeeze_spatial_jitted
     run = partial(
         squeeze, pool=pool, spatial_dims=spatial_dims, implementation=implementation
@@ -100,7 +102,9 @@ def _squeeze_spatial(
     implementation: Implementation,
 ) -> Array:
     if mask is not None:
-        x = jnp.where(mask, x, 0 if pool == "avg" else -jnp.inf)
+        # For a maximum the lowest number: infinity would be stored for the gradient.
+        fill = 0 if pool == "avg" else jnp.finfo(x.dtype).min
+        x = jnp.where(mask, x, jnp.asarray(fill, x.dtype))
     folded = _fold(x, spatial_dims)
     forms = _reductions if implementation == "fast" else _plain
     y = (forms.mean if pool == "avg" else forms.maximum)(folded, SPATIAL)

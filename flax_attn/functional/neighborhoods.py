@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_attn.functional import Array, accumulator
+from flax_attn.functional._meshes import on_auto_axes
 
 
 def local_mean(
@@ -21,8 +22,7 @@ def local_mean(
     Returns ``(..., ceil(H / extent), ceil(W / extent), C)`` in float32 or wider, zero
     where no position is valid. What the mask excludes must be zero in ``x``.
     """
-    valid = jnp.ones_like(x[..., :1], bool) if mask is None else mask
-    lead, dims = x.ndim - spatial_dims - 1, spatial_dims
+    dtype, dims, lead = accumulator(x), spatial_dims, x.ndim - spatial_dims - 1
 
     def per_axis(of_batch: Any, of_space: Any) -> list[Any]:
         return [of_batch] * lead + [of_space] * dims + [of_batch]
@@ -37,17 +37,25 @@ def local_mean(
             per_axis((0, 0), (extent - 1, extent - 1)),
         )
 
-    dtype = accumulator(x)
-    return sums(x) / sums(valid).clip(1)
+    def mean(x: Array, *masks: Array) -> Array:
+        (valid,) = masks or (jnp.ones_like(x[..., :1], bool),)
+        return sums(x) / sums(valid).clip(1)
+
+    masks = () if mask is None else (mask,)
+    return on_auto_axes(mean, lambda x, *_: _without_space(x, dims), x, *masks)
 
 
 def align(x: Array, mask: Array, *, spatial_dims: int = 2) -> tuple[Array, Array]:
     """``x`` and ``mask`` with the valid part at the start of each spatial axis."""
-    for axis in _spatial_axes(spatial_dims):
-        start, _ = _valid_range(mask, axis, spatial_dims)
-        at = (_positions(x, axis) + start) % x.shape[axis]
-        x, mask = (jnp.take_along_axis(a, at, axis, mode="clip") for a in (x, mask))
-    return x, mask
+
+    def aligned(x: Array, mask: Array) -> tuple[Array, Array]:
+        for axis in _spatial_axes(spatial_dims):
+            start, _ = _valid_range(mask, axis, spatial_dims)
+            at = (_positions(x, axis) + start) % x.shape[axis]
+            x, mask = (jnp.take_along_axis(a, at, axis, mode="clip") for a in (x, mask))
+        return x, mask
+
+    return on_auto_axes(aligned, lambda x, mask: ([*x], [*mask]), x, mask)
 
 
 def resize_nearest(
@@ -58,15 +66,32 @@ def resize_nearest(
     With a mask, ``y`` is of the map that ``align`` returns, and is resized to the valid
     part alone, without the padding.
     """
-    for axis in _spatial_axes(spatial_dims):
-        to = _positions(like, axis)
-        if mask is None:
-            at = to * y.shape[axis] // like.shape[axis]
-        else:
-            start, size = _valid_range(mask, axis, spatial_dims)
-            at = (to - start) * ((size + extent - 1) // extent) // size
-        y = jnp.take_along_axis(y, at, axis, mode="clip")
-    return y
+
+    def resized(y: Array, like: Array, *masks: Array) -> Array:
+        for axis in _spatial_axes(spatial_dims):
+            at = _positions(like, axis)
+            if masks:
+                start, size = _valid_range(masks[0], axis, spatial_dims)
+                at = (at - start) * ((size + extent - 1) // extent) // size
+            else:
+                at = at * y.shape[axis] // like.shape[axis]
+            y = jnp.take_along_axis(y, at, axis, mode="clip")
+        return y
+
+    masks = () if mask is None else (mask,)
+    return on_auto_axes(resized, lambda y, like, *_: [*like], y, like, *masks)
+
+
+def every_second(mask: Array, spatial_dims: int) -> Array:
+    """The mask of a map of which ``conv_depthwise`` keeps every second position."""
+
+    def halved(mask: Array) -> Array:
+        for axis in _spatial_axes(spatial_dims):
+            # Not `mask[::2]`: an equal size, but not in an export's symbols.
+            mask = lax.slice_in_dim(mask, 0, mask.shape[axis], 2, axis)
+        return mask
+
+    return on_auto_axes(halved, lambda mask: _without_space(mask, spatial_dims), mask)
 
 
 def _spatial_axes(spatial_dims: int) -> range:
@@ -101,16 +126,26 @@ def conv_depthwise(
     Called as ``lax.conv_general_dilated`` is. XLA's own is slow on CPU, and with a
     stride its gradient cannot be exported for any size.
     """
-    dtype, *sizes, features = accumulator(x), *x.shape[1:]
-    windows = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
-    for axis, (taps, n, stride) in enumerate(
-        zip(kernel.shape, sizes, strides, strict=False), -len(sizes) - 1
-    ):
-        cut = partial(lax.slice_in_dim, windows, stride=stride, axis=axis)
-        windows = jnp.stack([cut(t, t + n) for t in range(taps)])
-    # The taps of the last axis stand first.
-    weights = kernel.astype(dtype).T.reshape(features, *kernel.shape[-3::-1])
-    weights = jnp.moveaxis(weights, 0, -1)
-    axes = tuple(range(len(sizes)))
-    weights = jnp.expand_dims(weights, tuple(range(len(sizes), windows.ndim - 1)))
-    return (windows * weights).sum(axes).astype(x.dtype)
+    dims = len(strides)
+
+    def conv(x: Array, kernel: Array) -> Array:
+        dtype, *sizes, features = accumulator(x), *x.shape[1:]
+        windows = jnp.pad(x, [(0, 0), *padding, (0, 0)]).astype(dtype)
+        for axis, (taps, n, stride) in enumerate(
+            zip(kernel.shape, sizes, strides, strict=False), -dims - 1
+        ):
+            cut = partial(lax.slice_in_dim, windows, stride=stride, axis=axis)
+            windows = jnp.stack([cut(t, t + n) for t in range(taps)])
+        # The taps of the last axis stand first.
+        weights = kernel.astype(dtype).T.reshape(features, *kernel.shape[-3::-1])
+        weights = jnp.moveaxis(weights, 0, -1)
+        axes = tuple(range(dims))
+        weights = jnp.expand_dims(weights, tuple(range(dims, windows.ndim - 1)))
+        return (windows * weights).sum(axes).astype(x.dtype)
+
+    return on_auto_axes(conv, lambda x, _: _without_space(x, dims), x, kernel)
+
+
+def _without_space(partition: Sequence[Any], spatial_dims: int) -> list[Any]:
+    """The partition of a map whose spatial axes became smaller."""
+    return [*partition[: -1 - spatial_dims], *(None,) * spatial_dims, partition[-1]]

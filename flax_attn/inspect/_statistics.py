@@ -1,6 +1,7 @@
 """``statistics``: how far gates are open."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ def statistics(
 
     Args:
       gates: what ``attention_maps`` returns, or one gate. Halve those of a block with
-        ``identity_init`` first, whose range is [0, 2].
+        ``identity_init`` first, whose range is [0, 2]. Values named ``..._shift``, which
+        ``GlobalContext`` adds, are left out.
       low: elements below it count as closed (default: 0.05).
       high: elements above it count as open (default: 0.95).
 
@@ -91,7 +93,9 @@ def statistics(
             "attention_maps returns."
         )
     return StatisticsTable(
-        _statistics(path, gate, low, high) for path, gate in named.items()
+        _statistics(path, gate, low, high)
+        for path, gate in named.items()
+        if not re.search(r"_shift(/\d+)?$", path)
     )
 
 

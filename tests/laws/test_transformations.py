@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import export
 from jax.sharding import AxisType
 
+import flax_attn
 from flax_attn import functional
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
@@ -50,9 +51,8 @@ MESHES = {
     "channels": ((1, 4), ("data", "model"), jax.P("data", None, None, "model")),
     "batch": ((4, 1), ("data", "model"), jax.P("data")),
 }
-# Flax's own convolution, which BAM has inside, refuses the other meshes; slices with a
-# stride refuse a sharded axis.
-POSSIBLE = {"bam": ["batch"], "ge-plus": ["batch", "channels"]}
+# Flax's own convolution, which BAM has inside, refuses the other meshes.
+POSSIBLE = {"bam": ["batch"]}
 CASES = [
     pytest.param(
         block,
@@ -70,6 +70,30 @@ CASES = [
 @pytest.mark.parametrize("block, mesh, implementation", CASES)
 def test_explicit_meshes(block, mesh, implementation):
     module, variables, x, cotangent = arrays(block, implementation=implementation)
+    got = on_explicit_mesh(mesh, module, variables, x, cotangent)
+    chex.assert_trees_all_close(got, expected(block), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        flax_attn.GatherExcite(extent=3),
+        flax_attn.presets.timm_coordinate(train=False)(),
+    ],
+    ids=["local", "joint norm"],
+)
+def test_options_on_explicit_meshes(module, masked, mesh):
+    x, cotangent = normal(SHAPE, 1), normal(SHAPE, 2)
+    masks = (np.indices(SHAPE[:-1]).sum(0) % 7 > 2,) if masked else ()
+    variables = variables_for(module, x)
+    got = on_explicit_mesh(mesh, module, variables, x, cotangent, *masks)
+    whole = forward_and_gradients(module, variables, x, cotangent, *masks)
+    chex.assert_trees_all_close(got, jax.device_get(whole), rtol=1e-4, atol=1e-5)
+
+
+def on_explicit_mesh(mesh, module, variables, *arrays):
     shape, names, spec = MESHES[mesh]
     mesh = jax.make_mesh(
         shape,
@@ -78,13 +102,15 @@ def test_explicit_meshes(block, mesh, implementation):
         devices=jax.devices()[: int(np.prod(shape))],
     )
     with jax.set_mesh(mesh):
-        on_mesh = jax.device_put((x, cotangent), jax.NamedSharding(mesh, spec))
+        on_mesh = [
+            jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec[: a.ndim])))
+            for a in arrays
+        ]
         replicated = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
         result = forward_and_gradients(module, replicated, *on_mesh)
     *_, d_x = result
     assert d_x.sharding.is_equivalent_to(on_mesh[0].sharding, d_x.ndim)
-    got = jax.device_get(result)
-    chex.assert_trees_all_close(got, expected(block), rtol=1e-4, atol=1e-5)
+    return jax.device_get(result)
 
 
 @forms
@@ -118,6 +144,21 @@ def test_exported_gradients_of_any_size(block):
         variables, x, cotangent
     )
     chex.assert_trees_all_close(got, expected(block)[1:], rtol=1e-4, atol=1e-5)
+
+
+@blocks
+def test_masks_of_any_size(block):
+    module, variables, *_ = arrays(block)
+    b, h, w = export.symbolic_shape("b, h, w")
+    x = jax.ShapeDtypeStruct((b, h, w, 16), jnp.float32)
+    mask = jax.ShapeDtypeStruct((b, h, w), jnp.bool_)
+
+    def run(variables, x, mask):
+        y, pullback = jax.vjp(lambda v, x: module.apply(v, x, mask), variables, x)
+        return y, pullback(y)[1]
+
+    y, d_x = jax.eval_shape(run, variables, x, mask)
+    assert y.shape == d_x.shape == x.shape
 
 
 @blocks

@@ -137,8 +137,9 @@ class Nested(nn.Module):
 def test_a_block_costs_the_same_wherever_it_is(kind):
     def within(block):
         if kind == "inserted":
-            return flax_attn.insert(nn.Sequential([nn.Conv(16, (1, 1))]), block)
-        holders = {"dict": {"a": block}, "tuple": Pair(block), "made": block.clone}
+            model = nn.Sequential([nn.Conv(16, (1, 1))])
+            return flax_attn.insert(model, block, nn.Conv)
+        holders = {"dict": {"a": block}, "tuple": Pair(block), "made": type(block)}
         return Nested(holders.get(kind, block))
 
     shape = (1, 64, 64, 16)
