@@ -16,7 +16,6 @@ from flax_attn import convert
 from tests.convert.states import SE_STATE, assert_same, numbers, strange_tensors
 
 
-# Files.
 def test_a_file_that_is_not_all_there(tmp_path):
     path = tmp_path / "se.safetensors"
     convert.save(path, SE_STATE)
