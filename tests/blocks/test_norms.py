@@ -21,16 +21,6 @@ NORMS = {
 }
 
 
-def test_official_cbam_has_a_norm_and_no_bias_before_it():
-    module = CBAM(use_bias=True, spatial_norm=NORMS["batch"])
-    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((4, 6, 6, 16)))
-    assert jax.tree.map(jnp.shape, variables["params"]["spatial"]) == {
-        "conv": {"kernel": (7, 7, 2, 1)},
-        "norm": {"bias": (1,), "scale": (1,)},
-    }
-    assert variables["batch_stats"]["spatial"]["norm"]["mean"].shape == (1,)
-
-
 def test_norms_of_bam():
     """One for each branch, over what each branch has: C values and one."""
     module = BAM(norm=NORMS["batch"], **PLAIN)
