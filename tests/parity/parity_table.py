@@ -183,7 +183,7 @@ PRESETS = [
         "official: SENet",
         "official_se",
         partial(_official, "SENet"),
-        {"reduce": "down", "expand": "up"},
+        MLP,
         (64, 20, 200),
     ),
     _eca("official_eca50", {256: 3, 512: 5, 1024: 5, 2048: 7}),
