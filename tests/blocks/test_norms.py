@@ -108,7 +108,7 @@ def test_a_norm_between_the_layers():
     assert np.abs(state["batch_stats"]["reduce_norm"]["mean"]).max() > 0
 
 
-# A row of BAM's channel branch has no spatial axes left to take statistics over.
+# A sample of BAM's channel branch has no spatial axes left to take statistics over.
 @pytest.mark.parametrize(
     "block, norm",
     [
@@ -118,7 +118,7 @@ def test_a_norm_between_the_layers():
         (ChannelAttention, "batch"),
     ],
 )
-def test_a_row_of_nothing_before_a_norm(block, norm):
+def test_a_fully_masked_sample_before_a_norm(block, norm):
     x = normal((3, 5, 4, CHANNELS), 1)
     mask = np.ones(x.shape[:-1], bool)
     mask[1] = False
@@ -139,7 +139,7 @@ def test_a_row_of_nothing_before_a_norm(block, norm):
     chex.assert_trees_all_close(state, kept, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[::2], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(y[1], 0)
-    # A batch of nothing leaves everything finite.
+    # A batch without a valid position leaves everything finite.
     gradients, (y, state) = run(variables["params"], x, np.zeros_like(mask))
     chex.assert_tree_all_finite((gradients, state))
     np.testing.assert_array_equal(y, 0)

@@ -294,7 +294,7 @@ def test_half_precision_counts_valid_elements_exactly():
 
 @both
 @pytest.mark.parametrize("padding, ends", [("zeros", (3, 5)), ("circular", (7, 6))])
-def test_what_stands_beyond_the_ends(padding, ends, implementation):
+def test_padding_of_the_channel_convolution(padding, ends, implementation):
     s = jnp.array([1.0, 2.0, 1.0, 4.0])
     y = functional.conv_channels(
         s, jnp.ones((3, 1, 1)), padding=padding, implementation=implementation
@@ -361,7 +361,7 @@ def test_means_of_large_maps(size):
     np.testing.assert_allclose(slope, exact, rtol=2e-6)
 
 
-def test_choices():
+def test_bad_choices():
     x = jnp.ones((2, 2, 1))
     with pytest.raises(ValueError, match='`pool` must be "avg" or "max", got \'sum\''):
         functional.squeeze_spatial(x, pool="sum")

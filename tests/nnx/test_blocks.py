@@ -69,7 +69,7 @@ def test_the_class_declares_what_linen_declares(name):
     assert "Attributes:" in native.__doc__ and ">>>" not in native.__doc__
 
 
-def test_what_is_no_block():
+def test_unknown_blocks():
     with pytest.raises(ValueError, match="`name` must be one of se, "):
         flax_attn.nnx.create("sa", 16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`make` must be a subclass"):
