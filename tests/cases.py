@@ -47,12 +47,13 @@ def normal(shape, seed):
 def variables_for(module, x, seed=0):
     """Random variables of ``module``: NumPy draws in the shapes that init gives."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    leaves, tree = jax.tree.flatten(shapes)
-    fans = [max(leaf.size / leaf.shape[-1], 1) for leaf in leaves]
-    draws = [
-        normal(leaf.shape, seed + 100 + i) / np.float32(np.sqrt(fan))
-        for i, (leaf, fan) in enumerate(zip(leaves, fans, strict=True))
-    ]
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    draws = []
+    for i, (path, leaf) in enumerate(leaves):
+        fan = max(leaf.size / leaf.shape[-1], 1)
+        draw = normal(leaf.shape, seed + 100 + i) / np.float32(np.sqrt(fan))
+        is_variance = getattr(path[-1], "key", "") == "var"
+        draws.append(np.abs(draw) if is_variance else draw)
     # Without parameters, init gives no collection.
     return {"params": {}, **jax.tree.unflatten(tree, draws)}
 

@@ -13,23 +13,23 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
+def dense(layer, s):
+    return s @ layer["kernel"] + layer.get("bias", 0.0)
+
+
 def mlp(params, s):
     """expand(relu(reduce(s))) for descriptors (..., C)."""
-
-    def layer(p, s):
-        return s @ p["kernel"] + p.get("bias", 0.0)
-
-    return layer(params["expand"], np.maximum(layer(params["reduce"], s), 0))
+    return dense(params["expand"], np.maximum(dense(params["reduce"], s), 0))
 
 
 def conv_along_channels(params, s):
     """Slides one kernel along the channels of descriptors (..., C)."""
-    logits = convolve(s[..., None], params["conv"]["kernel"])[..., 0]
-    return logits + params["conv"].get("bias", 0.0)
+    return conv(params["conv"], s[..., None])[..., 0]
 
 
-def convolve(x, kernel, dilation=1):
+def conv(layer, x, dilation=1):
     """Slides a kernel (k, ..., M, O) over maps (..., H, W, M), with zeros outside."""
+    kernel = layer["kernel"]
     taps = kernel.shape[:-2]
     sizes = x.shape[-1 - len(taps) : -1]
     margins = [(k // 2 * dilation,) * 2 for k in taps]
@@ -39,7 +39,7 @@ def convolve(x, kernel, dilation=1):
         starts = [t * dilation for t in tap]
         window = [slice(t, t + n) for t, n in zip(starts, sizes, strict=True)]
         out = out + padded[..., *window, :] @ kernel[tap]
-    return out
+    return out + layer.get("bias", 0.0)
 
 
 def average(x, dims):
@@ -59,8 +59,7 @@ def eca(params, x, dims=2):
 
 
 def ese(params, x, dims=2):
-    layer = params["excite"]
-    return x * sigmoid(average(x, dims) @ layer["kernel"] + layer.get("bias", 0.0))
+    return x * sigmoid(dense(params["excite"], average(x, dims)))
 
 
 def channel(params, x, dims=2, excite=mlp):
@@ -70,8 +69,7 @@ def channel(params, x, dims=2, excite=mlp):
 
 def spatial(params, x, dims=2):
     maps = np.stack([x.max(axis=-1), x.mean(axis=-1)], axis=-1)
-    logits = convolve(maps, params["conv"]["kernel"])
-    return x * sigmoid(logits + params["conv"].get("bias", 0.0))
+    return x * sigmoid(conv(params["conv"], maps))
 
 
 def cbam(params, x, dims=2, excite=mlp):
@@ -84,26 +82,20 @@ def lcbam(params, x, dims=2):
     s = (average(x, dims) + peak(x, dims)) / 2
     y = x * sigmoid(mlp(params["channel"], s))
     t = (y.mean(axis=-1, keepdims=True) + y.max(axis=-1, keepdims=True)) / 2
-    layer = params["spatial"]["conv"]
-    return y * sigmoid(convolve(t, layer["kernel"]) + layer.get("bias", 0.0))
+    return y * sigmoid(conv(params["spatial"]["conv"], t))
 
 
 def bam(params, x, dims=2, dilation=4):
     """x * (1 + sigmoid(channel + spatial))."""
-
-    def layer(name, x, dilation=1):
-        y = convolve(x, params[name]["kernel"], dilation)
-        return y + params[name].get("bias", 0.0)
-
-    y = layer("spatial_reduce", x)
-    y = layer("spatial_conv2", layer("spatial_conv1", y, dilation), dilation)
-    logits = mlp(params, average(x, dims)) + layer("spatial_expand", y)
+    y = conv(params["spatial_reduce"], x)
+    y = conv(params["spatial_conv1"], y, dilation)
+    y = conv(params["spatial_conv2"], y, dilation)
+    logits = mlp(params, average(x, dims)) + conv(params["spatial_expand"], y)
     return x * (1 + sigmoid(logits))
 
 
 def sse(params, x, dims=2):
-    logits = x @ params["spatial"]["kernel"] + params["spatial"].get("bias", 0.0)
-    return x * sigmoid(logits)
+    return x * sigmoid(dense(params["spatial"], x))
 
 
 def scse(params, x, dims=2, combine=np.add):
@@ -143,31 +135,23 @@ def gather_excite_plus(params, x, dims=2):
 
 def global_context(params, x, dims=2, fuse=np.add):
     """x + expand(relu(norm(reduce(sum_j softmax(x @ pool)_j x_j))))."""
-
-    def layer(name, s):
-        return s @ params[name]["kernel"] + params[name].get("bias", 0.0)
-
     axes = tuple(range(-1 - dims, -1))
-    weights = np.exp(layer("pool", x))
+    weights = np.exp(dense(params["pool"], x))
     weights = weights / weights.sum(axes, keepdims=True)
-    s = layer("reduce", (x * weights).sum(axes, keepdims=True))
+    s = dense(params["reduce"], (x * weights).sum(axes, keepdims=True))
     s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-5)
     s = s * params["norm"]["scale"] + params["norm"]["bias"]
-    return fuse(x, layer("expand", np.maximum(s, 0)))
+    return fuse(x, dense(params["expand"], np.maximum(s, 0)))
 
 
 def coordinate(params, x, dims=2):
     """Gates along each axis, of the mean over the others."""
-
-    def layer(name, s):
-        return s @ params[name]["kernel"] + params[name].get("bias", 0.0)
-
     y, axes = x, range(-1 - dims, -1)
     for axis, name in zip(axes, ["l", "hw", "dhw"][dims - 1], strict=True):
         others = tuple(a for a in axes if a != axis)
-        s = layer("reduce", x.mean(others, keepdims=True))
+        s = dense(params["reduce"], x.mean(others, keepdims=True))
         hard_swish = s * np.clip(s + 3, 0, 6) / 6
-        y = y * sigmoid(layer(f"expand_{name}", hard_swish))
+        y = y * sigmoid(dense(params[f"expand_{name}"], hard_swish))
     return y
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 
 from flax_attn import convert, presets
@@ -45,8 +44,3 @@ def write(folder, weights="model.safetensors", **changed):
     (folder / "config.json").write_text(json.dumps(CONFIG | changed))
     convert.save(folder / weights, state, overwrite=True)
     return variables
-
-
-def assert_same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)

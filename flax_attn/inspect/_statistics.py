@@ -69,8 +69,8 @@ def statistics(
 
     Args:
       gates: what ``attention_maps`` returns, or one gate. Halve those of a block with
-        ``identity_init`` first, whose range is [0, 2]. Values named ``..._shift``, which
-        ``GlobalContext`` adds, are left out.
+        ``identity_init`` first, whose range is [0, 2]. What ``GlobalContext`` adds,
+        named ``channel_shift``, is left out.
       low: elements below it count as closed (default: 0.05).
       high: elements above it count as open (default: 0.95).
 

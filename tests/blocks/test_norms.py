@@ -21,16 +21,6 @@ NORMS = {
 }
 
 
-def test_official_cbam_has_a_norm_and_no_bias_before_it():
-    module = CBAM(use_bias=True, spatial_norm=NORMS["batch"])
-    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((4, 6, 6, 16)))
-    assert jax.tree.map(jnp.shape, variables["params"]["spatial"]) == {
-        "conv": {"kernel": (7, 7, 2, 1)},
-        "norm": {"bias": (1,), "scale": (1,)},
-    }
-    assert variables["batch_stats"]["spatial"]["norm"]["mean"].shape == (1,)
-
-
 def test_norms_of_bam():
     """One for each branch, over what each branch has: C values and one."""
     module = BAM(norm=NORMS["batch"], **PLAIN)
@@ -126,7 +116,7 @@ def test_a_norm_between_the_layers():
     assert np.abs(state["batch_stats"]["reduce_norm"]["mean"]).max() > 0
 
 
-# A row of BAM's channel branch has no spatial axes left to take statistics over.
+# A sample of BAM's channel branch has no spatial axes left to take statistics over.
 @pytest.mark.parametrize(
     "block, norm",
     [
@@ -136,7 +126,7 @@ def test_a_norm_between_the_layers():
         (ChannelAttention, "batch"),
     ],
 )
-def test_a_row_of_nothing_before_a_norm(block, norm):
+def test_a_fully_masked_sample_before_a_norm(block, norm):
     x = normal((3, 5, 4, CHANNELS), 1)
     mask = np.ones(x.shape[:-1], bool)
     mask[1] = False
@@ -157,7 +147,7 @@ def test_a_row_of_nothing_before_a_norm(block, norm):
     chex.assert_trees_all_close(state, kept, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(y[::2], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(y[1], 0)
-    # A batch of nothing leaves everything finite.
+    # A batch without a valid position leaves everything finite.
     gradients, (y, state) = run(variables["params"], x, np.zeros_like(mask))
     chex.assert_tree_all_finite((gradients, state))
     np.testing.assert_array_equal(y, 0)

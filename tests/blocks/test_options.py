@@ -15,7 +15,9 @@ from flax_attn import (
     GlobalContext,
     SimAM,
     presets,
+    scSE,
 )
+from tests import references
 from tests.cases import normal, variables_for
 
 NORM = partial(nn.BatchNorm, use_running_average=False)
@@ -86,29 +88,6 @@ def test_a_product_of_branches_starts_as_the_identity_and_learns():
     assert np.abs(gradients["expand"]["kernel"]).max() > 0
 
 
-@pytest.mark.parametrize(
-    "module, message",
-    [
-        (SimAM(lam=0), "`lam` must be a positive number, got 0"),
-        (SimAM(lam="1e-4"), "`lam` must be a positive number, got '1e-4'"),
-        (SimAM(ddof=2), "`ddof` must be 0 or 1, got 2"),
-        (GlobalContext(fuse="mul"), '`fuse` must be "add" or "scale"'),
-        (CoordinateAttention(reduction=0), "`reduction` must be an integer of at"),
-        (CoordinateAttention(hidden_norm="bn"), "`norm` must make a module"),
-        (GatherExcite(extent=1), "`extent` must be an integer of at least 2, or 0"),
-        (GatherExcite(extent=2.0), "`extent` must be .* got 2.0"),
-        (GatherExcite(extra_params=True), "`extent` must be .* got 0"),
-        (GatherExcite(extra_params=True, extent=6), "`extent` must be a power of 2"),
-        (GatherExcite(identity_init=True), "`identity_init` must be False"),
-        (BAM(combine="max"), '`combine` must be "add" or "multiply"'),
-    ],
-)
-def test_bad_fields(module, message):
-    x = jnp.ones((1, 4, 4, 16))
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(module.init, jax.random.key(0), x)
-
-
 def test_what_adds_has_no_multiplier():
     init = partial(GlobalContext().init, method="multiplier")
     with pytest.raises(ValueError, match='`fuse` must .*"add".* pass fuse="scale"'):
@@ -142,3 +121,36 @@ def test_nan_stays_in_the_regions_that_gather_it(extra_params):
     expected = np.zeros(x.shape, bool)
     expected[0, :4, :4, 0] = True
     np.testing.assert_array_equal(np.isnan(y), expected)
+
+
+def test_bam_without_holes():
+    x = normal((2, 9, 6, 20), 1)
+    module = BAM(dilation=1, reduction=5)
+    variables = variables_for(module, x)
+    params = jax.tree.map(np.float64, variables["params"])
+    expected = references.bam(params, np.float64(x), dilation=1)
+    y = jax.jit(module.apply)(variables, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+# Without it, BAM multiplies by one more than its gate, and scSE adds the products.
+@pytest.mark.parametrize(
+    "make, output",
+    [(BAM, lambda x, gate: x * gate), (scSE, lambda x, c, s: (x * c + x * s) / 2)],
+    ids=["bam", "scse"],
+)
+def test_the_gates_of_the_start_as_the_identity(make, output):
+    x = normal((2, 5, 4, 20), 1)
+    module = make(identity_init=True)
+    run = jax.jit(lambda v: module.apply(v, x, mutable=["intermediates"]))
+    y, state = run(variables_for(module, x))
+    gates = jax.tree.leaves(state["intermediates"])
+    np.testing.assert_allclose(y, output(x, *gates), rtol=1e-5)
+
+
+def test_the_identity_of_large_half_precision_maps():
+    """Twice such a map would overflow."""
+    x = jnp.full((1, 2, 2, 4), 40000.0, jnp.float16)
+    module = scSE(identity_init=True, dtype=jnp.float16)
+    y, _ = jax.jit(module.init_with_output)(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, x)

@@ -1,13 +1,11 @@
-"""The command, in this process."""
-
 import pytest
 
 from flax_attn import convert
 
 
-# The command.
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
+    """The command, in this process."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

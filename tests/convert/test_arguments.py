@@ -48,7 +48,7 @@ def test_other_wrappers_are_named():
     assert report_of(state, like=SE_LIKE).headline.endswith("another naming.")
 
 
-def test_arguments():
+def test_bad_arguments():
     with pytest.raises(ValueError, match="`naming` must be \"timm\" or .* got 'jax'"):
         convert.to_flax(SE_STATE, naming="jax")
     with pytest.raises(ValueError, match="`epoch` must be an array, got str"):

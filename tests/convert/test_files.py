@@ -16,8 +16,7 @@ from flax_attn import convert
 from tests.convert.states import SE_STATE, assert_same, numbers, strange_tensors
 
 
-# Files.
-def test_a_file_that_is_not_all_there(tmp_path):
+def test_truncated_files(tmp_path):
     path = tmp_path / "se.safetensors"
     convert.save(path, SE_STATE)
     whole = path.read_bytes()
@@ -29,7 +28,7 @@ def test_a_file_that_is_not_all_there(tmp_path):
     assert_same(convert.load(path), SE_STATE)
 
 
-def test_files_that_are_none(tmp_path):
+def test_what_is_no_file_of_arrays(tmp_path):
     with pytest.raises(FileNotFoundError):
         convert.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="`path` must be a file"):

@@ -55,8 +55,7 @@ def networks():
 
 
 @pytest.mark.parametrize(
-    "module, x, naming",
-    [pytest.param(*rest, id=label) for label, *rest in networks()],
+    "module, x, naming", [pytest.param(*rest, id=label) for label, *rest in networks()]
 )
 def test_there_and_back_bit_for_bit(module, x, naming, tmp_path):
     like = shapes_of(module, x)

@@ -9,93 +9,80 @@ from flax_attn import convert
 from tests.convert.states import NORM_LEAVES, assert_same, norm_state, numbers
 
 
+def itself(w):
+    return w
+
+
+def weight(torch, flax, shape, move):
+    """The rule of one kernel: its place, its shape in PyTorch, and how it moves."""
+    return {f"{torch}.weight": (f"params/{flax}/kernel", shape, move)}
+
+
 def norm(torch, flax):
     """The rules of a BatchNorm."""
     return {
-        f"{torch}.{leaf}": (place.format(flax), (3,), lambda w: w)
+        f"{torch}.{leaf}": (place.format(flax), (3,), itself)
         for leaf, place in NORM_LEAVES.items()
     }
 
 
-def conv(torch, flax):
-    move = partial(np.einsum, "oihw->hwio")
-    return {f"{torch}.weight": (f"params/{flax}/kernel", (4, 3, 2, 5), move)}
+def conv(torch, flax, shape=(4, 3, 2, 5)):
+    return weight(torch, flax, shape, partial(np.einsum, "oihw->hwio"))
 
 
-def dense(torch, flax, *, axes=()):
-    shape = (2, 3, *axes)
+def dense(torch, flax, *, axes=(), shape=(2, 3)):
+    kernel = weight(torch, flax, (*shape, *axes), lambda w: w.reshape(shape).T)
+    return kernel | {f"{torch}.bias": (f"params/{flax}/bias", shape[:1], itself)}
+
+
+def pair(torch, flax, names=("fc1", "fc2"), *, axes=()):
+    """The rules of the two layers ``names`` of an MLP."""
     return {
-        f"{torch}.weight": (
-            f"params/{flax}/kernel",
-            shape,
-            lambda w: np.einsum("oi->io", w.reshape(2, 3)),
-        ),
-        f"{torch}.bias": (f"params/{flax}/bias", (2,), lambda w: w),
+        **dense(f"{torch}{names[0]}", f"{flax}reduce", axes=axes),
+        **dense(f"{torch}{names[1]}", f"{flax}expand", axes=axes),
     }
 
 
 def along(torch, flax):
-    return {
-        f"{torch}.weight": (
-            f"params/{flax}/kernel",
-            (1, 1, 3),
-            lambda w: w.reshape(3, 1, 1),
-        )
-    }
+    return weight(torch, flax, (1, 1, 3), lambda w: w.reshape(3, 1, 1))
 
 
 def spatial(torch, flax, order):
     def move(w):
         return np.stack([w[0, order[0]], w[0, order[1]]], axis=-1)[..., None]
 
-    return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 2, 3, 5), move)}
-
-
-def one_map(torch, flax):
-    move = partial(np.einsum, "oihw->hwio")
-    return {f"{torch}.weight": (f"params/{flax}/kernel", (1, 1, 3, 5), move)}
+    return weight(torch, flax, (1, 2, 3, 5), move)
 
 
 def timm(torch, flax):
     """The rules of timm's blocks in a module ``torch``."""
     return [
-        dense(f"{torch}fc1", f"{flax}reduce", axes=(1, 1))
-        | dense(f"{torch}fc2", f"{flax}expand", axes=(1, 1)),
+        pair(torch, flax, axes=(1, 1)),
         along(f"{torch}conv", f"{flax}conv"),
         spatial(f"{torch}conv.conv", f"{flax}conv", (1, 0))
         | norm(f"{torch}conv.bn", f"{flax}norm"),
         norm(f"{torch}bn", f"{flax}reduce_norm"),
         dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
-        one_map(f"{torch}spatial.conv.conv", f"{flax}spatial/conv"),
-        dense(f"{torch}channel.fc1", f"{flax}channel/reduce", axes=(1, 1))
-        | dense(f"{torch}channel.fc2", f"{flax}channel/expand", axes=(1, 1))
+        conv(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 1, 3, 5)),
+        pair(f"{torch}channel.", f"{flax}channel/", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
         | norm(f"{torch}spatial.conv.bn", f"{flax}spatial/norm"),
     ]
 
 
 def article(torch, flax):
-    both = f"{torch}channel_attention_block.", f"{flax}channel/"
+    layers = "fc_layers.0", "fc_layers.2"
+    channel = f"{torch}channel_attention_block.", f"{flax}channel/"
     half = spatial(
         f"{torch}spatial_attention_block.conv", f"{flax}spatial/conv", (0, 1)
     )
     return [
-        dense(f"{torch}fc_layers.0", f"{flax}reduce")
-        | dense(f"{torch}fc_layers.2", f"{flax}expand"),
+        pair(torch, flax, layers),
         along(f"{torch}conv", f"{flax}conv"),
         spatial(f"{torch}conv", f"{flax}conv", (0, 1)),
-        dense(f"{both[0]}fc_layers.0", f"{both[1]}reduce")
-        | dense(f"{both[0]}fc_layers.2", f"{both[1]}expand")
-        | half,
-        along(f"{both[0]}conv", f"{both[1]}conv") | half,
+        pair(*channel, layers) | half,
+        along(*(f"{side}conv" for side in channel)) | half,
     ]
-
-
-def pair(torch, flax, names, *, axes=()):
-    """The rules of the two layers ``names`` of an MLP."""
-    return dense(f"{torch}{names[0]}", f"{flax}reduce", axes=axes) | dense(
-        f"{torch}{names[1]}", f"{flax}expand", axes=axes
-    )
 
 
 def official(torch, flax):
@@ -162,20 +149,13 @@ RULES = {
     "smp": [
         *COMMON,
         pair("cSE.", "channel/", ("1", "3"), axes=(1, 1))
-        | {
-            "sSE.0.weight": (
-                "params/spatial/kernel",
-                (1, 3, 1, 1),
-                lambda w: w.reshape(3, 1),
-            ),
-            "sSE.0.bias": ("params/spatial/bias", (1,), lambda w: w),
-        },
+        | dense("sSE.0", "spatial", axes=(1, 1), shape=(1, 3)),
     ],
     "ca_sa": [
         *COMMON,
         ca_sa("", ""),
         ca_sa("layer3.1.", "stage3_block2/attention/"),
-        pair("", "", ("fc1", "fc2"), axes=(1, 1)),
+        pair("", "", axes=(1, 1)),
     ],
 }
 ALIASES = [
@@ -190,22 +170,25 @@ SPECIFIED = [
 ]
 
 
+def read(rules, naming):
+    """A state dict of all ``rules``, and its variables, which are where they say."""
+    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
+    variables = convert.to_flax(state, naming=naming)
+    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
+    assert_same(variables, expected)
+    return state, variables
+
+
 @pytest.mark.parametrize("naming, rules", SPECIFIED)
 def test_every_rule_in_both_directions(naming, rules):
-    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
-    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
-    variables = convert.to_flax(state, naming=naming)
-    assert_same(variables, expected)
+    state, variables = read(rules, naming)
     assert_same(convert.to_torch(variables, naming=naming), state)
 
 
 @pytest.mark.parametrize("naming", RULES)
 @pytest.mark.parametrize("rules", ALIASES)
 def test_names_that_are_read_and_not_written(naming, rules):
-    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
-    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
-    variables = convert.to_flax(state, naming=naming)
-    assert_same(variables, expected)
+    state, variables = read(rules, naming)
     assert not state.keys() & convert.to_torch(variables, naming=naming).keys()
 
 
@@ -232,9 +215,7 @@ def test_counters_are_dropped_where_a_norm_has_them():
 def test_the_other_layers_of_ca_sa_are_read():
     names = ("fc.0", "fc.2")
     for rules in (ca_sa("", "", names), pair("", "", names, axes=(1, 1))):
-        state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
-        expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
-        assert_same(convert.to_flax(state, naming="ca_sa"), expected)
+        read(rules, "ca_sa")
 
 
 def test_a_key_with_two_readings():

@@ -273,16 +273,6 @@ def by_implementation(conv, *arrays):
     return run(*arrays)
 
 
-def test_two_leading_axes_of_the_convolution():
-    maps, kernel = normal((2, 3, 9, 10, 2), 0), normal((5, 5, 2, 1), 1)
-    for implementation in IMPLEMENTATIONS:
-        conv = partial(functional.conv_spatial, implementation=implementation)
-        y, each = jit_as_users_do(lambda m, k, f=conv: (f(m, k), [f(a, k) for a in m]))(
-            maps, kernel
-        )
-        np.testing.assert_allclose(y, np.stack(each), atol=1e-5)
-
-
 def test_half_precision_volumes_sum_in_float32():
     """Forty-nine slices of ones: half precision would stop counting."""
     maps = jnp.ones((49, 1, 1, 1), jnp.bfloat16)
@@ -304,7 +294,7 @@ def test_half_precision_counts_valid_elements_exactly():
 
 @both
 @pytest.mark.parametrize("padding, ends", [("zeros", (3, 5)), ("circular", (7, 6))])
-def test_what_stands_beyond_the_ends(padding, ends, implementation):
+def test_padding_of_the_channel_convolution(padding, ends, implementation):
     s = jnp.array([1.0, 2.0, 1.0, 4.0])
     y = functional.conv_channels(
         s, jnp.ones((3, 1, 1)), padding=padding, implementation=implementation
@@ -312,7 +302,66 @@ def test_what_stands_beyond_the_ends(padding, ends, implementation):
     assert (float(y[0]), float(y[-1])) == ends
 
 
-def test_choices():
+@both
+def test_infinity_and_nan_stay_in_their_windows(implementation):
+    maps = normal((1, 40, 40, 2), 0)
+    maps[0, 20, 21, 1] = np.nan
+    kernel = normal((7, 7, 2, 1), 1)
+    y = functional.conv_spatial(maps, kernel, implementation=implementation)
+    assert np.isnan(y).sum() == 49
+    s = np.ones((2, 16), np.float32)
+    s[1, 5] = np.inf
+    y = functional.conv_channels(s, jnp.ones((3, 1, 1)), implementation=implementation)
+    assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
+
+
+def test_nan_at_one_sample_stays_there_under_vmap():
+    maps, kernel = normal((3, 9, 9, 2), 0), normal((3, 3, 2, 1), 1)
+    maps[1, 4, 4, 0] = np.nan
+    run = jax.vmap(functional.conv_spatial, (0, None))
+    d_maps = jit_as_users_do(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
+    assert np.isnan(run(maps, kernel)).sum() == 9
+    assert np.isfinite(d_maps).all()
+
+
+@both
+def test_nan_is_the_largest(implementation):
+    """In inference too, where XLA's CPU backend may lose it."""
+    x = normal((2, 16, 16, 64), 0)
+    x[1, 3, 4, 5] = np.nan
+    gate = jnp.ones((2, 1, 1, 64))
+
+    @jit_as_users_do
+    def squeezed(x):
+        run = {"implementation": implementation}
+        return (
+            functional.squeeze_spatial(x, pool="max", **run),
+            functional.squeeze_channels(x, **run)[..., :1],
+            functional.scale_and_squeeze(x, gate, **run)[1][..., :1],
+        )
+
+    of_channels, *of_pixels = map(np.isnan, squeezed(x))
+    assert of_channels.sum() == 1 and of_channels[1, 0, 0, 5]
+    assert all(found.sum() == 1 and found[1, 3, 4, 0] for found in of_pixels)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (257, 391), (64, 64, 64)])
+def test_means_of_large_maps(size):
+    dims = len(size)
+    x = np.full((*size, 2), 0.1, np.float32)
+    exact = float(np.float32(0.1))
+    mean = partial(functional.squeeze_spatial, spatial_dims=dims)
+    np.testing.assert_allclose(jit_as_users_do(mean)(x), exact, rtol=1e-6)
+
+    def product_sum(gate):
+        return functional.scale(x, gate, spatial_dims=dims).sum()
+
+    gate = jnp.ones((1,) * dims + (2,))
+    slope = jit_as_users_do(jax.grad(product_sum))(gate) / np.prod(size)
+    np.testing.assert_allclose(slope, exact, rtol=2e-6)
+
+
+def test_bad_choices():
     x = jnp.ones((2, 2, 1))
     with pytest.raises(ValueError, match='`pool` must be "avg" or "max", got \'sum\''):
         functional.squeeze_spatial(x, pool="sum")

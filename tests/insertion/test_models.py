@@ -10,15 +10,54 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import variables_for
-from tests.insertion.models import KEY, SE, Chain, X, shapes, without_attention
-from tests.insertion.user_models import (
-    Careful,
+from tests.insertion.models import (
+    KEY,
+    SE,
+    Chain,
     DoubleConv,
-    Encoder,
     MobileNet,
-    Staged,
     UNet,
+    X,
+    shapes,
+    without_attention,
 )
+
+
+class Staged(nn.Module):
+    """Compact, in parts that an argument chooses."""
+
+    @nn.compact
+    def __call__(self, x, stage="all"):
+        if stage != "head":
+            x = nn.Conv(4, (1, 1), name="body")(x)
+        return nn.Dense(2, name="head")(x) if stage != "body" else x
+
+
+class Careful(nn.Module):
+    """Calls a module without a parent, which Linen allows."""
+
+    @nn.compact
+    def __call__(self, x):
+        Careful(parent=None).check(x)
+        return nn.Conv(3, (1, 1), name="conv")(x)
+
+    def check(self, x):
+        assert x.ndim == 4
+
+
+class Encoder(nn.Module):
+    """Two compact methods, and a field that is a module."""
+
+    layer: nn.Module = nn.Conv(3, (1, 1))
+    width: int = 3
+
+    @nn.compact
+    def encode(self, x):
+        return nn.Conv(self.width, (1, 1), name="conv")(x)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(x)
 
 
 class Shared(nn.Module):

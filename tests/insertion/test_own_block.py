@@ -1,7 +1,5 @@
 """A block that a user defines as an ``Attention``: nothing else needs to know it."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,21 +48,8 @@ class Own(blocks.Attention, kw_only=True):
         return x
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setitem(blocks._blocks, "own", Own)
-    return partial(flax_attn.create, "own")
-
-
-@pytest.fixture(params=["registered", "unregistered"])
-def make(request):
-    if request.param == "unregistered":
-        return Own
-    return request.getfixturevalue("registered")
-
-
-def test_it_is_inserted(make):
-    model = flax_attn.insert(Chain(), make(), nn.Conv, init="identity")
+def test_it_is_inserted():
+    model = flax_attn.insert(Chain(), Own(), nn.Conv, init="identity")
     # SE's two kernels, the layer of the position gate and two levels.
     counts = [site.parameters for site in flax_attn.sites(model, X)]
     assert counts == [2 * 4 * 2 + 4 + 2, 2 * 3 * 1 + 3 + 2]
@@ -82,8 +67,8 @@ def test_it_is_inserted(make):
     assert set(gates) == {*paths, *(f"{path}/inner" for path in paths)}
 
 
-def test_it_is_found_where_a_model_uses_it(make):
-    model = nn.Sequential([make(), nn.relu])
+def test_it_is_found_where_a_model_uses_it():
+    model = nn.Sequential([Own(), nn.relu])
     variables = variables_for(model, X)
     gates = flax_attn.assert_active(model, variables, X)
     assert set(gates) == {"layers_0", "layers_0/inner"}
@@ -92,15 +77,15 @@ def test_it_is_found_where_a_model_uses_it(make):
 
 
 @pytest.mark.parametrize("ignored", ["by_position", "by_level"])
-def test_each_of_its_gates_is_checked(make, ignored):
-    model = make(ignored=ignored)
+def test_each_of_its_gates_is_checked(ignored):
+    model = Own(ignored=ignored)
     variables = variables_for(model, X)
     with pytest.raises(AssertionError, match="gates of the model itself"):
         flax_attn.assert_active(model, variables, X)
 
 
-def test_its_gates_are_read_under_their_names(make):
-    model = make()
+def test_its_gates_are_read_under_their_names():
+    model = Own()
     variables = variables_for(model, X)
     gates = attention_maps(model, variables, X)
     assert {path: gate.shape for path, gate in gates.items()} == {
@@ -114,12 +99,12 @@ def test_its_gates_are_read_under_their_names(make):
     np.testing.assert_array_equal(product, model.apply(variables, X))
 
 
-def test_its_cost_is_that_of_the_plain_implementation(make):
+def test_its_cost_is_that_of_the_plain_implementation():
     shape = (1, 64, 64, 8)  # Where the fast implementation has a loop.
-    counted = flax_attn.cost(nn.Sequential([make()]), shape)
-    assert counted == flax_attn.cost(make(implementation="plain"), shape)
+    counted = flax_attn.cost(nn.Sequential([Own()]), shape)
+    assert counted == flax_attn.cost(Own(implementation="plain"), shape)
     x = jax.ShapeDtypeStruct(shape, "float32")
-    params = jax.eval_shape(make().init, KEY, x)["params"]
+    params = jax.eval_shape(Own().init, KEY, x)["params"]
     assert counted.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -7,8 +7,7 @@ import pytest
 import flax_attn
 from flax_attn.insertion import insert_pretrained
 from tests.cases import variables_for
-from tests.insertion.models import SE, X
-from tests.insertion.user_models import ResNet
+from tests.insertion.models import KEY, SE, ResNet, X
 
 
 class Pretrained:
@@ -18,9 +17,7 @@ class Pretrained:
         self._module = module
         self.input_shape = input_shape
         self._required = jax.tree.structure(self.init_weights(KEY, input_shape))
-        drawn = variables_for(module, np.zeros(input_shape, np.float32))
-        # Variances are positive.
-        self.params = jax.tree.map(lambda a: np.abs(a) + np.float32(0.1), drawn)
+        self.params = variables_for(module, np.zeros(input_shape, np.float32))
 
     @property
     def module(self):
@@ -46,12 +43,11 @@ class Pretrained:
         return self.module.apply(params or self.params, x, train=False)
 
 
-KEY = jax.random.key(0, impl="rbg")
 BLOCKS = "ResNetBlock_*"
 
 
 def test_a_copy_has_attention_and_the_weights():
-    model = Pretrained(ResNet(stage_sizes=(1,)), X.shape)
+    model = Pretrained(ResNet(), X.shape)
     new = insert_pretrained(model, SE(), BLOCKS)
     images = np.moveaxis(X, -1, 1)
     np.testing.assert_array_equal(new(images), model(images))

@@ -15,26 +15,18 @@ from tests.insertion.models import (
     CBAM,
     KEY,
     SE,
-    Chain,
-    X,
-    shapes,
-    without_attention,
-)
-from tests.insertion.user_models import (
     DoubleConv,
     InvertedResidual,
     MobileNet,
     ResNet,
     UNet,
+    X,
+    shapes,
+    without_attention,
 )
 
 MODELS = {
-    "resnet": (
-        ResNet(stage_sizes=(1,)),
-        CBAM,
-        "ResNetBlock_*/BatchNorm_1",
-        {"train": False},
-    ),
+    "resnet": (ResNet(), CBAM, "ResNetBlock_*/BatchNorm_1", {"train": False}),
     "mobilenet": (MobileNet(), SE(), "blocks_*/project", {}),
     "unet": (UNet(widths=(4,)), flax_attn.ECA(), DoubleConv, {}),
 }
@@ -118,13 +110,6 @@ def test_identity_start_keeps_the_output_bit_for_bit(name):
     assert len(gates) == len(last)
 
 
-def test_identity_start_without_jit():
-    model = flax_attn.insert(Chain(), SE, nn.Conv, init="identity")
-    variables = jax.jit(model.init)(KEY, X)
-    y = Chain().apply(without_attention(variables), X)
-    np.testing.assert_array_equal(model.apply(variables, X), y)
-
-
 def test_other_variables_are_initialized_alike():
     model = InvertedResidual(4)
     inserted = flax_attn.insert(model, SE(), nn.Conv)
@@ -133,7 +118,7 @@ def test_other_variables_are_initialized_alike():
 
 
 def test_sites_keep_their_dtype_in_half_precision():
-    model = ResNet(stage_sizes=(1,), dtype=jnp.bfloat16)
+    model = ResNet(dtype=jnp.bfloat16)
     inserted = flax_attn.insert(model, SE, nn.BatchNorm, init="identity")
     fresh = jax.jit(partial(inserted.init, train=False))(KEY, X)
     y = jax.jit(partial(inserted.apply, train=False))(fresh, X)
@@ -144,7 +129,7 @@ def test_sites_keep_their_dtype_in_half_precision():
 
 
 def test_batch_statistics_methods_and_rngs():
-    inserted = flax_attn.insert(ResNet(stage_sizes=(1,)), SE, nn.BatchNorm)
+    inserted = flax_attn.insert(ResNet(), SE, nn.BatchNorm)
     state = shapes(inserted, X)["batch_stats"]
     assert state["bn_init"] == {"mean": (8,), "var": (8,)}
     run = partial(inserted.apply, train=True, mutable=["batch_stats"])

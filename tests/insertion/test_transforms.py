@@ -9,7 +9,19 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal, variables_for
-from tests.insertion.models import KEY, SE, Chain, X, by_hand, shapes
+from tests.insertion.models import KEY, SE, Chain, X, shapes
+
+
+def by_hand(params, x, attend=("first", "second")):
+    """Chain with SE after the layers in ``attend``, module by module."""
+    for name, layer in (("first", nn.Conv(4, (3, 3))), ("second", nn.Conv(3, (1, 1)))):
+        own = {k: v for k, v in params[name].items() if k != "attention"}
+        x = layer.apply({"params": own}, x)
+        if name in attend:
+            x = SE().apply({"params": params[name]["attention"]}, x)
+        if name == "first":
+            x = nn.relu(x)
+    return x
 
 
 def assert_same_function(f, g, params, x):
@@ -23,11 +35,7 @@ def assert_same_function(f, g, params, x):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), a, b)
 
 
-LIFTS = {
-    "plain": lambda cls: cls,
-    "remat": nn.remat,
-    "jit": nn.jit,
-}
+LIFTS = {"plain": lambda cls: cls, "remat": nn.remat, "jit": nn.jit}
 
 
 @pytest.mark.parametrize("lift", LIFTS)

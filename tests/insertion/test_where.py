@@ -13,13 +13,46 @@ from flax import linen as nn
 
 import flax_attn
 from tests.cases import normal, variables_for
-from tests.insertion.models import KEY, SE, Halves, Odd, X, shapes
-from tests.insertion.user_models import (
+from tests.insertion.models import (
+    KEY,
+    SE,
     DoubleConv,
     InvertedResidual,
     MobileNet,
     UNet,
+    X,
+    shapes,
 )
+
+
+class Odd(nn.Module):
+    """Submodules that return no feature map, or use the name already."""
+
+    @nn.compact
+    def __call__(self, x):
+        pair = Pair(name="pair")(x)
+        y = Named(name="named")(pair["a"] + pair["b"])
+        return nn.Dense(2, name="head")(y.mean((1, 2)))
+
+
+class Pair(nn.Module):
+    def __call__(self, x):
+        return {"a": x, "b": 2 * x}
+
+
+class Named(nn.Module):
+    def setup(self):
+        self.attention = nn.Conv(3, (1, 1))
+
+    def __call__(self, x):
+        return self.attention(x)
+
+
+class Halves(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x[..., ::2, :] * self.param("scale", nn.initializers.ones, ())
+
 
 DOWN = ["down_4/Conv_0", "down_4/Conv_1", "down_8/Conv_0", "down_8/Conv_1"]
 UP = ["up_8", "up_4"]
@@ -27,32 +60,39 @@ TOP = ["down_4", "down_8", "bottom", "up_8", "merge_8", "up_4", "merge_4"]
 LAYERS = ["Conv", "LayerNorm"]
 
 
+def norms(*blocks):
+    return [f"{block}/LayerNorm_{i}" for block in blocks for i in (0, 1)]
+
+
+# In the order of the calls.
+UP_AND_NORMS = [
+    *norms("down_4", "down_8", "bottom"),
+    *("up_8", *norms("merge_8")),
+    *("up_4", *norms("merge_4")),
+]
+
+
 @pytest.mark.parametrize(
     "where, expected",
     [
         (nn.ConvTranspose, UP),
-        ((nn.ConvTranspose, nn.LayerNorm), None),
+        ((nn.ConvTranspose, nn.LayerNorm), UP_AND_NORMS),
         ("down_*/Conv_?", DOWN),
         ("down_4/Conv_0", DOWN[:1]),
         ("down_*", ["down_4", "down_8"]),
         ("*", [*TOP, "logits"]),
         ("*4/*_0", [f"{a}_4/{b}_0" for a in ("down", "merge") for b in LAYERS]),
         (re.compile("(up|down)_[0-9]"), ["down_4", "down_8", "up_8", "up_4"]),
-        (lambda module, path: getattr(module, "features", 0) == 16, None),
+        (
+            lambda module, path: getattr(module, "features", 0) == 16,
+            ["bottom/Conv_0", "bottom/Conv_1", "bottom"],
+        ),
         (lambda module, path: path in UP, UP),
     ],
 )
 def test_where(where, expected):
     model = flax_attn.insert(UNet(), flax_attn.ECA, where)
-    paths = [site.path for site in flax_attn.sites(model, X)]
-    if where == (nn.ConvTranspose, nn.LayerNorm):
-        blocks = ("down_4", "down_8", "bottom", "merge_8", "merge_4")
-        norms = {f"{block}/LayerNorm_{i}" for block in blocks for i in (0, 1)}
-        assert set(paths) == {*UP, *norms} and len(paths) == len(norms) + 2
-    elif expected is None:
-        assert paths == ["bottom/Conv_0", "bottom/Conv_1", "bottom"]
-    else:
-        assert paths == expected
+    assert [site.path for site in flax_attn.sites(model, X)] == expected
 
 
 @pytest.mark.parametrize(
@@ -88,11 +128,7 @@ def test_no_match_in_a_method_raises_without_attention_elsewhere():
 @pytest.mark.parametrize(
     "where, attention, message",
     [
-        (
-            "pair",
-            SE(),
-            r"pair \(Pair\) returns a dict of arrays of shapes \[\(2, 8, 8",
-        ),
+        ("pair", SE(), r"pair \(Pair\) returns a dict of arrays of shapes \[\(2, 8, 8"),
         ("head", SE(), r"head \(Dense\) returns an array of shape \(2, 2\)"),
         ("named", SE(), "`name` must be free below named .*'attention' already"),
         ("named/*", Halves, r"`attention` must keep the shape \(2, 8, 8, 3\)"),
@@ -110,41 +146,33 @@ def test_another_name():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "changed, message",
     [
-        ((UNet, SE(), nn.Conv), "`model` must be an instance"),
-        ((UNet(), 3, nn.Conv), "`attention` must be a Linen module"),
-        ((UNet(), lambda: 3, nn.Conv), "`attention` must be a Linen module"),
-        ((UNet(), SE(), int), "`where` must be"),
-        ((UNet(), SE(), ()), "`where` must be"),
-        ((UNet(), SE(), (nn.Conv, "x")), "`where` must be"),
-        ((UNet(), SE(), [nn.Conv]), "`where` must be .*several classes as a tuple"),
+        ({"model": UNet}, "`model` must be an instance"),
+        ({"attention": 3}, "`attention` must be a Linen module"),
+        ({"attention": lambda: 3}, "`attention` must be a Linen module"),
         (
-            (UNet(), flax_attn.presets.official_cbam, nn.Conv),
+            {"attention": flax_attn.presets.official_cbam},
             "`attention` must need no arguments, .*'train'; pass them",
         ),
-        ((UNet(), SE(), nn.Conv(3, (1, 1))), "`where` must be"),
+        ({"where": int}, "`where` must be"),
+        ({"where": ()}, "`where` must be"),
+        ({"where": (nn.Conv, "x")}, "`where` must be"),
+        ({"where": [nn.Conv]}, "`where` must be .*several classes as a tuple"),
+        ({"where": nn.Conv(3, (1, 1))}, "`where` must be"),
+        *(
+            ({"name": name}, f"`name` must be .* string .* got {name!r}; leave it out")
+            for name in (None, "", "a/b", 3)
+        ),
+        ({"init": "id"}, "`init` must be 'identity' or None, got 'id'"),
+        ({"init": True}, "got True; leave it out"),
+        ({"init": "identity", "attention": Halves()}, "an attention with a field"),
     ],
 )
-def test_invalid_arguments_raise(arguments, message):
+def test_invalid_arguments_raise(changed, message):
+    arguments = {"model": UNet(), "attention": SE(), "where": nn.Conv} | changed
     with pytest.raises(ValueError, match=message):
-        flax_attn.insert(*arguments)
-
-
-@pytest.mark.parametrize("name", [None, "", "a/b", 3])
-def test_invalid_names_raise(name):
-    message = f"`name` must be a non-empty string .* got {name!r}; leave it out"
-    with pytest.raises(ValueError, match=message):
-        flax_attn.insert(UNet(), SE(), nn.Conv, name=name)
-
-
-def test_invalid_starts_raise():
-    with pytest.raises(ValueError, match="`init` must be 'identity' or None, got 'id'"):
-        flax_attn.insert(UNet(), SE(), nn.Conv, init="id")
-    with pytest.raises(ValueError, match="got True; leave it out"):
-        flax_attn.insert(UNet(), SE(), nn.Conv, init=True)
-    with pytest.raises(ValueError, match="needs an attention with a field"):
-        flax_attn.insert(UNet(), Halves(), nn.Conv, init="identity")
+        flax_attn.insert(**arguments)
 
 
 def test_insertions_into_insertions():

@@ -60,20 +60,6 @@ def test_each_sample_is_on_its_own(block):
     assert_exact(block, variables, x, cotangent, results["fast, leading axes"])
 
 
-@blocks
-def test_the_same_variables_in_both_layouts(block):
-    module = BLOCKS[block]()
-    x = jnp.ones((2, 5, 4, 16))
-    last, first = (
-        jax.eval_shape(init, jax.random.key(0), x)
-        for init, x in (
-            (module.init, x),
-            (ChannelsFirst(module).init, jnp.moveaxis(x, -1, 1)),
-        )
-    )
-    assert first == last
-
-
 @forms
 def test_sharded_over_eight_devices(block):
     module = BLOCKS[block]()

@@ -14,11 +14,7 @@ import pytest
 from jax import export
 
 from flax_attn.blocks import BLOCKS
-from tests.cases import (
-    REFERENCES,
-    normal,
-    variables_for,
-)
+from tests.cases import REFERENCES, normal, variables_for
 
 SHAPES = ((1, 1, 1, 32), (2, 9, 13, 32), (3, 20, 40, 32))
 # Of each form of the arithmetic one.

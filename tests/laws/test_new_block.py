@@ -1,9 +1,11 @@
-"""A block that only this file knows: one entry in BLOCKS, and all the rest follows."""
+"""A block that only this file knows: one entry in BLOCKS, and all the rest follows.
+
+``insertion/test_own_block.py`` inserts, labels and inspects a block without an entry.
+"""
 
 import json
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from flax_attn.functional import checks
 from tests import cases, references, tiny_run
 from tests.cases import normal, variables_for
 from tests.laws import test_axes, test_dtypes, test_masks, test_start, test_values
+from tests.library.inspect.test_gates import Again
 from train import benchmark, cifar
 
 
@@ -112,72 +115,15 @@ def test_measured_by_the_benchmark(tmp_path):
     assert row["block"] == NEW and row["forward"] > 0
 
 
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(8, (3, 3), name="first")(x))
-        return nn.Conv(4, (3, 3), name="second")(x).mean((1, 2))
-
-
-def test_inserted():
-    model = flax_attn.insert(Model(), flax_attn.create(NEW), "first", init="identity")
-    variables = model.init(jax.random.key(0), X)
-    tree = jax.tree.map(jnp.shape, variables["params"]["first"]["attention"])
-    assert tree == {"expand": {"kernel": (1, 8), "bias": (8,)}}
-    np.testing.assert_allclose(
-        model.apply(variables, X), Model().apply(variables, X), rtol=1e-6
-    )
-
-
-def test_insertion_checks_its_gates():
-    """``assert_active`` sees the gates that the class declares."""
-    model = flax_attn.insert(Model(), flax_attn.create(NEW), "first")
-    variables = model.init(jax.random.key(0), X)
-    flax_attn.assert_active(model, variables, X)
-
-
-def test_labeled():
-    """Written in by hand, its parameters are the attention's to an optimizer."""
-    model = nn.Sequential([nn.Conv(8, (1, 1)), blocks.BLOCKS[NEW]()])
-    labels = flax_attn.parameter_labels(model, X)
-    assert set(jax.tree.leaves(labels["layers_1"])) == {
-        "attention",
-        "attention_no_decay",
-    }
-
-
-def test_inspected():
-    block = flax_attn.create(NEW)
-    variables = variables_for(block, X)
-    gates = flax_attn.inspect.attention_maps(block, variables, X)
-    np.testing.assert_array_equal(X * gates["channel_gate"], block.apply(variables, X))
-
-
-def test_a_lost_gate_is_inspected_too():
+def test_a_lost_gate_is_named():
     """In ``nn.scan`` without room for gates, the declaration tells that one is lost."""
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return flax_attn.create(NEW)(x), None
-
-    class Scanned(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            scanned = nn.scan(
-                Layer, {"params": 0}, split_rngs={"params": True}, length=2
-            )
-            return flax_attn.create(NEW)(scanned(name="layers")(x, None)[0])
-
-    variables = Scanned().init(jax.random.key(0), X)
-    with pytest.raises(ValueError, match="got no gate at .*channel_gate"):
-        flax_attn.inspect.attention_maps(Scanned(), variables, X)
+    model = Again(ScaledMean)
+    with pytest.raises(ValueError, match="no gate at shared/channel_gate"):
+        flax_attn.inspect.attention_maps(model, variables_for(model, X), X)
 
 
 def test_costed():
     """The definition is counted, whichever implementation the block has."""
     counted = flax_attn.cost(flax_attn.create(NEW), X.shape)
-    plain = flax_attn.create(NEW, implementation="plain")
-    assert counted == flax_attn.cost(plain, X.shape)
-    assert counted.parameters == 2 * 16
-    assert counted.transcendentals == 2 * 16
+    assert counted == flax_attn.cost(ScaledMean(implementation="plain"), X.shape)
+    assert counted.parameters == counted.transcendentals == 2 * 16

@@ -15,13 +15,7 @@ import pytest
 from flax import linen as nn
 
 from flax_attn.blocks import BLOCKS
-from tests.cases import (
-    IMPLEMENTATIONS,
-    OTHER_FORMS,
-    long_unless,
-    normal,
-    variables_for,
-)
+from tests.cases import IMPLEMENTATIONS, OTHER_FORMS, long_unless, normal, variables_for
 from tests.compilation import jit_as_users_do
 
 SHAPES = (

@@ -1,12 +1,15 @@
 """Every block at its start: the identity where asked for, and gates for who reads."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import unflatten_dict
 
 from flax_attn.blocks import BLOCKS
+from flax_attn.inspect import attention_maps
 from tests.cases import (
     IMPLEMENTATIONS,
     blocks,
@@ -60,17 +63,15 @@ OUTPUTS = {
     "scse": lambda x, channel, spatial: x * channel + x * spatial,
     "scse-max": lambda x, *gates: np.maximum(*(x * gate for gate in gates)),
 }
+CBAM = {"channel/channel_gate", "spatial/spatial_gate"}
 # What is sown, where it is not all that the class declares: the gates of blocks inside,
 # and one of several by the fields.
 SOWN = {
-    "cbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
-    "cbam-conv": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
-    "lcbam": {"channel/channel_gate/0", "spatial/spatial_gate/0"},
-    "scse": {"channel/channel_gate/0", "spatial_gate/0"},
-    "scse-max": {"channel/channel_gate/0", "spatial_gate/0"},
-    "gc": {"channel_shift/0"},
-    "ge": {"channel_gate/0"},
-    "ge-plus": {"element_gate/0"},
+    **dict.fromkeys(["cbam", "cbam-conv", "lcbam"], CBAM),
+    **dict.fromkeys(["scse", "scse-max"], {"channel/channel_gate", "spatial_gate"}),
+    "gc": {"channel_shift"},
+    "ge": {"channel_gate"},
+    "ge-plus": {"element_gate"},
 }
 
 
@@ -90,16 +91,14 @@ def test_sown_gates_multiply_back_to_the_output(block):
 
     @jax.jit
     def run(x):
-        return module.apply(variables, x, mutable=["intermediates"])
+        y, state = module.apply(variables, x, mutable=["intermediates"])
+        return y, state["intermediates"], attention_maps(module, variables, x)
 
-    y, state = run(x)
-    gates = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): gate
-        for path, gate in jax.tree.leaves_with_path(state["intermediates"])
-    }
-    assert set(gates) == SOWN.get(
-        block, {f"{name}/0" for name in module.gates.values()}
-    )
+    y, sown, gates = run(x)
+    assert set(gates) == SOWN.get(block, set(module.gates.values()))
+    # Each once, and nothing else.
+    expected = {tuple(path.split("/")): (gate,) for path, gate in gates.items()}
+    chex.assert_trees_all_equal(sown, unflatten_dict(expected))
     expected = OUTPUTS.get(block, product)(x, *gates.values())
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 

@@ -13,7 +13,6 @@ from jax import export
 from jax.sharding import AxisType
 
 import flax_attn
-from flax_attn import functional
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
     OTHER_FORMS,
@@ -25,7 +24,6 @@ from tests.cases import (
     normal,
     variables_for,
 )
-from tests.compilation import jit_as_users_do
 
 learned = pytest.mark.parametrize("block", list(filter(has_parameters, BLOCKS)))
 # More columns than a tile of the convolution's windows has.
@@ -199,65 +197,6 @@ def test_the_first_start_keeps_the_boxes_of_partitioned_parameters(block):
     assert kernels and all(isinstance(k, nn.Partitioned) for k in kernels)
 
 
-@pytest.mark.parametrize("implementation", ["fast", "plain"])
-def test_infinity_and_nan_stay_in_their_windows(implementation):
-    maps = normal((1, 40, 40, 2), 0)
-    maps[0, 20, 21, 1] = np.nan
-    kernel = normal((7, 7, 2, 1), 1)
-    y = functional.conv_spatial(maps, kernel, implementation=implementation)
-    assert np.isnan(y).sum() == 49
-    s = np.ones((2, 16), np.float32)
-    s[1, 5] = np.inf
-    y = functional.conv_channels(s, jnp.ones((3, 1, 1)), implementation=implementation)
-    assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
-
-
-def test_nan_at_one_sample_stays_there_under_vmap():
-    maps, kernel = normal((3, 9, 9, 2), 0), normal((3, 3, 2, 1), 1)
-    maps[1, 4, 4, 0] = np.nan
-    run = jax.vmap(functional.conv_spatial, (0, None))
-    d_maps = jit_as_users_do(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
-    assert np.isnan(run(maps, kernel)).sum() == 9
-    assert np.isfinite(d_maps).all()
-
-
-@pytest.mark.parametrize("implementation", ["fast", "plain"])
-def test_nan_is_the_largest(implementation):
-    """In inference too, where XLA's CPU backend may lose it."""
-    x = normal((2, 16, 16, 64), 0)
-    x[1, 3, 4, 5] = np.nan
-    gate = jnp.ones((2, 1, 1, 64))
-
-    @jit_as_users_do
-    def squeezed(x):
-        run = {"implementation": implementation}
-        return (
-            functional.squeeze_spatial(x, pool="max", **run),
-            functional.squeeze_channels(x, **run)[..., :1],
-            functional.scale_and_squeeze(x, gate, **run)[1][..., :1],
-        )
-
-    of_channels, *of_pixels = map(np.isnan, squeezed(x))
-    assert of_channels.sum() == 1 and of_channels[1, 0, 0, 5]
-    assert all(found.sum() == 1 and found[1, 3, 4, 0] for found in of_pixels)
-
-
-@pytest.mark.parametrize("size", [(1024, 1024), (257, 391), (64, 64, 64)])
-def test_means_of_large_maps(size):
-    dims = len(size)
-    x = np.full((*size, 2), 0.1, np.float32)
-    exact = float(np.float32(0.1))
-    mean = partial(functional.squeeze_spatial, spatial_dims=dims)
-    np.testing.assert_allclose(jit_as_users_do(mean)(x), exact, rtol=1e-6)
-
-    def product_sum(gate):
-        return functional.scale(x, gate, spatial_dims=dims).sum()
-
-    gate = jnp.ones((1,) * dims + (2,))
-    slope = jit_as_users_do(jax.grad(product_sum))(gate) / np.prod(size)
-    np.testing.assert_allclose(slope, exact, rtol=2e-6)
-
-
 @forms
 def test_second_derivatives(block):
     """Of a gradient by the gradient: each rule is differentiable in reverse mode."""
@@ -272,13 +211,3 @@ def test_second_derivatives(block):
 
     fast, exact = (jax.jit(partial(curvature, m))(x) for m in (module, plain))
     np.testing.assert_allclose(fast, exact, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [("act", "relu"), ("gate", "sigmoid"), ("spatial_norm", nn.BatchNorm(True))],
-)
-def test_functions_given_by_name_or_modules_by_instance(field, value):
-    module = BLOCKS["cbam"](**{field: value})
-    with pytest.raises(ValueError, match=f"`{field.removeprefix('spatial_')}` must"):
-        module.init(jax.random.key(0), jnp.ones(SHAPE))

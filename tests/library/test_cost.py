@@ -1,3 +1,5 @@
+"""What is counted: against XLA's own analysis, by hand, and as published."""
+
 from functools import partial
 from typing import Any, NamedTuple
 

@@ -18,6 +18,10 @@ MODULES = [
     if inspect.isclass(value := getattr(flax_attn, name))
 ]
 TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
+CBAM = (
+    "reduction divisor pool spatial_kernel_size excite hidden_features kernel_size "
+    "gamma b spatial_norm act gate use_bias"
+)
 FIELDS = {
     "SE": "reduction divisor hidden_features pool hidden_norm act gate use_bias",
     "ECA": "kernel_size gamma b pool padding gate use_bias",
@@ -25,10 +29,8 @@ FIELDS = {
     "ChannelAttention": "reduction divisor pool excite hidden_features kernel_size "
     "gamma b padding hidden_norm act gate use_bias",
     "SpatialAttention": "kernel_size pool norm gate use_bias",
-    "CBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
-    "kernel_size gamma b spatial_norm act gate use_bias",
-    "LightCBAM": "reduction divisor pool spatial_kernel_size excite hidden_features "
-    "kernel_size gamma b spatial_norm act gate use_bias",
+    "CBAM": CBAM,
+    "LightCBAM": CBAM,
     "BAM": "reduction dilation hidden_features norm act gate use_bias",
     "scSE": "reduction combine hidden_features act gate use_bias",
 }

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,7 +11,94 @@ from flax import nnx
 import flax_attn.nnx
 from tests.cases import normal
 from tests.nnx.cases import create, drawn
-from tests.nnx.user_models import Bottleneck, DoubleConv, ResNet, UNet
+
+List = getattr(nnx, "List", list)  # Flax 0.11 tracks plain lists.
+
+
+class Bottleneck(nnx.Module):
+    def __init__(self, in_features, features, strides=1, *, rngs):
+        def conv(in_features, features, size, **fields):
+            fields |= {"use_bias": False, "rngs": rngs}
+            return nnx.Conv(in_features, features, (size, size), **fields)
+
+        out = 2 * features
+        self.conv1 = conv(in_features, features, 1)
+        self.bn1 = nnx.BatchNorm(features, rngs=rngs)
+        self.conv2 = conv(features, features, 3, strides=strides, padding=1)
+        self.bn2 = nnx.BatchNorm(features, rngs=rngs)
+        self.conv3 = conv(features, out, 1)
+        self.bn3 = nnx.BatchNorm(out, rngs=rngs)
+        self.downsample = nnx.Sequential(
+            conv(in_features, out, 1, strides=strides), nnx.BatchNorm(out, rngs=rngs)
+        )
+
+    def __call__(self, x):
+        y = nnx.relu(self.bn1(self.conv1(x)))
+        y = nnx.relu(self.bn2(self.conv2(y)))
+        return nnx.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+
+
+class ResNet(nnx.Module):
+    """Stages are lists of blocks; ``train`` is a Python bool."""
+
+    def __init__(self, *, rngs):
+        self.stem = nnx.Sequential(
+            nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs),
+            nnx.BatchNorm(4, rngs=rngs),
+            nnx.relu,
+        )
+        blocks = Bottleneck(4, 4, rngs=rngs), Bottleneck(8, 8, 2, rngs=rngs)
+        self.stages = List([List([block]) for block in blocks])
+        self.fc = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x, train=False):
+        if train:
+            self.train()
+        else:
+            self.eval()
+        x = self.stem(x)
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.fc(x.mean((1, 2)))
+
+
+class DoubleConv(nnx.Module):
+    def __init__(self, in_features, features, *, rngs):
+        self.conv1 = nnx.Conv(in_features, features, (3, 3), rngs=rngs)
+        self.norm1 = nnx.GroupNorm(features, num_groups=2, rngs=rngs)
+        self.conv2 = nnx.Conv(features, features, (3, 3), rngs=rngs)
+        self.norm2 = nnx.GroupNorm(features, num_groups=2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm1(self.conv1(x)))
+        return nnx.relu(self.norm2(self.conv2(x)))
+
+
+class UNet(nnx.Module):
+    """Skip connections, and modules in lists."""
+
+    def __init__(self, *, rngs):
+        def modules(make, sizes, *more):
+            return List([make(*size, *more, rngs=rngs) for size in sizes])
+
+        self.encoder = modules(DoubleConv, [(3, 4), (4, 8)])
+        self.bottom = DoubleConv(8, 16, rngs=rngs)
+        self.up = modules(nnx.ConvTranspose, [(16, 8), (8, 4)], (2, 2), 2)
+        self.decoder = modules(DoubleConv, [(16, 8), (8, 4)])
+        self.logits = nnx.Conv(4, 1, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+            x = nnx.max_pool(x, (2, 2), (2, 2))
+        x = self.bottom(x)
+        for up, block in zip(self.up, self.decoder, strict=True):
+            x = block(jnp.concatenate([skips.pop(), up(x)], axis=-1))
+        return self.logits(x)
+
 
 X = normal((2, 8, 8, 3), 1)
 MODELS = {

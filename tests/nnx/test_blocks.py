@@ -12,15 +12,7 @@ from flax import nnx
 
 import flax_attn.nnx
 from flax_attn import blocks
-from tests.nnx.cases import (
-    MASK,
-    X,
-    compiled,
-    every_block,
-    every_class,
-    learned_class,
-    params,
-)
+from tests.nnx.cases import MASK, X, compiled, every_block, every_class, params
 
 
 @every_class
@@ -38,13 +30,6 @@ def test_new_parameters(name):
     compiled(first, X)
     assert int(rngs.params.count[...]) == count > 0
     assert not nnx.to_flat_state(nnx.state(first, nnx.RngState))
-
-
-@learned_class
-def test_shapes_alone(name):
-    shapes = nnx.eval_shape(lambda: flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0)))
-    linen = jax.eval_shape(blocks.BLOCKS[name]().init, jax.random.key(0), X)
-    assert nnx.to_pure_dict(nnx.state(shapes)) == linen["params"]
 
 
 @every_class
@@ -84,7 +69,7 @@ def test_the_class_declares_what_linen_declares(name):
     assert "Attributes:" in native.__doc__ and ">>>" not in native.__doc__
 
 
-def test_what_is_no_block():
+def test_unknown_blocks():
     with pytest.raises(ValueError, match="`name` must be one of se, "):
         flax_attn.nnx.create("sa", 16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="`make` must be a subclass"):

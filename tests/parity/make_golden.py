@@ -11,6 +11,15 @@ import numpy as np
 PATH = Path(__file__).with_name("golden.npz")
 
 
+# The article's, for ours.
+NAMES = {
+    "channel": "channel_attention_block",
+    "spatial": "spatial_attention_block",
+    "reduce": "fc_layers.0",
+    "expand": "fc_layers.2",
+}
+
+
 def to_torch(kernel):
     """A Flax kernel in PyTorch's layout."""
     import torch
@@ -51,9 +60,10 @@ def run(case):
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     paths = [[part.key for part in path] for path, _ in leaves]
     weights = dict(block.named_parameters())
-    flax_of = {".".join(p for p in n.split(".") if p != "excite"): n for n in weights}
-    names = [flax_of[".".join(path[:-1]) + ".weight"] for path in paths]
-    assert len(names) == len(set(names)) == len(weights)
+    names = [
+        ".".join([*(NAMES.get(p, p) for p in path[:-1]), "weight"]) for path in paths
+    ]
+    assert sorted(names) == sorted(weights)
     with torch.no_grad():
         for name, (_, leaf) in zip(names, leaves, strict=True):
             weights[name].copy_(to_torch(leaf))

@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax_attn import GatherExcite, presets
 from tests import cases
 from tests.compilation import jit_as_users_do
-from tests.parity import make_golden
+from tests.parity import make_golden, timm_layers
 
 LIMIT = 1e-5
 
@@ -83,32 +83,69 @@ class Preset:
         return self.ours(train=train) if self.has_norm else self.ours
 
 
-def _official(name):
-    def make(*arguments):
-        from tests.parity import torch_official
+def _official(name, *arguments):
+    from tests.parity import torch_official
 
-        return getattr(torch_official, name)(*arguments)
-
-    return make
+    return getattr(torch_official, name)(*arguments)
 
 
-def _timm(file, name, **options):
+def _below(theirs, ours="", **layers):
+    """``layers``, from our names to theirs, each below the other's module."""
+    return {ours + name: theirs + layer for name, layer in layers.items()}
+
+
+MLP = {"reduce": "fc1", "expand": "fc2"}
+CONV = {"conv": "conv"}
+CONV_NORM = {"conv": "conv", "norm": "bn"}
+CBAM = {
+    **_below("channel.", "channel/", **MLP),
+    **_below("spatial.conv.", "spatial/", **CONV_NORM),
+}
+OFFICIAL_CBAM = {
+    **_below("ChannelGate.mlp.", "channel/", reduce="1", expand="3"),
+    **_below("SpatialGate.spatial.", "spatial/", **CONV_NORM),
+}
+BAM_CHANNEL = {"reduce": "fc_0", "reduce_norm": "bn_1", "expand": "fc_final"}
+BAM_SPATIAL = {
+    "spatial_reduce": "conv_reduce0",
+    "spatial_reduce_norm": "bn_reduce0",
+    "spatial_conv1": "conv_di_0",
+    "spatial_conv1_norm": "bn_di_0",
+    "spatial_conv2": "conv_di_1",
+    "spatial_conv2_norm": "bn_di_1",
+    "spatial_expand": "conv_final",
+}
+OFFICIAL_BAM = {
+    **_below("channel_att.gate_c.gate_c_", **BAM_CHANNEL),
+    **_below("spatial_att.gate_s.gate_s_", **BAM_SPATIAL),
+}
+COORDINATE = dict(
+    reduce="conv1", hidden_norm="bn1", expand_h="conv_h", expand_w="conv_w"
+)
+
+
+def _eca(name, widths):
+    """A preset of ECA-Net; ``widths`` are its kernel's, by the number of channels."""
+
     def make(channels):
-        from tests.parity import timm_layers
+        return _official("ECANet", widths[channels])
 
-        return getattr(getattr(timm_layers.load(), file), name)(channels, **options)
-
-    return make
+    return Preset("official: ECA-Net", name, make, CONV, tuple(widths))
 
 
-def _eca(widths):
-    return lambda channels: _official("ECANet")(widths[channels])
+def _timm(kind, layers, channels, *, name=None, **fields):
+    """The preset of what ``timm.layers.create_attn`` calls ``kind``."""
+
+    def make(channels):
+        return timm_layers.load().create_attn(kind, channels)
+
+    preset = name or f"timm_{kind}"
+    return Preset(f"timm: `{kind}`", preset, make, layers, channels, **fields)
 
 
-def _context(mlp):
-    layers = {"reduce": "fc1", "norm": "norm", "expand": "fc2"}
-    inside = {ours: f"{mlp}.{theirs}" for ours, theirs in layers.items()}
-    return {"pool": "conv_attn", **inside}
+def _context(kind, mlp):
+    layers = {"pool": "conv_attn"} | _below(f"{mlp}.", norm="norm", **MLP)
+    return _timm(kind, layers, (64, 20), ignored=("conv_attn.bias",))
 
 
 def _gathering(*, extent=0, extra_params=False, use_mlp=False):
@@ -116,20 +153,16 @@ def _gathering(*, extent=0, extra_params=False, use_mlp=False):
     given = ", ".join(f"{name}={value}" for name, value in fields.items() if value)
     hidden = 4 if use_mlp else None
     block = partial(GatherExcite, **fields, hidden_features=hidden, use_bias=True)
-    layers = {}
+    layers = _below("mlp.", **MLP) if use_mlp else {}
     if extra_params:
-        layers |= {"gather1": "gather.0", "gather1_norm": "gather.1"}
-        layers |= {"gather2": "gather.3", "gather2_norm": "gather.4"}
-    if use_mlp:
-        layers |= {"reduce": "mlp.fc1", "expand": "mlp.fc2"}
+        layers |= _below("gather.", gather1="0", gather1_norm="1")
+        layers |= _below("gather.", gather2="3", gather2_norm="4")
 
     def with_norm(*, train):
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         return partial(block, hidden_norm=norm)
 
     def torch(channels):
-        from tests.parity import timm_layers
-
         fields = {"extent": extent, "extra_params": extra_params, "hidden": hidden}
         return timm_layers.gather_excite(channels, **fields)
 
@@ -144,130 +177,48 @@ def _gathering(*, extent=0, extra_params=False, use_mlp=False):
     )
 
 
-MLP = {"reduce": "fc1", "expand": "fc2"}
-CONV = {"conv": "conv"}
-CBAM = {
-    "channel/reduce": "channel.fc1",
-    "channel/expand": "channel.fc2",
-    "spatial/conv": "spatial.conv.conv",
-    "spatial/norm": "spatial.conv.bn",
-}
 # 20, 24 and 200 are not multiples of 16; below 8, timm's ECA is wider than the formula.
 PRESETS = [
     Preset(
         "official: SENet",
         "official_se",
-        _official("SENet"),
-        {"reduce": "down", "expand": "up"},
+        partial(_official, "SENet"),
+        MLP,
         (64, 20, 200),
     ),
-    Preset(
-        "official: ECA-Net",
-        "official_eca50",
-        _eca({256: 3, 512: 5, 1024: 5, 2048: 7}),
-        CONV,
-        (256, 512, 1024, 2048),
-    ),
-    Preset(
-        "official: ECA-Net",
-        "official_eca101",
-        _eca({256: 3, 512: 3, 1024: 5, 2048: 7}),
-        CONV,
-        (512,),
-    ),
+    _eca("official_eca50", {256: 3, 512: 5, 1024: 5, 2048: 7}),
+    _eca("official_eca101", {512: 3}),
     Preset(
         "official: CBAM",
         "official_cbam",
-        _official("CBAM"),
-        {
-            "channel/reduce": "ChannelGate.mlp.1",
-            "channel/expand": "ChannelGate.mlp.3",
-            "spatial/conv": "SpatialGate.spatial.conv",
-            "spatial/norm": "SpatialGate.spatial.bn",
-        },
+        partial(_official, "CBAM"),
+        OFFICIAL_CBAM,
         (64, 20),
     ),
     Preset(
         "official: BAM",
         "official_bam",
-        _official("BAM"),
-        {
-            "reduce": "channel_att.gate_c.gate_c_fc_0",
-            "reduce_norm": "channel_att.gate_c.gate_c_bn_1",
-            "expand": "channel_att.gate_c.gate_c_fc_final",
-            "spatial_reduce": "spatial_att.gate_s.gate_s_conv_reduce0",
-            "spatial_reduce_norm": "spatial_att.gate_s.gate_s_bn_reduce0",
-            "spatial_conv1": "spatial_att.gate_s.gate_s_conv_di_0",
-            "spatial_conv1_norm": "spatial_att.gate_s.gate_s_bn_di_0",
-            "spatial_conv2": "spatial_att.gate_s.gate_s_conv_di_1",
-            "spatial_conv2_norm": "spatial_att.gate_s.gate_s_bn_di_1",
-            "spatial_expand": "spatial_att.gate_s.gate_s_conv_final",
-        },
+        partial(_official, "BAM"),
+        OFFICIAL_BAM,
         (64, 48),
     ),
     Preset(
         "official: SimAM",
         "official_simam",
-        lambda channels: _official("SimAM")(),
+        lambda channels: _official("SimAM"),
         {},
         (20,),
         small=(1, 2),  # The unbiased variance of one element is NaN.
     ),
-    Preset("timm: `se`", "timm_se", _timm("squeeze_excite", "SEModule"), MLP, (6, 200)),
-    Preset(
-        "timm: `ese`",
-        "timm_ese",
-        _timm("squeeze_excite", "EffectiveSEModule"),
-        {"excite": "fc"},
-        (6, 200),
-    ),
-    Preset("timm: `eca`", "timm_eca", _timm("eca", "EcaModule"), CONV, (6, 20, 128)),
-    Preset("timm: `ceca`", "timm_ceca", _timm("eca", "CecaModule"), CONV, (6, 20, 128)),
-    Preset(
-        "timm: `lcbam`",
-        "timm_lcbam",
-        _timm("cbam", "LightCbamModule"),
-        CBAM,
-        (64, 24),
-        shares_ties=True,
-    ),
-    Preset(
-        "timm: `cbam`",
-        "timm_cbam",
-        _timm("cbam", "CbamModule"),
-        CBAM,
-        (64, 24),
-        mean_first=True,
-        shares_ties=True,
-    ),
-    Preset(
-        "timm: `coord`",
-        "timm_coordinate",
-        _timm("coord_attn", "CoordAttn"),
-        {
-            "reduce": "conv1",
-            "hidden_norm": "bn1",
-            "expand_h": "conv_h",
-            "expand_w": "conv_w",
-        },
-        (64, 20),
-    ),
-    Preset(
-        "timm: `gc`",
-        "timm_gc",
-        _timm("global_context", "GlobalContext"),
-        _context("mlp_scale"),
-        (64, 20),
-        ignored=("conv_attn.bias",),
-    ),
-    Preset(
-        "timm: `gca`",
-        "timm_gca",
-        _timm("global_context", "GlobalContext", fuse_add=True, fuse_scale=False),
-        _context("mlp_add"),
-        (64, 20),
-        ignored=("conv_attn.bias",),
-    ),
+    _timm("se", MLP, (6, 200)),
+    _timm("ese", {"excite": "fc"}, (6, 200)),
+    _timm("eca", CONV, (6, 20, 128)),
+    _timm("ceca", CONV, (6, 20, 128)),
+    _timm("lcbam", CBAM, (64, 24), shares_ties=True),
+    _timm("cbam", CBAM, (64, 24), mean_first=True, shares_ties=True),
+    _timm("coord", COORDINATE, (64, 20), name="timm_coordinate"),
+    _context("gc", "mlp_scale"),
+    _context("gca", "mlp_add"),
     _gathering(),
     _gathering(extent=4),
     _gathering(extent=4, extra_params=True),
@@ -452,16 +403,6 @@ def article_errors(case, implementation, expected):
     return errors(actual, expected)
 
 
-def _columns(found):
-    """The largest error of the output, of the gradients and of the statistics."""
-    columns = {"output": [], "gradients": [], "statistics": []}
-    for name, error in found:
-        statistics = name.startswith("batch_stats/")
-        column = "output" if name == "y" else "gradients"
-        columns["statistics" if statistics else column].append(error)
-    return [np.max(column) if column else None for column in columns.values()]
-
-
 def article_rows():
     """Every block of the article, with its errors by the name of the array."""
     for block in cases.ARTICLE:
@@ -488,14 +429,13 @@ def main():
     print("| reference | preset | output | gradients | batch statistics |")
     print("|---|---|---|---|---|")
     for reference, block, found in chain(article_rows(), preset_rows()):
-        cells = [_cell(error) for error in _columns(found)]
+        columns = [], [], []  # Of the output, the gradients and the statistics.
+        for name, error in found:
+            statistics = name.startswith("batch_stats/")
+            columns[0 if name == "y" else 2 if statistics else 1].append(error)
+        cells = [f"{np.max(column):.0e}" if column else "" for column in columns]
+        cells = ["0" if cell == "0e+00" else cell for cell in cells]
         print(f"| {reference} | `{block}` | {' | '.join(cells)} |", flush=True)
-
-
-def _cell(error):
-    if error is None:
-        return ""
-    return f"{error:.0e}" if error else "0"
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ import jax
 import numpy as np
 import pytest
 
+from flax_attn import convert
 from flax_attn.resnet import from_pretrained
 from flax_attn.resnet._timm import arguments_of, fields_of
 from tests import cases
+from tests.convert.states import assert_same
 from tests.docs import markdown
-from tests.parity.test_parity_convert import randomize
+from tests.parity.test_parity_convert import arrays_of, randomize
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None
-    or importlib.util.find_spec("timm") is None,
-    reason="the live comparison needs the extra `parity`",
+    not all(map(importlib.util.find_spec, ("torch", "timm"))),
+    reason="the live comparison needs the group `parity`",
 )
 
 CBAM = {"block_args": {"attn_layer": "cbam"}}
@@ -47,6 +48,7 @@ def test_logits_and_maps(timm, tmp_path, name):
     theirs = randomize(timm.create_model(name, **arguments))
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
     model, variables, preprocessing = from_pretrained(tmp_path)
+    assert_same(convert.to_torch(variables, naming="timm"), arrays_of(theirs))
 
     written = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     config = timm.data.resolve_data_config(pretrained_cfg=written)

@@ -19,16 +19,6 @@ TORCHVISION = {
 }
 
 
-MODULES = (
-    "cbam",
-    "coord_attn",
-    "eca",
-    "gather_excite",
-    "global_context",
-    "squeeze_excite",
-)
-
-
 @functools.cache
 def load():
     """The package ``timm.layers``; an ``import timm`` elsewhere is unaffected."""
@@ -43,9 +33,7 @@ def load():
     before = _remove_foreign()
     sys.modules.update({"timm": parent, **stubs})
     try:
-        for name in MODULES:
-            importlib.import_module(f"timm.layers.{name}")
-        return sys.modules["timm.layers"]
+        return importlib.import_module("timm.layers")
     finally:
         _remove_foreign()
         sys.modules.update(before)

@@ -1,4 +1,7 @@
-"""The article's blocks in PyTorch, NCHW, reimplemented from its equations."""
+"""The article's blocks in PyTorch, NCHW, reimplemented from its equations.
+
+Parameters have the names of the article's classes.
+"""
 
 import math
 
@@ -6,44 +9,34 @@ import torch
 from torch import nn
 
 
-class MLP(nn.Module):
-    """Two layers without bias, C -> C // ratio -> C, with a ReLU in between."""
-
-    def __init__(self, channels, ratio):
-        super().__init__()
-        self.reduce = nn.Linear(channels, channels // ratio, bias=False)
-        self.expand = nn.Linear(channels // ratio, channels, bias=False)
-
-    def forward(self, descriptor):
-        return self.expand(torch.relu(self.reduce(descriptor)))
-
-
-class AlongChannels(nn.Module):
-    """A 1-D convolution along C; the width grows with the logarithm of C."""
-
-    def __init__(self, channels, gamma=2, b=1):
-        super().__init__()
-        t = int(abs((math.log2(channels) + b) / gamma))
-        k = t + (t + 1) % 2
-        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
-
-    def forward(self, descriptor):
-        return self.conv(descriptor[:, None])[:, 0]
-
-
-def pool(x, mode):
-    return {"avg": torch.mean, "max": torch.amax}[mode](x, dim=(2, 3))
-
-
 class Channel(nn.Module):
-    """sigmoid of the summed logits of the pools ``modes``, with one ``excite``."""
+    """sigmoid of the summed logits of the pools, from one MLP or one convolution.
 
-    def __init__(self, excite, modes):
+    The MLP is C -> C // ratio -> C without biases; without a ratio it is a convolution
+    along C, whose width grows with the logarithm of C.
+    """
+
+    def __init__(self, pools, channels, ratio=None):
         super().__init__()
-        self.excite, self.modes = excite, modes
+        self.pools = pools
+        if ratio is None:
+            t = int(abs((math.log2(channels) + 1) / 2))
+            k = t + (t + 1) % 2
+            self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+        else:
+            self.fc_layers = nn.Sequential(
+                nn.Linear(channels, channels // ratio, bias=False),
+                nn.ReLU(),
+                nn.Linear(channels // ratio, channels, bias=False),
+            )
+
+    def logits(self, descriptor):
+        if hasattr(self, "conv"):
+            return self.conv(descriptor[:, None])[:, 0]
+        return self.fc_layers(descriptor)
 
     def forward(self, x):
-        logits = sum(self.excite(pool(x, mode)) for mode in self.modes)
+        logits = sum(self.logits(pool(x, dim=(2, 3))) for pool in self.pools)
         return x * torch.sigmoid(logits)[:, :, None, None]
 
 
@@ -64,25 +57,26 @@ class CBAM(nn.Module):
 
     def __init__(self, channel, spatial):
         super().__init__()
-        self.channel, self.spatial = channel, spatial
+        self.channel_attention_block = channel
+        self.spatial_attention_block = spatial
 
     def forward(self, x):
-        return self.spatial(self.channel(x))
+        return self.spatial_attention_block(self.channel_attention_block(x))
 
 
-BOTH = ("avg", "max")
+AVG, MAX = (torch.mean,), (torch.amax,)
 
 
 def build(block, channels, *, ratio, k):
     """The block that ``tests.cases`` calls ``block``, for ``channels`` channels."""
     make = {
-        "se": lambda: Channel(MLP(channels, ratio), ("avg",)),
-        "se-max": lambda: Channel(MLP(channels, ratio), ("max",)),
-        "eca": lambda: Channel(AlongChannels(channels), ("avg",)),
-        "channel": lambda: Channel(MLP(channels, ratio), BOTH),
-        "channel-conv": lambda: Channel(AlongChannels(channels), BOTH),
+        "se": lambda: Channel(AVG, channels, ratio),
+        "se-max": lambda: Channel(MAX, channels, ratio),
+        "eca": lambda: Channel(AVG, channels),
+        "channel": lambda: Channel(AVG + MAX, channels, ratio),
+        "channel-conv": lambda: Channel(AVG + MAX, channels),
         "spatial": lambda: Spatial(k),
-        "cbam": lambda: CBAM(Channel(MLP(channels, ratio), BOTH), Spatial(k)),
-        "cbam-conv": lambda: CBAM(Channel(AlongChannels(channels), BOTH), Spatial(k)),
+        "cbam": lambda: CBAM(make["channel"](), Spatial(k)),
+        "cbam-conv": lambda: CBAM(make["channel-conv"](), Spatial(k)),
     }
     return make[block]()

@@ -1,7 +1,7 @@
 """The official code's blocks in PyTorch, NCHW, reimplemented from their definitions.
 
-Parameters have the names of the published files, where those are PyTorch's: CBAM and
-ECA-Net. SENet is Caffe; its layers are called ``down`` and ``up`` there.
+Parameters have the names of the published files. Those of SENet are Caffe's; its
+layers are ``fc1`` and ``fc2`` in PyTorch.
 
 Sources: https://github.com/hujie-frank/SENet (models/SE-ResNet-50.prototxt),
 https://github.com/BangguWu/ECANet (models/eca_module.py),
@@ -21,12 +21,12 @@ class SENet(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.down = nn.Conv2d(channels, channels // 16, 1)
-        self.up = nn.Conv2d(channels // 16, channels, 1)
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1)
 
     def forward(self, x):
         mean = F.adaptive_avg_pool2d(x, 1)
-        return x * torch.sigmoid(self.up(F.relu(self.down(mean))))
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))
 
 
 class ECANet(nn.Module):

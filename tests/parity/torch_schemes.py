@@ -1,4 +1,4 @@
-"""Blocks in PyTorch with the attribute names that other packages give them, NCHW.
+"""Blocks and a ResNet in PyTorch with the names that other packages have, NCHW.
 
 Written anew from their definitions; the sources are beside the rules of
 ``flax_attn.convert``.
@@ -6,19 +6,6 @@ Written anew from their definitions; the sources are beside the rules of
 
 import torch
 from torch import nn
-
-
-class SENet(nn.Module):
-    """``fc1`` and ``fc2``, 1x1 convolutions: SENet in PyTorch."""
-
-    def __init__(self, channels, hidden):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x):
-        mean = x.mean((2, 3), keepdim=True)
-        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(mean))))
 
 
 class EfficientNetSE(nn.Module):
@@ -111,3 +98,46 @@ class CaSa(nn.Module):
     def forward(self, x):
         x = self.ca(x) * x
         return self.sa(x) * x
+
+
+class Residual(nn.Module):
+    """Two convolutions, the attention ``make``, and a shortcut called ``shortcut``."""
+
+    def __init__(self, inputs, outputs, stride, make, shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.attention = make(outputs)
+        project = nn.Sequential()
+        if inputs != outputs:
+            project.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            project.append(nn.BatchNorm2d(outputs))
+        self.project = shortcut
+        self.add_module(shortcut, project)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.attention(self.bn2(self.conv2(y)))
+        return torch.relu(y + getattr(self, self.project)(x))
+
+
+class ResNet8(nn.Module):
+    """Three blocks of 16, 32 and 64 filters; the last names differ between authors."""
+
+    def __init__(self, make, *, shortcut="downsample", head="fc"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        sizes = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+        for i, size in enumerate(sizes):
+            block = Residual(*size, make, shortcut)
+            self.add_module(f"layer{i + 1}", nn.Sequential(block))
+        self.head = head
+        self.add_module(head, nn.Linear(64, 10))
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return getattr(self, self.head)(x.mean((2, 3)))

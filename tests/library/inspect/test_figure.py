@@ -67,23 +67,13 @@ GATES = {"a": np.ones((2, 2, 2))}
 @pytest.mark.parametrize(
     "images, gates, options, says",
     [
-        (
-            IMAGES[0],
-            GATES,
-            {},
-            r"`images` must have shape \(N, H, W, 3\), got \(4, 4, 3",
-        ),
+        (IMAGES[0], GATES, {}, r"`images` must have .* 3\), got \(4, 4, 3"),
         (IMAGES, {}, {}, "`gates` must have at least one map, got none"),
-        (
-            IMAGES,
-            {"a": np.ones((2, 1, 1, 8))},
-            {},
-            r"`gate` must .* got \(2, 1, 1, 8\)",
-        ),
+        (IMAGES, {"a": np.ones((2, 1, 1, 8))}, {}, r"`gate` .* \(2, 1, 1, 8\)"),
         (IMAGES, GATES, {"limits": (1, 0)}, r"`limits` must .* got \(1, 0\)"),
     ],
 )
-def test_what_it_refuses(images, gates, options, says):
+def test_bad_arguments(images, gates, options, says):
     with pytest.raises(ValueError, match=says):
         plot(images, gates, **options)
 

@@ -124,7 +124,7 @@ def test_a_layer_is_called_once(layer, says):
         ({"mutable": True}, "`mutable` must be left out, got True"),
     ],
 )
-def test_what_it_refuses(options, says):
+def test_bad_arguments(options, says):
     x = normal((2, 4, 4, 2), 0)
     variables = jax.eval_shape(Model().init, jax.random.key(0), x)
     arguments = {"layer": "conv", "label": 0} | options
