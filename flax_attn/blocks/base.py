@@ -135,17 +135,15 @@ class Attention(nn.Module, kw_only=True):
         return tuple(range(-1 - self.spatial_dims, -1))
 
     def shared_fields(self, kind: type["Attention"]) -> dict[str, Any]:
-        """The fields that a block of the class ``kind`` has too."""
-        own, others = (
-            {field.name for field in dataclasses.fields(c)} - {"parent", "name"}
-            for c in (self, kind)
-        )
-        return {name: getattr(self, name) for name in own & others}
+        """The fields that a block of the class ``kind`` has too, for one inside."""
+        names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
+        own = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in own if name in names}
 
     def make_layer(self, kind: ModuleDef, *, is_last: bool = False) -> ModuleDef:
-        """``kind``, such as nn.Dense, with the fields that layers have.
+        """``kind``, such as nn.Dense, with the dtypes, bias and so on of the block.
 
-        ``is_last``: it makes the logits.
+        ``is_last``: it makes the logits, so it starts at zero with ``identity_init``.
         """
         return partial(
             kind,

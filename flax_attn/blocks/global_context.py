@@ -135,6 +135,6 @@ class GlobalContext(Attention, kw_only=True):
         weights = functional.apply_mask(jnp.exp(shifted), mask)
         options = self.map_options
         weighted = functional.scale(x.astype(weights.dtype), weights, **options)
-        total = functional.squeeze_spatial(weighted, **options)
-        norm = functional.squeeze_spatial(weights, **options)
-        return total / jnp.where(some, norm, 1)
+        mean = functional.squeeze_spatial(weighted, **options)
+        weight = functional.squeeze_spatial(weights, **options)
+        return mean / jnp.where(some, weight, 1)
