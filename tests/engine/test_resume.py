@@ -21,6 +21,7 @@ from train.data.inputs import DeviceInputs
 from train.engine import loop
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, resolve
+from train.engine.saved import saved_template
 
 # For more kills: FLAX_ATTN_KILLS=50 pytest -s -k killed.
 KILLS = int(os.environ.get("FLAX_ATTN_KILLS", 2))
@@ -40,9 +41,7 @@ def arrays(workdir):
     """Every array of the last checkpoint, and its record."""
     checkpoints = Checkpoints(workdir / "checkpoints", 3, pytest.fail)
     inputs = DeviceInputs(tiny_run.images(), CONFIG, loop.devices.make_mesh(1))
-    _, shapes = loop.saved_shapes(CONFIG, inputs)
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    tree, record = checkpoints.restore(template)
+    tree, record = checkpoints.restore(saved_template(CONFIG, inputs))
     checkpoints.close()
     del record["timing"]  # The clock's.
     return tree, record

@@ -15,7 +15,7 @@ from tests.study.runs import summary_of, write_block, write_run
 from train import compare
 from train.data import cifar as data
 from train.data.cifar import ImageSet
-from train.engine import interrupt, loop
+from train.engine import interrupt, loop, setup
 from train.engine.config import Config
 
 
@@ -173,7 +173,7 @@ def trained(monkeypatch):
             write_run(workdir.parent, config.attention, config.seed, accuracies)
         return types.SimpleNamespace(config=config, model=None, variables=None)
 
-    monkeypatch.setattr(loop, "load", lambda *_: images)
+    monkeypatch.setattr(setup, "load", lambda *_: images)
     monkeypatch.setattr(loop, "train", train)
     return calls
 
@@ -181,7 +181,7 @@ def trained(monkeypatch):
 def test_trains_seed_by_seed_and_resumes(trained, tmp_path, capsys, monkeypatch):
     recipe = ["--dataset", "digits", "--epochs", "2", "--workdir", str(tmp_path)]
     # 20 images do not fill the default batch.
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
+    monkeypatch.setattr(setup, "check_batch", lambda *_: None)
     compare.main(["--attentions", "se", "--seeds", "1", "0", *recipe])
     error = capsys.readouterr().err
     assert "The baseline none is trained too." in error
@@ -208,7 +208,7 @@ def test_a_batch_that_cannot_be_filled(trained, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_its_run_alone(
     trained, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
+    monkeypatch.setattr(setup, "check_batch", lambda *_: None)
     arguments = ["--attentions", "none", "eca", "se", "--seeds", "0"]
     recipe = ["--dataset", "digits", "--epochs", "2", "--workdir", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
@@ -268,7 +268,7 @@ def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
         raise interrupt.Interrupted(signal.SIGTERM, "stopped.", saved=True)
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
+    monkeypatch.setattr(setup, "check_batch", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
     assert stop.value.code == 143

@@ -14,7 +14,7 @@ from tests.processes import finish, metrics_of, process_options, run, start, wai
 from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
-from train.engine import devices, loop
+from train.engine import devices, setup
 from train.engine.config import Config, resolve
 
 IMAGES = {"train": 200, "val": 30}
@@ -150,7 +150,7 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "train.data.folders")
     monkeypatch.delattr(train.data, "folders")
     with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
-        loop.load(resolve(Config(loader="grain")))
+        setup.load(resolve(Config(loader="grain")))
 
 
 def test_a_position_in_other_images_is_refused(data_dir):

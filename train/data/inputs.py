@@ -76,12 +76,7 @@ class DeviceInputs:
     """All images on each device; a batch is their indices."""
 
     def __init__(self, images: ImageSet, config: Resolved, mesh: Mesh) -> None:
-        """Puts the images on the devices.
-
-        Raises:
-          ValueError: the images do not fill a batch.
-        """
-        check_batch_size(config, len(images.train_images))
+        """Puts the images on the devices."""
         self.mesh = mesh
         self.batch_size = config.batch_size
         self.size = len(images.train_images)
@@ -131,15 +126,6 @@ class DeviceInputs:
 
     def close(self) -> None:
         """Does nothing."""
-
-
-def check_batch_size(config: Resolved, size: int) -> None:
-    """Raises ``ValueError`` for a batch larger than the ``size`` training images."""
-    if config.batch_size > size:
-        raise ValueError(
-            f"`batch_size` must be at most the {size:,} training images of "
-            f"{config.dataset}, got {config.batch_size:,}; pass a smaller --batch-size."
-        )
 
 
 def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:

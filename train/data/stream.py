@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.data import folders
-from train.data.inputs import check_batch_size, normalize
+from train.data.inputs import normalize
 from train.engine import devices
 from train.engine.config import Resolved
 
@@ -37,7 +37,6 @@ class FolderInputs:
         Raises:
           ValueError: the images do not fill a batch.
         """
-        check_batch_size(config, len(images.train))
         self.mesh = mesh
         self.images = images
         self.image_size = config.image_size

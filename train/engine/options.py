@@ -48,7 +48,9 @@ def _with_help(options: type[T], notes: Mapping[str, str]) -> type[T]:
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cast(Any, options)):
         hint, default = hints[field.name], field.default
-        inner, *metadata = typing.get_args(hint) if _is_annotated(hint) else (hint,)
+        inner, *metadata = (
+            typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        )
         if dataclasses.is_dataclass(inner):
             inner = _with_help(cast(type[Any], inner), notes)
             default = inner(**vars(default))
@@ -81,7 +83,3 @@ def _argument(hint: Any, text: str, default: Any, has_choices: bool) -> Any:
         metavar=metavar,
         help_behavior_hint="" if default in (None, ()) else None,
     )
-
-
-def _is_annotated(hint: Any) -> bool:
-    return typing.get_origin(hint) is Annotated
