@@ -211,23 +211,6 @@ def test_a_pass_shows_each_image_once(images, batch_size, process_count):
     assert not everything["image"][33:].any() and not everything["label"][33:].any()
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
-        ({"image_size": 0}, "`image_size` must be at least 1, got 0"),
-        ({"process_count": 0}, "`process_count` must be at least 1, got 0"),
-        ({"process_count": 2, "process_index": 2}, r"in \[0, 2\), .* got 2"),
-        ({"process_index": -1}, r"`process_index` must be in \[0, 1\), .* got -1"),
-        ({"process_count": 3}, r"multiple of the 3 processes, got 8; .* is 3 \* 3"),
-    ],
-)
-@pytest.mark.parametrize("read", [lambda *a, **k: take(a[0], 1, **k), passes])
-def test_arguments_out_of_range(images, read, options, message):
-    with pytest.raises(ValueError, match=message):
-        read(images, **options)
-
-
 def test_a_batch_that_the_images_cannot_fill(images):
     with pytest.raises(ValueError, match="at most the 203 training images.* got 204"):
         take(images, 1, batch_size=204)
