@@ -68,15 +68,9 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = parse(
-        Options,
-        prog=PROG,
-        args=args,
-        notes={"blocks": block_names(args)},
-    )
+    options = parse(Options, prog=PROG, args=args, notes={"blocks": block_names(args)})
     with exit_codes(PROG):
-        options = _resolve(options)
-        _measure_and_print(options)
+        _measure_and_print(_resolve(options))
 
 
 def _resolve(options: Options) -> Options:

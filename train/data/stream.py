@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.data import folders
-from train.data.inputs import normalize
+from train.data.inputs import Inputs, normalize
 from train.engine import devices
 from train.engine.config import Resolved
 
@@ -26,7 +26,7 @@ class Scale:
     std: jax.Array | np.ndarray
 
 
-class FolderInputs:
+class FolderInputs(Inputs):
     """Batches that Grain reads; each process reads its own rows."""
 
     def __init__(

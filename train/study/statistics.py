@@ -23,10 +23,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     from scipy import stats  # Slow to import.
 
     low, high = stats.t.interval(
-        COVERAGE,
-        len(values) - 1,
-        loc=statistics.fmean(values),
-        scale=stats.sem(values),
+        COVERAGE, len(values) - 1, loc=statistics.fmean(values), scale=stats.sem(values)
     )
     return float(low), float(high)
 
