@@ -42,18 +42,6 @@ def files_of(folder):
     }
 
 
-def draw(*arguments):
-    gates.main([str(a) for a in arguments])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        draw(*arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeypatch):
     folder, params = run
     before = files_of(folder)
@@ -71,23 +59,23 @@ def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeyp
     monkeypatch.setattr(study, "spatial_gates", spatial_gates)
     monkeypatch.setattr(study, "grad_cam", grad_cam)
     out = tmp_path / "out.png"
-    draw(folder, "--out", out, "--images", 2)
+    gates.main([str(folder), "--out", str(out), "--images", "2"])
     assert out.read_bytes().startswith(b"\x89PNG")
     assert seen["count"] == 2 and seen["model"].stages == (1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, seen["variables"]["params"], params)
     assert files_of(folder) == before
 
 
-def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
+def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     folder, *_ = run
-    assert "`run` must be a workdir of train.cifar, got" in refused(capsys, tmp_path)
+    assert "`run` must be a workdir of train.cifar, got" in refused(gates, tmp_path)
     for images in (0, -3):
         says = f"`images` must be at least 1, got {images}."
-        assert says in refused(capsys, folder, "--images", images)
+        assert says in refused(gates, folder, "--images", images)
     says = "`limits` must be two numbers, the lower one first, got 0.5 0.5"
-    assert says in refused(capsys, folder, "--limits", 0.5, 0.5)
+    assert says in refused(gates, folder, "--limits", 0.5, 0.5)
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
     monkeypatch.setattr(setup, "load", tiny_run.images)
-    assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)
+    assert "holds no checkpoint; train there first." in refused(gates, tmp_path)
     monkeypatch.setattr(study, "spatial_gates", lambda *_, count: (None, {}))
-    assert "`run` must have a spatial gate" in refused(capsys, folder)
+    assert "`run` must have a spatial gate" in refused(gates, folder)
