@@ -109,15 +109,7 @@ def test_threads_do_not_change_the_stream(images, stream, num_threads):
     assert_same(take(images, 9, num_threads=num_threads)[0], stream[:9])
 
 
-POSITIONS = (
-    0,
-    1,
-    7,
-    STEPS_PER_EPOCH - 1,
-    STEPS_PER_EPOCH,
-    STEPS_PER_EPOCH + 1,
-    2 * STEPS_PER_EPOCH,
-)
+POSITIONS = (0, 1, 7, *(STEPS_PER_EPOCH + i for i in (-1, 0, 1)), 2 * STEPS_PER_EPOCH)
 
 
 def test_resume_from_a_state(images, stream):
@@ -148,9 +140,6 @@ OLD_JAXLIB = "worker profiling requires jaxlib extension version"
 PROGRAM = """
 import contextlib, hashlib, json, sys
 from pathlib import Path
-from tests.data.streams import (
- BATCH,OPTIONS,SIZE,folder_of,joined,noise,passes,take,
-)
 from train.data import folders
 
 images = folders.scan(Path(sys.argv[1]))
@@ -188,15 +177,8 @@ def test_resume_from_a_state_in_a_fresh_process(root, images, stream):
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_a_pass_shows_each_image_once(images, batch_size, process_count):
     batch_size -= batch_size % process_count
-    shares = [
-        passes(
-            images,
-            batch_size=batch_size,
-            process_index=i,
-            process_count=process_count,
-        )
-        for i in range(process_count)
-    ]
+    options = {"batch_size": batch_size, "process_count": process_count}
+    shares = [passes(images, **options, process_index=i) for i in range(process_count)]
     whole = [joined(rows) for rows in zip(*shares, strict=True)]
     assert len(whole) == -(-33 // batch_size)
     everything = joined(whole)

@@ -113,8 +113,7 @@ def test_bad_arguments(arguments, message, data_dir, tmp_path, refused):
 
 def test_damaged_images_are_left_out(data_dir, tmp_path, capsys):
     """Named and counted before the rest of the command line is refused."""
-    copy = tmp_path / "images"
-    shutil.copytree(data_dir, copy)
+    copy = shutil.copytree(data_dir, tmp_path / "images")
     damaged = ("train/class0/0004.png", "val/class1/0001.png")
     for name in damaged:
         content = (copy / name).read_bytes()
