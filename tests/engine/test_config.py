@@ -67,9 +67,11 @@ KERNELS = {
     "se+identity": {"expand/kernel": False, "reduce/kernel": True},
     "se+1e-05lr": {"expand/kernel": True, "reduce/kernel": True},
     "timm_cbam+identity": {
-        **{"channel/expand/kernel": False, "channel/reduce/kernel": True},
+        "channel/expand/kernel": False,
+        "channel/reduce/kernel": True,
         "spatial/conv/kernel": True,
-        **{"spatial/norm/bias": False, "spatial/norm/scale": False},
+        "spatial/norm/bias": False,
+        "spatial/norm/scale": False,
     },
 }
 
