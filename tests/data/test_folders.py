@@ -1,9 +1,7 @@
 """Folders of images: what is in them, and what is damaged."""
 
-import importlib.util
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -164,10 +162,3 @@ def test_a_broken_file_stops_the_stream(tmp_path, num_threads, content, reason):
             read()
         assert "\n" not in str(error.value)
         assert "with --skip-damaged" in str(error.value)
-
-
-def test_without_grain(monkeypatch):
-    monkeypatch.setitem(sys.modules, "grain", None)
-    spec = importlib.util.spec_from_file_location("without_grain", folders.__file__)
-    with pytest.raises(ImportError, match=r'extra `grain`: pip install -e "\.\[grain'):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
