@@ -73,11 +73,9 @@ def summarize(logs: Sequence[Log]) -> dict[str, Any]:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    distinct: list[Any] = []
-    for value in values:
-        if value not in distinct:
-            distinct.append(value)
-    return distinct
+    """Without repetitions, in their order; the values need not be hashable."""
+    values = list(values)
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _summarize_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]:
