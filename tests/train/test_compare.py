@@ -196,7 +196,7 @@ def test_a_batch_that_cannot_be_filled(trained, tmp_path, refused):
 def test_a_loss_that_is_not_finite_stops_its_run_alone(trained, tmp_path, capsys):
     arguments = ["--attentions", "none", "eca", "se", "--seeds", "0"]
     recipe = ["--dataset", "digits", "--epochs", "2", "--workdir", str(tmp_path)]
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="^1$"):
         compare.main([*arguments, *recipe])
     output = capsys.readouterr()
     assert "train.compare: eca-seed0: The loss is nan." in output.err
@@ -240,7 +240,7 @@ def test_a_comparison_that_really_trains(environment, tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^2$"):
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path / "file")])
     assert "cannot be written to (Not a directory)" in capsys.readouterr().err
 
@@ -250,7 +250,7 @@ def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
         raise interrupt.Interrupted(signal.SIGTERM, "stopped.", saved=True)
 
     monkeypatch.setattr(loop, "train", train)
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match="^143$"):
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "train.compare: none-seed0: stopped."

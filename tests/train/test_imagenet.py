@@ -119,7 +119,7 @@ def test_damaged_images_are_left_out(data_dir, tmp_path, capsys):
         content = (copy / name).read_bytes()
         (copy / name).write_bytes(content[: len(content) // 2])
     arguments = ["--data-dir", str(copy), "--workdir", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^2$"):
         imagenet.main([*arguments, "--skip-damaged", "--batch-size", "200"])
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     first, second, count, last = (
