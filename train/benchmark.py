@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from train.engine.command import exit_codes
 from train.engine.config import check_choice, check_count
-from train.engine.options import parse
+from train.engine.options import block_names, parse
 from train.study.tables import format_table
-from train.study.usage import block_names
 
 PROG = "train.benchmark"
 DTYPES = ("float32", "bfloat16", "float16")

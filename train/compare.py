@@ -20,11 +20,10 @@ import tyro
 from train.engine import config as config_lib
 from train.engine.command import debugging, exit_codes, stop
 from train.engine.config import Config
-from train.engine.options import parse
+from train.engine.options import block_names, parse
 from train.study import gates, logs
 from train.study import report as study
 from train.study.statistics import BASELINE
-from train.study.usage import block_names
 
 PROG = "train.compare"
 

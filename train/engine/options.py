@@ -5,6 +5,7 @@ the text of an option says what its default does.
 """
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,22 @@ def parse(
     shown = _with_help(options, notes or {})
     given: Any = {} if default is None else {"default": shown(**vars(default))}
     return tyro.cli(shown, prog=f"python -m {prog}", args=args, **given)
+
+
+def block_names(args: Sequence[str] | None, *more: str) -> str:
+    """The names of all blocks in a sentence, or nothing if ``args`` request no help.
+
+    Only for help, since it imports jax.
+
+    Args:
+      args: the command line; None for that of the process.
+      *more: names to list before the blocks.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        return ""
+    from flax_attn.blocks import BLOCKS
+
+    return f"Blocks: {', '.join((*more, *BLOCKS))}."
 
 
 def _with_help(options: type[T], notes: Mapping[str, str]) -> type[T]:
