@@ -44,7 +44,11 @@ class Inputs(Protocol):
     def batch(
         self, data: Any, item: Any, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalized, augmented images and the labels of one step; traced."""
+        """Normalized, augmented images and the labels of one step; traced.
+
+        By default those of ``test_batch``, for images that are augmented on the host.
+        """
+        return self.test_batch(data, item)
 
     def test_batches(self) -> Iterator[tuple[Any, jax.Array]]:
         """Batches of the test part, each image once, and the weights of their rows."""

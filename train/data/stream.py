@@ -62,12 +62,6 @@ class FolderInputs(Inputs):
             stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
             yield devices.join_shards(stacked, self.mesh, axis=1)
 
-    def batch(
-        self, data: Scale, item: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalizes; the crops were drawn on the host."""
-        return normalize(item["image"], data), item["label"]
-
     def test_batches(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """Yields batches in order and weights, 0 for the padding of the last one."""
         batches = folders.evaluation_batches(self.images, **self.options)
@@ -81,7 +75,7 @@ class FolderInputs(Inputs):
     def test_batch(
         self, data: Scale, item: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalizes."""
+        """Normalizes; the crops, in training too, were made on the host."""
         return normalize(item["image"], data), item["label"]
 
     def position(self) -> dict[str, Any]:
