@@ -98,7 +98,7 @@ ARCHIVES = {
     ),
 }
 
-# The same images as pickles, as torchvision and Keras download them; read, not fetched.
+# The same images as pickles, which torchvision and Keras download; only read here.
 PYTHON_ARCHIVES = {
     "cifar10": dataclasses.replace(
         ARCHIVES["cifar10"],

@@ -73,7 +73,7 @@ def summarize(logs: Sequence[Log]) -> dict[str, Any]:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    """Without repetitions, in their order; the values need not be hashable."""
+    """The values without repetitions, in order; they need not be hashable."""
     values = list(values)
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
