@@ -11,7 +11,7 @@ import numpy as np
 from flax_attn.resnet import BasicBlock, ResNet
 from train import cifar
 from train.data.cifar import ImageSet
-from train.engine import loop, model
+from train.engine import model, setup
 
 SIZE = 8
 
@@ -30,6 +30,6 @@ def images(config=None):
 
 
 if __name__ == "__main__":
-    loop.load = images
+    setup.load = images
     model.cifar_resnet = network
     cifar.main([*"--depth 8 --batch-size 8".split(), *sys.argv[1:]])

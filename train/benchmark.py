@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from train.engine.command import exit_codes
 from train.engine.config import check_choice, check_count
-from train.engine.options import parse
+from train.engine.options import block_names, parse
 from train.study.tables import format_table
-from train.study.usage import block_names
 
 PROG = "train.benchmark"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,15 +67,9 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = parse(
-        Options,
-        prog=PROG,
-        args=args,
-        notes={"blocks": block_names(args)},
-    )
+    options = parse(Options, prog=PROG, args=args, notes={"blocks": block_names(args)})
     with exit_codes(PROG):
-        options = _resolve(options)
-        _measure_and_print(options)
+        _measure_and_print(_resolve(options))
 
 
 def _resolve(options: Options) -> Options:

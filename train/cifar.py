@@ -50,15 +50,15 @@ def main(
 
 def _run(config: Config) -> None:
     # Only now, so that --help and a mistyped option answer at once.
-    from train.engine import devices, interrupt, loop, workdir
+    from train.engine import devices, interrupt, loop, setup, workdir
     from train.study.gates import has_spatial_gate
 
-    config = loop.validate(config)
+    config = setup.validate(config)
     devices.join(config)
     folder = workdir.choose(config)
     devices.on_main(lambda: workdir.check_resumable(folder, config))
-    images = loop.load(config)
-    loop.check_batch(config, images)
+    images = setup.load(config)
+    setup.check_batch(config, images)
     quoted = shlex.quote(folder.as_posix())  # Also understood on Windows.
     try:
         with interrupt.listening():

@@ -20,11 +20,10 @@ import tyro
 from train.engine import config as config_lib
 from train.engine.command import debugging, exit_codes, stop
 from train.engine.config import Config
-from train.engine.options import parse
+from train.engine.options import block_names, parse
 from train.study import gates, logs
 from train.study import report as study
 from train.study.statistics import BASELINE
-from train.study.usage import block_names
 
 PROG = "train.compare"
 
@@ -41,7 +40,7 @@ class Recipe(Config):
     seed: tyro.conf.Suppress[int] = 0
     workdir: tyro.conf.Suppress[Path | None] = None
     # A comparison always resumes, in one process.
-    resume: tyro.conf.Suppress[str] = "auto"
+    resume: tyro.conf.Suppress[Literal["auto", "never"]] = "auto"
     coordinator: tyro.conf.Suppress[str | None] = None
     num_processes: tyro.conf.Suppress[int | None] = None
     process_id: tyro.conf.Suppress[int | None] = None
@@ -68,12 +67,8 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line ``args``, by default that of the process."""
-    options = parse(
-        Options,
-        prog=PROG,
-        args=args,
-        notes={"attentions": block_names(args, BASELINE)},
-    )
+    notes = {"attentions": block_names(args, BASELINE)}
+    options = parse(Options, prog=PROG, args=args, notes=notes)
     with exit_codes(PROG):
         all_finite = options.report_only or _train(options)
         print(study.write_report(options.workdir))
@@ -86,19 +81,16 @@ def _train(options: Options) -> bool:
     # Only now, so that --help, a mistyped option and a report need no jax.
     from tqdm.auto import tqdm
 
-    from train.engine import interrupt, loop
+    from train.engine import interrupt, loop, setup
 
     tasks = plan(options)
     for config in tasks:
-        loop.validate(config)
+        setup.validate(config)
     recipe = config_lib.resolve(options.recipe)
-    configs = [
-        config_lib.recipe(recipe),
-        *logs.read_configs(options.workdir),
-    ]
+    configs = [config_lib.recipe(recipe), *logs.read_configs(options.workdir)]
     logs.check_same_recipe(options.workdir, configs)
-    images = loop.load(recipe)
-    loop.check_batch(recipe, images)
+    images = setup.load(recipe)
+    setup.check_batch(recipe, images)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True
@@ -167,10 +159,7 @@ def plan(options: Options) -> list[Config]:
             )
     if BASELINE not in options.attentions:
         blocks.insert(0, attention_fields(BASELINE))
-    common = {
-        field.name: getattr(options.recipe, field.name)
-        for field in dataclasses.fields(Config)
-    }
+    common = vars(options.recipe)
     return [
         Config(**common | block | {"seed": seed})
         for seed in options.seeds

@@ -58,11 +58,11 @@ def draw(options: Options) -> None:
     # Only now, so that a mistyped path answers at once.
     from flax_attn import inspect
     from flax_attn.blocks import BLOCKS
-    from train.engine import devices, loop
+    from train.engine import devices, saved, setup
 
-    inputs = loop.make_inputs(config, loop.load(config), devices.make_mesh(1))
+    inputs = setup.make_inputs(config, setup.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
-        model, variables = loop.last_saved(config, inputs, options.run)
+        model, variables = saved.last_saved(config, inputs, options.run)
         trained = model, variables, inputs
         shown, gates = study.spatial_gates(*trained, count=options.images)
         if not gates:

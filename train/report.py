@@ -14,9 +14,7 @@ import tyro
 from train.engine.command import exit_codes
 from train.engine.workdir import METRICS
 from train.study.logs import read_lines
-from train.study.plots import plot_bars, plot_curves
-
-__all__ = ["main", "name_of", "plot_bars", "plot_curves", "read"]
+from train.study.plots import plot_curves
 
 DRAWN = {"epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy"}
 

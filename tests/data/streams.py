@@ -64,6 +64,6 @@ def folder_of(root, *pictures):
     return folders.scan(root)
 
 
-def noise(width, height, channels=3):
+def noise(width, height):
     rng = np.random.default_rng([width, height])
-    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8).squeeze()
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -25,6 +25,14 @@ TINY = data.Archive(
     num_classes=10,
     label_bytes=2,
 )
+PYTHON = dataclasses.replace(
+    TINY,
+    name="tiny-python.tar.gz",
+    folder="tiny-py",
+    train_files=("a", "b"),
+    test_files=("t",),
+    pickled_labels=(b"coarse_labels", b"fine_labels"),
+)
 
 
 def records(n, seed):
@@ -43,14 +51,26 @@ def write_folder(folder, files=FILES):
         (folder / name).write_bytes(array.tobytes())
 
 
-def tar_bytes(files=FILES, folder="tiny-bin"):
+def member(name, content, **fields):
+    """A member of an archive, with whatever header it claims to have."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def archive_of(*members):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, array in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = array.nbytes
-            tar.addfile(info, io.BytesIO(array.tobytes()))
+        for info, content in members:
+            tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def tar_bytes(files=FILES, folder="tiny-bin"):
+    members = (member(f"{folder}/{n}", array.tobytes()) for n, array in files.items())
+    return archive_of(*members)
 
 
 def known(content, **fields):
@@ -64,8 +84,20 @@ def tiny(monkeypatch):
     def register(archive=TINY):
         monkeypatch.setitem(data.ARCHIVES, "tiny", archive)
 
+    monkeypatch.setitem(data.PYTHON_ARCHIVES, "tiny", PYTHON)
     register()
     return register
+
+
+@pytest.fixture
+def published(tiny, tmp_path):
+    """Writes an archive whose hash is that of the published one."""
+
+    def write(content):
+        tiny(known(content))
+        (tmp_path / "tiny.tar.gz").write_bytes(content)
+
+    return write
 
 
 @pytest.fixture
@@ -105,10 +137,8 @@ def test_a_folder_inside_or_itself(tiny, tmp_path):
     check(data.load("tiny", tmp_path / "tiny-bin"))
 
 
-def test_an_archive(tiny, tmp_path):
-    content = tar_bytes()
-    tiny(known(content))
-    (tmp_path / "tiny.tar.gz").write_bytes(content)
+def test_an_archive(published, tmp_path):
+    published(tar_bytes())
     check(data.load("tiny", tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.tar.gz"]
 
@@ -175,105 +205,83 @@ def test_a_damaged_archive_is_not_used(tiny, tmp_path):
     assert path.exists()
 
 
-@pytest.mark.parametrize(
-    "files, folder, reason",
-    [
-        ({"a.bin": FILES["a.bin"]}, "tiny-bin", "tiny-bin/b.bin"),
-        (FILES, "../tiny-bin", "tiny-bin/a.bin"),
-        (FILES | {"a.bin": records(4, 0)}, "tiny-bin", "a.bin has 12,296 bytes, not"),
-        (FILES | {"t.bin": records(9, 0)}, "tiny-bin", "t.bin has .* bytes, not 9,222"),
-    ],
-)
-def test_an_archive_with_other_contents(tiny, tmp_path, files, folder, reason):
-    content = tar_bytes(files, folder)
-    tiny(known(content))
-    (tmp_path / "tiny.tar.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match=f"is corrupt.*{reason}"):
-        data.load("tiny", tmp_path)
-
-
-def member(name, content, **fields):
-    """A member of an archive, with whatever header it claims to have."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, content
-
-
-A = FILES["a.bin"].tobytes()
+NAME, A = "tiny-bin/a.bin", FILES["a.bin"].tobytes()
 GOOD = {n: member(f"tiny-bin/{n}", FILES[n].tobytes()) for n in FILES}
 
 
-def hostile(*members):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for info, content in members:
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+def archive_with(*members):
+    """An archive with other members in place of a.bin."""
+    return archive_of(*members, GOOD["b.bin"], GOOD["t.bin"])
 
 
-@pytest.mark.parametrize(
-    "first, reason",
-    [
-        ([], "tiny-bin/a.bin is not in it"),
-        ([member("tiny-bin/../tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
-        ([member("/tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
-        ([member("./tiny-bin/a.bin", A)], "tiny-bin/a.bin is not in it"),
-        (
-            [
-                member("tiny-bin/real", A),
-                member("tiny-bin/a.bin", b"", type=tarfile.SYMTYPE, linkname="real"),
-            ],
-            "a.bin in it is not a file",
-        ),
-        (
-            [
-                member("real", A),
-                member("tiny-bin/a.bin", b"", type=tarfile.LNKTYPE, linkname="real"),
-            ],
-            "a.bin in it is not a file",
-        ),
-        (
-            [
-                member(
-                    "tiny-bin/a.bin", b"", type=tarfile.SYMTYPE, linkname="/etc/hosts"
-                )
-            ],
-            "a.bin in it is not a file",
-        ),
-        ([member("tiny-bin/a.bin", b"", type=tarfile.DIRTYPE)], "is not a file"),
-        ([member("tiny-bin/a.bin", b"", type=tarfile.CHRTYPE)], "is not a file"),
-        ([member("tiny-bin/a.bin", b"", type=tarfile.FIFOTYPE)], "is not a file"),
-        ([member("tiny-bin/a.bin", A + b"?")], "a.bin has 15,371 bytes, not 15,370"),
-        ([member("tiny-bin/a.bin", A[:-1])], "a.bin has 15,369 bytes, not 15,370"),
-        ([GOOD["a.bin"], member("tiny-bin/a.bin", A)], "a.bin is in it twice"),
-        ([GOOD["a.bin"], member("tiny-bin/b.bin", A)], "b.bin is in it twice"),
-    ],
-)
-def test_a_hostile_archive(tiny, tmp_path, first, reason):
-    """Whose hash is that of the published one."""
-    content = hostile(*first, GOOD["b.bin"], GOOD["t.bin"])
-    tiny(known(content))
-    (tmp_path / "tiny.tar.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match=f"is corrupt.*{reason}"):
+def special(kind, linkname=""):
+    """A member a.bin that is no regular file."""
+    return member(NAME, b"", type=kind, linkname=linkname)
+
+
+def huge():
+    """A terabyte that does not exist is neither read nor allocated."""
+    info, _ = member(NAME, b"", size=10**12)
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + A)
+
+
+def damaged_late():
+    """Nonsense in the compressed stream, after more than any buffer holds."""
+    tar = gzip.decompress(archive_with(member("tiny-bin/first", bytes(10**6))))
+    gz = zlib.compressobj(wbits=31)
+    return gz.compress(tar[:500_000]) + gz.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99
+
+
+BAD_ARCHIVES = {
+    "missing": (tar_bytes({"a.bin": FILES["a.bin"]}), "tiny-bin/b.bin is not in it"),
+    "folder": (tar_bytes(FILES, "../tiny-bin"), "tiny-bin/a.bin is not in it"),
+    "fewer": (tar_bytes(FILES | {"a.bin": records(4, 0)}), "a.bin has 12,296 bytes"),
+    "more": (tar_bytes(FILES | {"t.bin": records(9, 0)}), "bytes, not 9,222"),
+    "absent": (archive_with(), "tiny-bin/a.bin is not in it"),
+    **{
+        f"path {name}": (archive_with(member(name, A)), "tiny-bin/a.bin is not in it")
+        for name in (f"tiny-bin/../{NAME}", f"/{NAME}", f"./{NAME}")
+    },
+    "symbolic link": (
+        archive_with(member("tiny-bin/real", A), special(tarfile.SYMTYPE, "real")),
+        "a.bin in it is not a file",
+    ),
+    "hard link": (
+        archive_with(member("real", A), special(tarfile.LNKTYPE, "real")),
+        "a.bin in it is not a file",
+    ),
+    **{
+        kind: (archive_with(special(code, "/etc/hosts")), "a.bin in it is not a file")
+        for kind, code in (
+            ("link outside", tarfile.SYMTYPE),
+            ("directory", tarfile.DIRTYPE),
+            ("device", tarfile.CHRTYPE),
+            ("pipe", tarfile.FIFOTYPE),
+        )
+    },
+    "byte more": (archive_with(member(NAME, A + b"?")), "has 15,371 bytes, not"),
+    "byte less": (archive_with(member(NAME, A[:-1])), "has 15,369 bytes, not"),
+    "a twice": (archive_with(GOOD["a.bin"], GOOD["a.bin"]), "a.bin is in it twice"),
+    "b twice": (archive_with(*GOOD.values()), "b.bin is in it twice"),
+    "huge": (huge(), "a.bin has 1,000,000,000,000 bytes, not"),
+    "EOFError": (tar_bytes()[: len(tar_bytes()) // 2], ": .+"),
+    "damaged late": (damaged_late(), ": .+"),
+    "ReadError": (b"PK" + tar_bytes()[2:], ": .+"),
+    "empty": (gzip.compress(b""), ": .+"),
+}
+
+
+@pytest.mark.parametrize("content, reason", BAD_ARCHIVES.values(), ids=BAD_ARCHIVES)
+def test_a_hostile_or_damaged_archive(published, tmp_path, content, reason):
+    published(content)
+    with pytest.raises(data.DataError, match=f"tiny.tar.gz is corrupt.*{reason}"):
         data.load("tiny", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.tar.gz"]
 
 
-def test_a_member_that_claims_to_be_huge(tiny, tmp_path):
-    """A terabyte that does not exist is neither read nor allocated."""
-    info, _ = member("tiny-bin/a.bin", b"", size=10**12)
-    content = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + A)
-    tiny(known(content))
-    (tmp_path / "tiny.tar.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match="a.bin has 1,000,000,000,000 bytes, not"):
-        data.load("tiny", tmp_path)
-
-
 def test_other_members_are_ignored(tiny, tmp_path):
     """And nothing is unpacked to the disk."""
-    content = hostile(
+    content = archive_of(
         member("../escaped", b"!"),
         member(f"{tmp_path}/escaped", b"!"),
         member("tiny-bin", b"", type=tarfile.SYMTYPE, linkname="/etc"),
@@ -286,30 +294,6 @@ def test_other_members_are_ignored(tiny, tmp_path):
     check(data.load("tiny", tmp_path / "in"))
     names = sorted(p.name for p in tmp_path.rglob("*"))
     assert names == ["in", "tiny.tar.gz"]
-
-
-def damaged_late():
-    """Nonsense in the compressed stream, after more than any buffer holds."""
-    tar = gzip.decompress(hostile(member("tiny-bin/first", bytes(10**6))))
-    gz = zlib.compressobj(wbits=31)
-    return gz.compress(tar[:500_000]) + gz.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda c: c[: len(c) // 2],  # EOFError
-        lambda c: damaged_late(),
-        lambda c: b"PK" + c[2:],  # ReadError
-        lambda c: gzip.compress(b""),
-    ],
-)
-def test_an_archive_that_cannot_be_read(tiny, tmp_path, damage):
-    content = damage(tar_bytes())
-    tiny(known(content))
-    (tmp_path / "tiny.tar.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match="tiny.tar.gz is corrupt: .+"):
-        data.load("tiny", tmp_path)
 
 
 def test_a_folder_with_other_contents(tiny, tmp_path):
@@ -343,17 +327,7 @@ def test_digits():
     assert set(images.test_labels) == set(range(10)) and not images.flip
     # Every scan is in exactly one part.
     total = np.concatenate([images.train_labels, images.test_labels])
-    assert np.bincount(total).tolist() == [
-        178,
-        182,
-        177,
-        183,
-        181,
-        182,
-        181,
-        179,
-        174,
-        180,
-    ]
+    counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(total).tolist() == counts
     again = data.load("digits", None)
     np.testing.assert_array_equal(again.test_images, images.test_images)

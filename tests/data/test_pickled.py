@@ -8,18 +8,10 @@ import pickle
 import numpy as np
 import pytest
 
-from tests.data.test_data import FILES, TINY, check, hostile, member
+from tests.data.test_data import FILES, PYTHON, TINY, archive_of, check, member
 from train.data import cifar as data
 from train.data import pickled
 
-PYTHON = dataclasses.replace(
-    TINY,
-    name="tiny-python.tar.gz",
-    folder="tiny-py",
-    train_files=("a", "b"),
-    test_files=("t",),
-    pickled_labels=(b"coarse_labels", b"fine_labels"),
-)
 KEYS = PYTHON.pickled_labels
 
 
@@ -61,7 +53,7 @@ def test_a_folder_inside_or_itself(tiny, tmp_path):
 
 
 def test_an_archive(tiny, tmp_path):
-    content = hostile(*(member(f"tiny-py/{n}", b) for n, b in BATCHES.items()))
+    content = archive_of(*(member(f"tiny-py/{n}", b) for n, b in BATCHES.items()))
     tiny(sha256=hashlib.sha256(content).hexdigest())
     (tmp_path / "tiny-python.tar.gz").write_bytes(content)
     check(data.load("tiny", tmp_path))

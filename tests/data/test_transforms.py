@@ -113,7 +113,6 @@ def test_the_evaluation_transform(tmp_path, width, height):
 
 def test_thin_images(tmp_path):
     tall, wide = noise(1, 5000), noise(5000, 1)
-    tall, wide = tall.reshape(5000, 1, 3), wide.reshape(1, 5000, 3)
     found = folder_of(tmp_path, *map(Image.fromarray, (tall, wide, tall[:1])))
     images = passes(found, batch_size=3)[0]["image"]
     # Even length: the center lies between two pixels, and only they contribute.

@@ -1,5 +1,6 @@
 """Checkpoints without a run: damaged ones, full disks, and which are kept."""
 
+import contextlib
 import logging
 import resource
 import shutil
@@ -11,11 +12,13 @@ import pytest
 from train.engine.checkpoint import CheckpointError, Checkpoints
 
 TREE = {
-    "params": {"kernel": np.arange(30000, dtype=np.float32), "bias": np.ones(3)},
+    "params": {
+        "kernel": np.arange(30000, dtype=np.float32),
+        "bias": np.ones(3, np.float32),
+    },
     "opt_state": (np.asarray(3, np.int32), {"trace": np.zeros((2, 2), np.float16)}),
     "key": np.arange(2, dtype=np.uint32),
 }
-TREE["params"]["bias"] = TREE["params"]["bias"].astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,8 @@ def saved(tmp_path_factory):
 
 def restore(directory):
     logged = []
-    checkpoints = Checkpoints(directory, 3, logged.append)
-    try:
+    with contextlib.closing(Checkpoints(directory, 3, logged.append)) as checkpoints:
         return checkpoints.restore(TREE), logged
-    finally:
-        checkpoints.close()
 
 
 # The folders and files of a checkpoint; of several alike, one.
@@ -66,25 +66,20 @@ late_reports = pytest.mark.filterwarnings(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     name, damage, saved, tmp_path
 ):
-    shutil.copytree(saved, tmp_path / "checkpoints")
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
     # The largest of several, which holds the arrays.
-    path = max(
-        (tmp_path / "checkpoints" / "7").glob(name), key=lambda p: p.stat().st_size
-    )
+    path = max((directory / "7").glob(name), key=lambda p: p.stat().st_size)
     if path.is_dir():
         shutil.rmtree(path)
     elif damage == "missing":
         path.unlink()
     else:
-        data = bytearray(path.read_bytes())
-        if damage == "flipped":
-            data[len(data) // 2] ^= 1
-        path.write_bytes(
-            {"truncated": data[: len(data) // 2], "emptied": b"", "flipped": data}[
-                damage
-            ]
-        )
-    (tree, record), logged = restore(tmp_path / "checkpoints")
+        data = path.read_bytes()
+        half, middle = data[: len(data) // 2], data[len(data) // 2]
+        flipped = half + bytes([middle ^ 1]) + data[len(half) + 1 :]
+        contents = {"truncated": half, "emptied": b"", "flipped": flipped}
+        path.write_bytes(contents[damage])
+    (tree, record), logged = restore(directory)
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
     if record == {"step": 7} and name not in NEEDED:
         # Restoring does not read this file.
@@ -92,13 +87,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
         return
     assert record == {"step": 5}
     (line,) = logged
-    assert f"{tmp_path / 'checkpoints' / '7'} is damaged" in line
+    assert f"{directory / '7'} is damaged" in line
     assert (tmp_path / "damaged-7").is_dir()
 
 
 def test_the_step_of_a_damaged_checkpoint_is_saved_again(saved, tmp_path):
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(saved, directory)
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
     shutil.rmtree(directory / "7" / "record")
     assert len(restore(directory)[1]) == 1
     checkpoints = Checkpoints(directory, 3, pytest.fail)

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from functools import partial
+from itertools import chain, repeat
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ import pytest
 from tests import processes, tiny_run
 from tests.processes import finish, metrics_of, wait_until
 from train.data.inputs import DeviceInputs
-from train.engine import loop
+from train.engine import devices, interrupt, loop, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, resolve
+from train.engine.saved import saved_template
 
 # For more kills: FLAX_ATTN_KILLS=50 pytest -s -k killed.
 KILLS = int(os.environ.get("FLAX_ATTN_KILLS", 2))
@@ -31,41 +33,37 @@ CONFIG = resolve(Config(depth=8, batch_size=8, devices=1, epochs=EPOCHS))
 pytestmark = pytest.mark.usefixtures("shared_compilations", "tiny_network")
 
 
-def start(workdir, environment, *arguments, prefix=()):
-    run = ("--workdir", workdir, "--epochs", EPOCHS, *arguments)
+def start(folder, environment, *arguments, prefix=()):
+    run = ("--workdir", folder, "--epochs", EPOCHS, *arguments)
     return processes.start(environment, "tests.tiny_run", *run, prefix=prefix)
 
 
-def arrays(workdir):
+def arrays(folder):
     """Every array of the last checkpoint, and its record."""
-    checkpoints = Checkpoints(workdir / "checkpoints", 3, pytest.fail)
-    inputs = DeviceInputs(tiny_run.images(), CONFIG, loop.devices.make_mesh(1))
-    _, shapes = loop.saved_shapes(CONFIG, inputs)
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    tree, record = checkpoints.restore(template)
+    checkpoints = Checkpoints(folder / "checkpoints", 3, pytest.fail)
+    inputs = DeviceInputs(tiny_run.images(), CONFIG, devices.make_mesh(1))
+    tree, record = checkpoints.restore(saved_template(CONFIG, inputs))
     checkpoints.close()
     del record["timing"]  # The clock's.
     return tree, record
 
 
-def assert_same_run(workdir, uninterrupted):
-    mine, theirs = (arrays(folder) for folder in (workdir, uninterrupted))
+def assert_same_run(folder, uninterrupted):
+    mine, theirs = arrays(folder), arrays(uninterrupted)
     jax.tree.map(np.testing.assert_array_equal, mine[0], theirs[0])
     assert mine[1] == theirs[1]
-    mine, theirs = (
-        (f / "metrics.jsonl").read_bytes() for f in (workdir, uninterrupted)
-    )
-    assert mine == theirs and mine.count(b"\n") == EPOCHS
+    assert metrics_of(folder) == metrics_of(uninterrupted)
+    assert metrics_of(folder).count("\n") == EPOCHS
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory):
     """The workdir of a run from start to end."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    code, out, err = finish(start(workdir, environment))
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, out, err = finish(start(folder, environment))
     assert code == 0, err
     assert f"after {EPOCHS} epochs" in out
-    return workdir
+    return folder
 
 
 def wait_for_a_save(process, saving):
@@ -83,12 +81,12 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
 ):
     """Killed at a random moment, then in the middle of a save, and so on."""
     draw = random.Random(0)
-    workdir, kills, in_saves = tmp_path / "run", 0, 0
-    saving = workdir / "checkpoints"
+    folder, kills, in_saves = tmp_path / "run", 0, 0
+    saving = folder / "checkpoints"
     while True:
-        process = start(workdir, environment)
+        process = start(folder, environment)
         if kills < KILLS:
-            wait_until(process, lambda: metrics_of(workdir))
+            wait_until(process, lambda: metrics_of(folder))
             if kills % 2:
                 wait_for_a_save(process, saving)
                 time.sleep(draw.uniform(0, 0.02))
@@ -99,13 +97,13 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
             process.kill()
         code, _, err = finish(process)
         # Each line of the metrics is complete and in order.
-        lines = [json.loads(line) for line in metrics_of(workdir).splitlines()]
+        lines = [json.loads(line) for line in metrics_of(folder).splitlines()]
         assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
         if code == 0:
             break
         assert code == -signal.SIGKILL, err
         kills += 1
-    assert_same_run(workdir, uninterrupted)
+    assert_same_run(folder, uninterrupted)
     print(
         f"{kills} kills, {in_saves} of them in a save: parameters, batch statistics, "
         "optimizer state and metrics.jsonl bit-identical to the uninterrupted run"
@@ -138,25 +136,17 @@ def test_a_stopped_run_saves_and_resumes_from_that_step(
 @pytest.mark.long
 def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     """Between two steps, and in the evaluation."""
-    images = tiny_run.images()
-    config = Config(depth=8, batch_size=8, devices=1, epochs=3)
+    images, config = tiny_run.images(), dataclasses.replace(CONFIG, epochs=3)
     whole = loop.train(config, images)
-
-    def stop_after(calls, monkeypatch):
-        asked = iter(range(10**6))
-        monkeypatch.setattr(
-            loop.interrupt,
-            "requested",
-            lambda: signal.SIGTERM if next(asked) >= calls else None,
-        )
 
     steps = []
     with pytest.MonkeyPatch.context() as patch:
         # The question comes after each of an epoch's 5 steps and 3 test batches: stop
         # at its third step, at the next, and in its evaluation.
         for calls in (2, 0, 2):
-            stop_after(calls, patch)
-            with pytest.raises(loop.interrupt.Interrupted) as error:
+            asked = chain(repeat(None, calls), repeat(signal.SIGTERM))
+            patch.setattr(interrupt, "requested", partial(next, asked))
+            with pytest.raises(interrupt.Interrupted) as error:
                 loop.train(config, images, tmp_path)
             steps.append(int(re.search(r"at step (\d+)", str(error.value))[1]))
             assert error.value.exit_code == 143
@@ -164,7 +154,7 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     run = loop.train(config, images, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, run.variables, whole.variables)
     assert run.history == whole.history
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = metrics_of(tmp_path).splitlines()
     assert [json.loads(line) for line in lines] == whole.history
 
 
@@ -184,29 +174,22 @@ def test_a_state_that_is_not_finite_stops_the_run(
         return optax.chain(make_optimizer(config, schedule), optax.masked(poison, stem))
 
     monkeypatch.setattr(loop, "make_optimizer", make_poisoned)
-    config = Config(
-        depth=8, batch_size=8, devices=1, epochs=3, steps_per_call=steps_per_call
-    )
+    config = dataclasses.replace(CONFIG, epochs=3, steps_per_call=steps_per_call)
     with pytest.raises(FloatingPointError) as error:
-        loop.train(config, tiny_run.images(), tmp_path / "Run")
-    message = str(error.value)
-    assert message.startswith(
-        "params/norm_stem/scale is not finite after epoch 2, step 7, whose loss is "
-        "finite ("
-    )
+        loop.train(config, tiny_run.images(), tmp_path)
+    message, where = str(error.value), "after epoch 2, step 7, whose loss is finite ("
+    assert message.startswith(f"params/norm_stem/scale is not finite {where}")
     assert "JAX_DEBUG_NANS=True" in message and "--learning-rate" not in message
-    where = f"The checkpoint of step 5 is in {tmp_path / 'Run' / 'checkpoints'}"
-    assert where in message
-    assert os.listdir(tmp_path / "Run" / "checkpoints") == ["5"]
-    assert len((tmp_path / "Run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert f"The checkpoint of step 5 is in {tmp_path / 'checkpoints'}" in message
+    assert os.listdir(tmp_path / "checkpoints") == ["5"]
+    assert metrics_of(tmp_path).count("\n") == 1
 
 
 def test_a_finished_run_is_only_read(uninterrupted):
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
-    config = CONFIG
-    run = loop.train(config, tiny_run.images(), uninterrupted)
+    before = metrics_of(uninterrupted)
+    run = loop.train(CONFIG, tiny_run.images(), uninterrupted)
     assert len(run.history) == EPOCHS
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert metrics_of(uninterrupted) == before
 
 
 @pytest.mark.parametrize(
@@ -221,56 +204,42 @@ def test_a_finished_run_is_only_read(uninterrupted):
     ],
 )
 def test_another_configuration_is_refused(uninterrupted, fields, message):
-    config = CONFIG
-    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
+    def files():
+        paths = uninterrupted.rglob("*")
+        return {p: p.stat().st_mtime_ns for p in paths if p.name != ".lock"}
+
+    before, config = files(), dataclasses.replace(CONFIG, **fields)
     with pytest.raises(ValueError, match=message):
-        loop.train(
-            dataclasses.replace(config, **fields), tiny_run.images(), uninterrupted
-        )
-    after = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
-    before.pop(uninterrupted / ".lock", None)
-    after.pop(uninterrupted / ".lock", None)
-    assert before == after
+        loop.train(config, tiny_run.images(), uninterrupted)
+    assert files() == before
 
 
 def test_a_field_missing_from_an_older_run_has_its_default(uninterrupted, tmp_path):
     facts = json.loads((uninterrupted / "run.json").read_text())
-    assert facts["config"].pop("init") == "default"
-    assert facts["config"].pop("preset") is None
-    assert facts["config"].pop("attention_lr_scale") == 1.0
+    later = {"init": "default", "preset": None, "attention_lr_scale": 1.0}
+    assert {name: facts["config"].pop(name) for name in later} == later
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    config = CONFIG
-    loop.workdir.check_resumable(tmp_path, config)
-    config = dataclasses.replace(config, attention="se", init="identity")
+    workdir.check_resumable(tmp_path, CONFIG)
+    config = dataclasses.replace(CONFIG, attention="se", init="identity")
     message = r"attention none \(now se\), init default \(now identity\)"
     with pytest.raises(ValueError, match=message):
-        loop.workdir.check_resumable(tmp_path, config)
+        workdir.check_resumable(tmp_path, config)
 
 
 def test_two_runs_do_not_share_a_folder(uninterrupted):
-    config = CONFIG
-    with loop.workdir.locked(uninterrupted, config):
+    with workdir.locked(uninterrupted, CONFIG):
         with pytest.raises(ValueError, match="is in use by another process"):
-            loop.train(config, tiny_run.images(), uninterrupted)
+            loop.train(CONFIG, tiny_run.images(), uninterrupted)
 
 
 @pytest.mark.long
 def test_a_full_disk_does_not_stop_the_run(environment, uninterrupted, tmp_path):
     """By a limit on the size of files, at which writing fails."""
-    process = start(
-        tmp_path,
-        environment,
-        "--keep",
-        1,
-        prefix=("bash", "-c", 'ulimit -f 16; exec "$@"', "limited"),
-    )
-    code, out, err = finish(process)
+    limited = ("bash", "-c", 'ulimit -f 16; exec "$@"', "limited")
+    code, out, err = finish(start(tmp_path, environment, "--keep", 1, prefix=limited))
     assert code == 0 and f"after {EPOCHS} epochs" in out, err
     lines = [line for line in err.splitlines() if "could not be written" in line]
     assert "The checkpoint of step 5 could not be written to" in lines[0]
     assert "there is no earlier one and training continues." in lines[0]
     assert len(lines) == EPOCHS
-    mine, theirs = (
-        (f / "metrics.jsonl").read_bytes() for f in (tmp_path, uninterrupted)
-    )
-    assert mine == theirs
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted)

@@ -18,23 +18,26 @@ from train.engine.config import Config
 from train.study import gates as study
 
 
+def network(stages, attention):
+    fields = {"block": BasicBlock, "num_classes": 10, "width": 4}
+    attention = ATTENTIONS[attention]
+    return ResNet(stages, **fields, imagenet_stem=False, attention=attention)
+
+
+def inputs_of(*arrays):
+    images = ImageSet(*arrays, 10, flip=False)
+    return DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+
+
 def test_spatial_gates_and_grad_cam_are_those_of_each_stages_last_block():
     rng = np.random.RandomState(0)
     pixels = rng.randint(0, 256, (12, 8, 8, 3)).astype(np.uint8)
     labels = np.arange(12, dtype=np.int32) % 10
-    images = ImageSet(pixels[:8], labels[:8], pixels[8:], labels[8:], 10, flip=False)
-    model = ResNet(
-        stages=(2, 1),
-        block=BasicBlock,
-        num_classes=10,
-        width=4,
-        imagenet_stem=False,
-        attention=ATTENTIONS["cbam"],
-    )
+    model = network((2, 1), "cbam")
     variables = variables_for(model, jnp.zeros((1, 8, 8, 3)))
     # As means and variances, of which a random one would be negative.
     variables["batch_stats"] = jax.tree.map(np.ones_like, variables["batch_stats"])
-    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    fed = inputs_of(pixels[:8], labels[:8], pixels[8:], labels[8:])
     shown, gates = study.spatial_gates(model, variables, fed, count=3)
     np.testing.assert_array_equal(shown, pixels[8:11])
     assert {name: gate.shape for name, gate in gates.items()} == {
@@ -63,17 +66,9 @@ def test_spatial_gates_and_grad_cam_are_those_of_each_stages_last_block():
 def test_without_spatial_attention_there_are_no_spatial_gates(attention):
     pixels, labels = np.zeros((8, 4, 4, 3), np.uint8), np.zeros(8, np.int32)
     pixels[0] = 255
-    images = ImageSet(pixels, labels, pixels, labels, 10, flip=False)
-    model = ResNet(
-        stages=(1,),
-        block=BasicBlock,
-        num_classes=10,
-        width=4,
-        imagenet_stem=False,
-        attention=ATTENTIONS[attention],
-    )
+    model = network((1,), attention)
     variables = variables_for(model, jnp.zeros((1, 4, 4, 3)))
-    fed = DeviceInputs(images, Config(batch_size=4), devices.make_mesh(1))
+    fed = inputs_of(pixels, labels, pixels, labels)
     shown, gates = study.spatial_gates(model, variables, fed, count=2)
     assert gates == {} and shown.shape == (2, 4, 4, 3)
 

@@ -9,13 +9,6 @@ from train.study import report
 from train.study.statistics import interval
 
 
-def test_interval_by_hand():
-    # s = 1 and t(0.975; 2) = 4.302653 (any table), so half of it is 4.302653 / 3**0.5.
-    low, high = interval([1.0, 2.0, 3.0])
-    assert math.isclose(low, 2 - 2.484138, abs_tol=1e-6)
-    assert math.isclose(high, 2 + 2.484138, abs_tol=1e-6)
-
-
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 def test_interval_is_that_of_the_paired_t_test(seeds):
     a, b = np.random.RandomState(seeds).normal(0.9, 0.01, (2, seeds))
@@ -41,6 +34,7 @@ def test_numbers(tmp_path):
     assert math.isclose(none["std"], 0.01 * 7**0.5)
     difference = cbam["difference"]
     assert difference["by_seed"] == pytest.approx({0: 0.01, 1: 0.02, 2: 0.03})
+    # s = 1 and t(0.975; 2) = 4.302653 (any table): 2 - 2.484138 and 2 + 2.484138.
     assert math.isclose(difference["low"], -0.00484138, abs_tol=1e-7)
     assert math.isclose(difference["high"], 0.04484138, abs_tol=1e-7)
     # Medians without the epoch that compiles.

@@ -15,12 +15,6 @@ from train.engine.model import TrainState
 from train.study import networks, tpu
 
 
-def test_without_the_compiler(monkeypatch):
-    monkeypatch.setattr(tpu, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="libtpu, which is not installed; run pip"):
-        tpu.open_topology("v5e:2x2")
-
-
 def test_a_topology_that_is_unknown(monkeypatch):
     monkeypatch.setattr(tpu, "find_spec", lambda name: name)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)

@@ -74,28 +74,15 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
         (["--network", "--dtypes", "float16"], "leave out `shapes` and `dtypes`"),
     ],
 )
-def test_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error and len(error.splitlines()) == 1
+def test_bad_arguments(arguments, message, refused):
+    assert message in refused(benchmark, *arguments)
 
 
-def refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        benchmark.main(arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.benchmark: ")
-    return line
-
-
-def test_extras_that_are_missing(capsys, monkeypatch):
+def test_extras_that_are_missing(refused, monkeypatch):
     for module in (torch_blocks, tpu):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert "pip install --group parity" in refused(["--against", "torch"], capsys)
-    line = refused(["--compile-for", "v5e:2x2", "--network"], capsys)
+    assert "pip install --group parity" in refused(benchmark, "--against", "torch")
+    line = refused(benchmark, "--compile-for", "v5e:2x2", "--network")
     assert "--group tpu-aot in an environment" in line
 
 

@@ -15,19 +15,8 @@ from tests.study.runs import summary_of, write_block, write_run
 from train import compare
 from train.data import cifar as data
 from train.data.cifar import ImageSet
-from train.engine import interrupt, loop
+from train.engine import interrupt, loop, setup
 from train.engine.config import Config
-
-
-def stopped(arguments, code, capsys):
-    """Runs a command line that must fail; returns its one line of error."""
-    with pytest.raises(SystemExit) as stop:
-        compare.main([str(a) for a in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == code, error
-    assert error.startswith("train.compare: ") and len(error.splitlines()) == 1
-    return error
-
 
 # --- the report from the logs
 
@@ -82,26 +71,26 @@ def test_rebuild_is_the_same_to_the_byte_and_loads_no_data(
         ("run.json", "", "run.json is damaged (JSONDecodeError"),
     ],
 )
-def test_damaged_logs(file, content, message, comparison, capsys):
+def test_damaged_logs(file, content, message, comparison, refused):
     (comparison / "cbam-seed0" / file).write_text(content)
-    error = stopped(["--report-only", "--workdir", comparison], 2, capsys)
+    error = refused(compare, "--report-only", "--workdir", comparison)
     assert message in error and "train without --report-only" in error
 
 
-def test_runs_of_two_recipes(comparison, capsys):
+def test_runs_of_two_recipes(comparison, refused):
     write_run(comparison, "se", 0, [0.1, 0.2, 0.3], learning_rate=0.5)
-    error = stopped(["--report-only", "--workdir", comparison], 2, capsys)
+    error = refused(compare, "--report-only", "--workdir", comparison)
     assert "one recipe, got `learning_rate` 0.1 and 0.5; pass another" in error
 
 
-def test_a_folder_with_another_name(comparison, capsys):
+def test_a_folder_with_another_name(comparison, refused):
     (comparison / "cbam-seed0").rename(comparison / "copy")
-    error = stopped(["--report-only", "--workdir", comparison], 2, capsys)
+    error = refused(compare, "--report-only", "--workdir", comparison)
     assert "copy must have the name of its run, cbam-seed0" in error
 
 
-def test_no_runs(tmp_path, capsys):
-    error = stopped(["--report-only", "--workdir", tmp_path / "no"], 2, capsys)
+def test_no_runs(tmp_path, refused):
+    error = refused(compare, "--report-only", "--workdir", tmp_path / "no")
     assert "must contain runs, got none" in error
 
 
@@ -137,17 +126,17 @@ def test_help_is_complete(capsys):
         (["--depth", "19"], "`depth` must be 6n+2"),
     ],
 )
-def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
+def test_bad_arguments(arguments, message, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("data were loaded"))
     workdir = tmp_path / "work"
-    assert message in stopped([*arguments, "--workdir", workdir], 2, capsys)
+    assert message in refused(compare, *arguments, "--workdir", workdir)
     assert not workdir.exists()
 
 
-def test_another_recipe_in_the_folder(comparison, capsys, monkeypatch):
+def test_another_recipe_in_the_folder(comparison, refused, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("data were loaded"))
-    arguments = ["--workdir", comparison, "--dataset", "digits", "--epochs", 4]
-    error = stopped(arguments, 2, capsys)
+    recipe = ("--dataset", "digits", "--epochs", 4)
+    error = refused(compare, "--workdir", comparison, *recipe)
     assert "must contain runs of one recipe, got `epochs` 4 and 3" in error
 
 
@@ -158,8 +147,8 @@ def test_another_recipe_in_the_folder(comparison, capsys, monkeypatch):
 def trained(monkeypatch):
     """Stands in for the loop: the configurations that were trained, in their order."""
     rng = np.random.RandomState(0)
-    pixels = rng.randint(0, 256, (20, 8, 8, 3)).astype(np.uint8)
-    labels = np.zeros(20, np.int32)
+    pixels = rng.randint(0, 256, (64, 8, 8, 3)).astype(np.uint8)
+    labels = np.zeros(64, np.int32)
     images = ImageSet(pixels, labels, pixels, labels, 10, flip=False)
     calls = []
 
@@ -173,15 +162,13 @@ def trained(monkeypatch):
             write_run(workdir.parent, config.attention, config.seed, accuracies)
         return types.SimpleNamespace(config=config, model=None, variables=None)
 
-    monkeypatch.setattr(loop, "load", lambda *_: images)
+    monkeypatch.setattr(setup, "load", lambda *_: images)
     monkeypatch.setattr(loop, "train", train)
     return calls
 
 
-def test_trains_seed_by_seed_and_resumes(trained, tmp_path, capsys, monkeypatch):
+def test_trains_seed_by_seed_and_resumes(trained, tmp_path, capsys):
     recipe = ["--dataset", "digits", "--epochs", "2", "--workdir", str(tmp_path)]
-    # 20 images do not fill the default batch.
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
     compare.main(["--attentions", "se", "--seeds", "1", "0", *recipe])
     error = capsys.readouterr().err
     assert "The baseline none is trained too." in error
@@ -199,21 +186,18 @@ def test_trains_seed_by_seed_and_resumes(trained, tmp_path, capsys, monkeypatch)
     assert json.loads((tmp_path / "report.json").read_text())["unfinished"] == []
 
 
-def test_a_batch_that_cannot_be_filled(trained, tmp_path, capsys):
+def test_a_batch_that_cannot_be_filled(trained, tmp_path, refused):
     arguments = ["--dataset", "digits", "--workdir", tmp_path / "work"]
-    assert "`batch_size` must be at most the 20" in stopped(arguments, 2, capsys)
+    error = refused(compare, *arguments, "--batch-size", 65)
+    assert "`batch_size` must be at most the 64" in error
     assert not trained and not (tmp_path / "work").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_its_run_alone(
-    trained, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
+def test_a_loss_that_is_not_finite_stops_its_run_alone(trained, tmp_path, capsys):
     arguments = ["--attentions", "none", "eca", "se", "--seeds", "0"]
     recipe = ["--dataset", "digits", "--epochs", "2", "--workdir", str(tmp_path)]
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^1$"):
         compare.main([*arguments, *recipe])
-    assert stop.value.code == 1
     output = capsys.readouterr()
     assert "train.compare: eca-seed0: The loss is nan." in output.err
     assert [config.attention for config, _ in trained] == ["none", "eca", "se"]
@@ -256,10 +240,8 @@ def test_a_comparison_that_really_trains(environment, tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
-    arguments = ["--dataset", "digits", "--workdir", tmp_path / "file"]
-    with pytest.raises(SystemExit) as stop:
-        compare.main([str(a) for a in arguments])
-    assert stop.value.code == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        compare.main(["--dataset", "digits", "--workdir", str(tmp_path / "file")])
     assert "cannot be written to (Not a directory)" in capsys.readouterr().err
 
 
@@ -268,10 +250,8 @@ def test_an_interrupt_is_passed_on(trained, tmp_path, capsys, monkeypatch):
         raise interrupt.Interrupted(signal.SIGTERM, "stopped.", saved=True)
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^143$"):
         compare.main(["--dataset", "digits", "--workdir", str(tmp_path)])
-    assert stop.value.code == 143
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "train.compare: none-seed0: stopped."
     assert not (tmp_path / "report.md").exists()

@@ -8,7 +8,7 @@ from tests import tiny_run
 from tests.cases import normal
 from train import gates
 from train.engine import config as config_lib
-from train.engine import devices, loop, workdir
+from train.engine import devices, saved, setup, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config
 from train.study import gates as study
@@ -19,14 +19,13 @@ def run(tmp_path_factory):
     """A run of CBAM as a checkpoint of noise, and its parameters."""
     folder = tmp_path_factory.mktemp("run")
     config = config_lib.resolve(Config(attention="cbam", depth=8, batch_size=8))
-    inputs = loop.make_inputs(config, tiny_run.images(), devices.make_mesh(1))
-    _, shapes = loop.saved_shapes(config, inputs)
-    leaves, tree = jax.tree.flatten(shapes)
+    inputs = setup.make_inputs(config, tiny_run.images(), devices.make_mesh(1))
+    leaves, tree = jax.tree.flatten(saved.saved_template(config, inputs))
     noise = [
-        normal(leaf.shape, i).astype(leaf.dtype).reshape(leaf.shape)
+        np.asarray(normal(leaf.shape, i).astype(leaf.dtype)).reshape(leaf.shape)
         for i, leaf in enumerate(leaves)
     ]
-    state = jax.tree.unflatten(tree, map(np.asarray, noise))
+    state = jax.tree.unflatten(tree, noise)
     with contextlib.closing(
         Checkpoints(folder / workdir.CHECKPOINTS, 3, print)
     ) as checkpoints:
@@ -43,18 +42,6 @@ def files_of(folder):
     }
 
 
-def draw(*arguments):
-    gates.main([str(a) for a in arguments])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        draw(*arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeypatch):
     folder, params = run
     before = files_of(folder)
@@ -64,7 +51,7 @@ def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeyp
         seen.update(model=model, variables=variables, count=count)
         return np.zeros((2, 8, 8, 3), np.uint8), {"stage1_block1": np.ones((2, 4, 4))}
 
-    monkeypatch.setattr(loop, "load", tiny_run.images)
+    monkeypatch.setattr(setup, "load", tiny_run.images)
 
     def grad_cam(model, variables, inputs, count):
         return np.eye(4)[None].repeat(count, 0)
@@ -72,23 +59,23 @@ def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeyp
     monkeypatch.setattr(study, "spatial_gates", spatial_gates)
     monkeypatch.setattr(study, "grad_cam", grad_cam)
     out = tmp_path / "out.png"
-    draw(folder, "--out", out, "--images", 2)
+    gates.main([str(folder), "--out", str(out), "--images", "2"])
     assert out.read_bytes().startswith(b"\x89PNG")
     assert seen["count"] == 2 and seen["model"].stages == (1, 1, 1)
     jax.tree.map(np.testing.assert_array_equal, seen["variables"]["params"], params)
     assert files_of(folder) == before
 
 
-def test_what_the_command_refuses(run, tmp_path, capsys, monkeypatch):
+def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     folder, *_ = run
-    assert "`run` must be a workdir of train.cifar, got" in refused(capsys, tmp_path)
+    assert "`run` must be a workdir of train.cifar, got" in refused(gates, tmp_path)
     for images in (0, -3):
         says = f"`images` must be at least 1, got {images}."
-        assert says in refused(capsys, folder, "--images", images)
+        assert says in refused(gates, folder, "--images", images)
     says = "`limits` must be two numbers, the lower one first, got 0.5 0.5"
-    assert says in refused(capsys, folder, "--limits", 0.5, 0.5)
+    assert says in refused(gates, folder, "--limits", 0.5, 0.5)
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
-    monkeypatch.setattr(loop, "load", tiny_run.images)
-    assert "holds no checkpoint; train there first." in refused(capsys, tmp_path)
+    monkeypatch.setattr(setup, "load", tiny_run.images)
+    assert "holds no checkpoint; train there first." in refused(gates, tmp_path)
     monkeypatch.setattr(study, "spatial_gates", lambda *_, count: (None, {}))
-    assert "`run` must have a spatial gate" in refused(capsys, folder)
+    assert "`run` must have a spatial gate" in refused(gates, folder)

@@ -14,7 +14,7 @@ from tests.processes import finish, metrics_of, process_options, run, start, wai
 from train import imagenet
 from train.data import folders, stream
 from train.data.cifar import DataError
-from train.engine import devices, loop
+from train.engine import devices, setup
 from train.engine.config import Config, resolve
 
 IMAGES = {"train": 200, "val": 30}
@@ -77,9 +77,7 @@ def test_killed_and_resumed(data_dir, environment, tmp_path):
         assert code == (143 if how == signal.SIGTERM else -how), err
     code, _, err = run(environment, "train.cifar", *small(data_dir, killed))
     assert code == 0 and "Resuming from step" in err, err
-    assert (killed / "metrics.jsonl").read_bytes() == (
-        whole / "metrics.jsonl"
-    ).read_bytes()
+    assert metrics_of(killed) == metrics_of(whole)
     two = tmp_path / "two"
     both = [
         start(environment, "train.cifar", *small(data_dir, two), *place)
@@ -107,40 +105,29 @@ def test_killed_and_resumed(data_dir, environment, tmp_path):
         (("--dataset", "digits"), "`dataset` folder and `loader` grain go together"),
     ],
 )
-def test_bad_arguments(arguments, message, data_dir, tmp_path, capsys):
-    arguments = [str(a).format(data_dir=data_dir) for a in arguments]
-    with pytest.raises(SystemExit) as stop:
-        imagenet.main([*arguments, "--workdir", str(tmp_path / "run")])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and message in err
-    assert len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+def test_bad_arguments(arguments, message, data_dir, tmp_path, refused):
+    arguments = (str(a).format(data_dir=data_dir) for a in arguments)
+    line = refused(imagenet, *arguments, "--workdir", tmp_path / "run")
+    assert message in line and not (tmp_path / "run").exists()
 
 
 def test_damaged_images_are_left_out(data_dir, tmp_path, capsys):
     """Named and counted before the rest of the command line is refused."""
-    copy = tmp_path / "images"
-    shutil.copytree(data_dir, copy)
-    for name in ("train/class0/0004.png", "val/class1/0001.png"):
+    copy = shutil.copytree(data_dir, tmp_path / "images")
+    damaged = ("train/class0/0004.png", "val/class1/0001.png")
+    for name in damaged:
         content = (copy / name).read_bytes()
         (copy / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(SystemExit) as stop:
-        imagenet.main(
-            [*("--data-dir", str(copy)), *("--workdir", str(tmp_path / "run"))]
-            + ["--skip-damaged", "--batch-size", "200"]
-        )
-    assert stop.value.code == 2
+    arguments = ["--data-dir", str(copy), "--workdir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="^2$"):
+        imagenet.main([*arguments, "--skip-damaged", "--batch-size", "200"])
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
     first, second, count, last = (
         line for line in lines if "checking" not in line and line.strip()
     )
-    for line, name in (
-        (first, "train/class0/0004.png"),
-        (second, "val/class1/0001.png"),
-    ):
-        assert line.startswith(
-            f"Left out: '{copy / name}' cannot be read as an image ("
-        )
-        assert "truncated" in line
+    for line, name in zip((first, second), damaged, strict=True):
+        said = f"Left out: '{copy / name}' cannot be read as an image ("
+        assert line.startswith(said) and "truncated" in line
     assert count == "2 of 230 images are damaged and left out."
     assert "`batch_size` must be at most the 199 training images" in last
 
@@ -150,7 +137,7 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "train.data.folders")
     monkeypatch.delattr(train.data, "folders")
     with pytest.raises(DataError, match=r'pip install -e "\.\[grain\]"'):
-        loop.load(resolve(Config(loader="grain")))
+        setup.load(resolve(Config(loader="grain")))
 
 
 def test_a_position_in_other_images_is_refused(data_dir):

@@ -98,12 +98,11 @@ ARCHIVES = {
     ),
 }
 
-# The same images as pickles, which torchvision and Keras download.
+# The same images as pickles, which torchvision and Keras download; only read here.
 PYTHON_ARCHIVES = {
     "cifar10": dataclasses.replace(
         ARCHIVES["cifar10"],
         name="cifar-10-python.tar.gz",
-        urls=(),
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         folder="cifar-10-batches-py",
         train_files=tuple(f"data_batch_{i}" for i in range(1, 6)),
@@ -113,7 +112,6 @@ PYTHON_ARCHIVES = {
     "cifar100": dataclasses.replace(
         ARCHIVES["cifar100"],
         name="cifar-100-python.tar.gz",
-        urls=(),
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         folder="cifar-100-python",
         train_files=("train",),
@@ -147,14 +145,13 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
             )
     if name == "digits":
         return load_digits()
-    archive = ARCHIVES[name]
     data_dir = data_dir.expanduser()
-    forms = [archive, PYTHON_ARCHIVES[name]] if name in PYTHON_ARCHIVES else [archive]
+    forms = ARCHIVES[name], PYTHON_ARCHIVES[name]
     for form in forms:
         for folder in (data_dir, data_dir / form.folder):
             if folder.name == form.folder and folder.is_dir():
                 return _from_folder(form, folder)
-    archive = next((f for f in forms if (data_dir / f.name).exists()), archive)
+    archive = next((f for f in forms if (data_dir / f.name).exists()), forms[0])
     path = data_dir / archive.name
     if not path.exists():
         _download(archive, path, urls or archive.urls)
@@ -240,16 +237,6 @@ def _from_folder(archive: Archive, folder: Path) -> ImageSet:
         ) from error
 
 
-def _unpickle(archive: Archive, source: Path, name: str, content: bytes) -> bytes:
-    try:
-        return pickled.records_of(content, archive.pickled_labels)
-    except ValueError as error:
-        raise DataError(
-            f"{source} is corrupt or hostile: {name} cannot be read ({error}); put the "
-            "published file there."
-        ) from error
-
-
 def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
     if size != archive.file_size(name):
         raise DataError(
@@ -258,15 +245,22 @@ def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
         )
 
 
-def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
+def _records(archive: Archive, source: Path, name: str, content: bytes) -> np.ndarray:
     if archive.pickled_labels:
-        files = {name: _unpickle(archive, source, name, files[name]) for name in files}
+        try:
+            content = pickled.records_of(content, archive.pickled_labels)
+        except ValueError as error:
+            raise DataError(
+                f"{source} is corrupt or hostile: {name} cannot be read ({error}); put "
+                "the published file there."
+            ) from error
+    _verify_size(archive, source, name, len(content))
+    return np.frombuffer(content, np.uint8).reshape(-1, archive.label_bytes + 3072)
 
+
+def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet:
     def part(names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        for name in names:
-            _verify_size(archive, source, name, len(files[name]))
-        data = np.concatenate([np.frombuffer(files[n], np.uint8) for n in names])
-        data = data.reshape(-1, archive.label_bytes + 3072)
+        data = np.concatenate([_records(archive, source, n, files[n]) for n in names])
         labels = data[:, archive.label_bytes - 1].astype(np.int32)
         if labels.max() >= archive.num_classes:
             raise DataError(
@@ -276,13 +270,5 @@ def _decode(archive: Archive, source: Path, files: dict[str, bytes]) -> ImageSet
         planes = data[:, archive.label_bytes :].reshape(-1, 3, 32, 32)
         return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels
 
-    train_images, train_labels = part(archive.train_files)
-    test_images, test_labels = part(archive.test_files)
-    return ImageSet(
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-        archive.num_classes,
-        flip=True,
-    )
+    train, test = part(archive.train_files), part(archive.test_files)
+    return ImageSet(*train, *test, archive.num_classes, flip=True)

@@ -79,15 +79,16 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
         except _TooSlow as error:
             tqdm.write(f"{url} sends {error}; trying the next.", file=sys.stderr)
             slow.append(url)
+            continue
         except requests.HTTPError as error:
             status = getattr(error.response, "status_code", "unknown")
-            failures.append(f"{url} (HTTP status {status})")
+            reason = f"HTTP status {status}"
         except requests.Timeout:
-            failures.append(f"{url} (timed out)")
+            reason = "timed out"
         except requests.RequestException as error:
-            failures.append(f"{url} ({_reason(error)})")
+            reason = _reason(error)
         except ValueError:  # Pooch's, which has deleted the file.
-            failures.append(f"{url} (its SHA-256 is not the published {sha256})")
+            reason = f"its SHA-256 is not the published {sha256}"
         except OSError as error:  # No other address would help.
             raise DownloadError(
                 f"{path} cannot be written ({error.strerror})"
@@ -97,6 +98,7 @@ def fetch(urls: Sequence[str], path: Path, sha256: str) -> None:
             return
         finally:
             progress.close()
+        failures.append(f"{url} ({reason})")
     raise DownloadError("; ".join(failures))
 
 

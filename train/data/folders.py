@@ -3,7 +3,7 @@
 The layout is ``FOLDER/train/CLASS/IMAGE`` and ``FOLDER/val/CLASS/IMAGE``, or ``test``
 in place of ``val``; if both exist, ``val`` is used, since ImageNet's ``test`` has no
 labels. Images are files that end in .jpg, .jpeg or .png, in any case; other files are
-ignored and counted; hidden files and folders are ignored.
+ignored, and so are hidden folders.
 
 Only this file imports Grain, and nothing that runs without Grain imports this file.
 """
@@ -61,8 +61,6 @@ class FolderImages:
     test: Part
     class_names: tuple[str, ...]
     """The class folders of the training part, sorted."""
-    ignored: int
-    """The number of visible files in class folders without an image suffix."""
 
     @property
     def num_classes(self) -> int:
@@ -103,11 +101,9 @@ def scan(data_dir: Path) -> FolderImages:
             f"that train lacks, the first is {unknown[0]!r}; give the class folders of "
             "both the same names."
         )
-    train, ignored = _part(data_dir / "train", labels)
-    test, ignored_test = _part(
-        data_dir / test_name, {name: labels[name] for name in test_classes}
-    )
-    return FolderImages(train, test, tuple(class_names), ignored + ignored_test)
+    train = _part(data_dir / "train", labels)
+    test = _part(data_dir / test_name, {name: labels[name] for name in test_classes})
+    return FolderImages(train, test, tuple(class_names))
 
 
 def without_damaged(images: FolderImages) -> tuple[FolderImages, list[str]]:
@@ -159,10 +155,9 @@ def _damage(part: Part, index: int) -> str | None:
     return None
 
 
-def _part(folder: Path, classes: Mapping[str, int]) -> tuple[Part, int]:
+def _part(folder: Path, classes: Mapping[str, int]) -> Part:
     names: list[str] = []
     labels: list[int] = []
-    ignored = 0
     for name, label in classes.items():
         inner, files = _listing(folder / name)
         if inner:
@@ -176,10 +171,9 @@ def _part(folder: Path, classes: Mapping[str, int]) -> tuple[Part, int]:
                 f"The class folder {folder / name} holds no image "
                 f"({', '.join(SUFFIXES)}); add some, or delete the folder."
             )
-        ignored += len(files) - len(images)
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
-    return Part(folder, tuple(names), np.array(labels, np.int32)), ignored
+    return Part(folder, tuple(names), np.array(labels, np.int32))
 
 
 def _listing(folder: Path) -> tuple[list[str], list[str]]:
@@ -227,7 +221,7 @@ def train_batches(
       image_size: height and width of the crops, in pixels.
       seed: of the order and the crops, at least 0.
       process_index: of this process, which reads its rows of each batch.
-      process_count: how many processes share a batch.
+      process_count: how many processes share a batch; it divides ``batch_size``.
       num_threads: how many batches are made in parallel and prefetched; 0 makes each on
         demand (default: one per core, at most 16).
 
@@ -237,9 +231,8 @@ def train_batches(
       damaged file.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: the images do not fill a batch.
     """
-    _check_shares(batch_size, image_size, process_index, process_count)
     if batch_size > len(images.train):
         raise ValueError(
             f"`batch_size` must be at most the {len(images.train):,} training images "
@@ -273,22 +266,9 @@ def evaluation_batches(
     is cropped. The last batch is padded with black images of weight 0, so that all
     batches have the same shape and all processes have the same number of batches.
 
-    Args:
-      images: what to read.
-      batch_size: images per batch of all processes together.
-      image_size: height and width of the result, in pixels.
-      process_index: of this process.
-      process_count: how many processes share a batch.
-      num_threads: as for ``train_batches``.
-
-    Returns:
-      An iterator over dicts as of ``train_batches``, with ``"weight": (B,) float32``, 1
-      for an image and 0 for padding. It raises ``DataError`` for a damaged file.
-
-    Raises:
-      ValueError: an argument is out of its range.
+    The arguments are those of ``train_batches``, and so are the dicts, which also hold
+    ``"weight": (B,) float32``: 1 for an image, 0 for padding.
     """
-    _check_shares(batch_size, image_size, process_index, process_count)
     batches = -(-len(images.test) // batch_size)
     return _iterator(
         grain.MapDataset.range(batches * batch_size)
@@ -298,39 +278,13 @@ def evaluation_batches(
     )
 
 
-def _check_shares(
-    batch_size: int, image_size: int, process_index: int, process_count: int
-) -> None:
-    for name, value in (
-        ("batch_size", batch_size),
-        ("image_size", image_size),
-        ("process_count", process_count),
-    ):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"`process_index` must be in [0, {process_count}), the number of "
-            f"processes, got {process_index}."
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {process_count} processes, got "
-            f"{batch_size}; the next one is {-(-batch_size // process_count)} * "
-            f"{process_count}."
-        )
-
-
 def _iterator(
     batches: grain.MapDataset, num_threads: int | None
 ) -> grain.DatasetIterator:
-    if num_threads is None:
-        num_threads = _default_threads()
+    threads = _default_threads() if num_threads is None else num_threads
     # Grain prefetches whole batches, so its state is the number of batches taken, which
     # does not depend on the number of processes.
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=num_threads
-    )
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(batches.to_iter_dataset(options))
 
 
@@ -342,39 +296,25 @@ def _train_example(
     part: Part, size: int, index: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     flip = rng.random() < 0.5
-
-    def pixels(file: Image.Image) -> np.ndarray:
-        image = crop(file, crop_box(*file.size, rng), size)
-        return image[:, ::-1] if flip else image
-
-    return {"image": _read(part, index, pixels), "label": part.labels[index]}
+    image = _read(part, index, size, partial(crop_box, rng=rng))
+    return {"image": image[:, ::-1] if flip else image, "label": part.labels[index]}
 
 
 def _test_example(part: Part, size: int, index: int) -> dict[str, Any]:
-    if index >= len(part):
-        return {
-            "image": np.zeros((size, size, 3), np.uint8),
-            "label": np.int32(0),
-            "weight": np.float32(0),
-        }
-
-    def pixels(file: Image.Image) -> np.ndarray:
-        return crop(file, center_box(*file.size, size), size)
-
-    return {
-        "image": _read(part, index, pixels),
-        "label": part.labels[index],
-        "weight": np.float32(1),
-    }
+    if index < len(part):
+        image = _read(part, index, size, partial(center_box, size=size))
+        label, weight = part.labels[index], 1
+    else:
+        image, label, weight = np.zeros((size, size, 3), np.uint8), np.int32(0), 0
+    return {"image": image, "label": label, "weight": np.float32(weight)}
 
 
-def _read(
-    part: Part, index: int, pixels: Callable[[Image.Image], np.ndarray]
-) -> np.ndarray:
+def _read(part: Part, index: int, size: int, box: Callable[..., Any]) -> np.ndarray:
+    """The pixels of an image in ``box(width, height)``, resized to ``size``."""
     path = part.folder / part.names[index]
     try:
         with Image.open(path) as file:
-            return pixels(file)
+            return crop(file, box(*file.size), size)
     # Damaged files make Pillow raise errors of many types.
     except Exception as error:
         raise _DamagedImage(path, error) from error

@@ -44,7 +44,11 @@ class Inputs(Protocol):
     def batch(
         self, data: Any, item: Any, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalized, augmented images and the labels of one step; traced."""
+        """Normalized, augmented images and the labels of one step; traced.
+
+        By default those of ``test_batch``, for images that are augmented on the host.
+        """
+        return self.test_batch(data, item)
 
     def test_batches(self) -> Iterator[tuple[Any, jax.Array]]:
         """Batches of the test part, each image once, and the weights of their rows."""
@@ -53,13 +57,19 @@ class Inputs(Protocol):
         """Normalized images and labels of one batch; traced."""
 
     def position(self) -> Any:
-        """The position in the training part, of JSON types."""
+        """The position in the training part, of JSON types.
+
+        None where the seed and the epoch give it.
+        """
+        return None
 
     def set_position(self, position: Any) -> None:
         """Resumes the training part at ``position``."""
+        return None
 
     def close(self) -> None:
-        """Ends the threads that read."""
+        """Ends the threads that read, if there are any."""
+        return None
 
 
 @flax.struct.dataclass
@@ -72,16 +82,11 @@ class DeviceData:
     std: jax.Array
 
 
-class DeviceInputs:
+class DeviceInputs(Inputs):
     """All images on each device; a batch is their indices."""
 
     def __init__(self, images: ImageSet, config: Resolved, mesh: Mesh) -> None:
-        """Puts the images on the devices.
-
-        Raises:
-          ValueError: the images do not fill a batch.
-        """
-        check_batch_size(config, len(images.train_images))
+        """Puts the images on the devices."""
         self.mesh = mesh
         self.batch_size = config.batch_size
         self.size = len(images.train_images)
@@ -96,9 +101,8 @@ class DeviceInputs:
     def train_batches(self, epoch: int, done: int, size: int) -> Iterator[jax.Array]:
         """Yields indices ``(steps, batch)``."""
         order = np.asarray(epoch_order(self.order_key, epoch, self.size), np.int32)
-        order = order[: self.steps_per_epoch * self.batch_size].reshape(
-            self.steps_per_epoch, -1
-        )
+        order = order[: self.steps_per_epoch * self.batch_size]
+        order = order.reshape(self.steps_per_epoch, self.batch_size)
         for start in range(done, self.steps_per_epoch, size):
             yield devices.shard(order[start : start + size], self.mesh, axis=1)
 
@@ -123,24 +127,6 @@ class DeviceInputs:
         """Takes the images of the indices ``item``."""
         return normalize(data.images[item], data), data.labels[item]
 
-    def position(self) -> None:
-        """None: the order is a function of the seed and the epoch."""
-
-    def set_position(self, position: None) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
-def check_batch_size(config: Resolved, size: int) -> None:
-    """Raises ``ValueError`` for a batch larger than the ``size`` training images."""
-    if config.batch_size > size:
-        raise ValueError(
-            f"`batch_size` must be at most the {size:,} training images of "
-            f"{config.dataset}, got {config.batch_size:,}; pass a smaller --batch-size."
-        )
-
 
 def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:
     """Both parts on each device, with the statistics of the training part."""
@@ -151,14 +137,12 @@ def to_device(images: ImageSet, mesh: Mesh) -> tuple[DeviceData, DeviceData]:
         mean[..., c] = np.average(values, weights=counts)
         variance = np.average((values - mean[..., c].item()) ** 2, weights=counts)
         std[..., c] = np.sqrt(variance)
-    train, test = (
-        DeviceData(*devices.replicate((*part, mean, std), mesh))
-        for part in (
-            (images.train_images, images.train_labels),
-            (images.test_images, images.test_labels),
-        )
+    train = images.train_images, images.train_labels, mean, std
+    test = images.test_images, images.test_labels, mean, std
+    return (
+        DeviceData(*devices.replicate(train, mesh)),
+        DeviceData(*devices.replicate(test, mesh)),
     )
-    return train, test
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> jax.Array:

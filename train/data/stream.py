@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train.data import folders
-from train.data.inputs import check_batch_size, normalize
+from train.data.inputs import Inputs, normalize
 from train.engine import devices
 from train.engine.config import Resolved
 
@@ -26,7 +26,7 @@ class Scale:
     std: jax.Array | np.ndarray
 
 
-class FolderInputs:
+class FolderInputs(Inputs):
     """Batches that Grain reads; each process reads its own rows."""
 
     def __init__(
@@ -37,7 +37,6 @@ class FolderInputs:
         Raises:
           ValueError: the images do not fill a batch.
         """
-        check_batch_size(config, len(images.train))
         self.mesh = mesh
         self.images = images
         self.image_size = config.image_size
@@ -63,12 +62,6 @@ class FolderInputs:
             stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
             yield devices.join_shards(stacked, self.mesh, axis=1)
 
-    def batch(
-        self, data: Scale, item: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalizes; the crops were drawn on the host."""
-        return normalize(item["image"], data), item["label"]
-
     def test_batches(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """Yields batches in order and weights, 0 for the padding of the last one."""
         batches = folders.evaluation_batches(self.images, **self.options)
@@ -82,7 +75,7 @@ class FolderInputs:
     def test_batch(
         self, data: Scale, item: dict[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalizes."""
+        """Normalizes; the crops, in training too, were made on the host."""
         return normalize(item["image"], data), item["label"]
 
     def position(self) -> dict[str, Any]:

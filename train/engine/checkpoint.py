@@ -53,18 +53,14 @@ class Checkpoints:
             # A thread of a failed save may still be writing; the next opening deletes
             # the rest.
             shutil.rmtree(unfinished, ignore_errors=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
         )
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=self.max_to_keep,
-                create=False,
-                multiprocessing_options=alone,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.max_to_keep, create=False, multiprocessing_options=alone
         )
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -116,11 +112,9 @@ class Checkpoints:
         step, self._saving = self._saving, None
         self._manager = self._open()
         last = self.newest()
-        kept = (
-            "there is no earlier one"
-            if last is None
-            else f"that of step {last} is kept"
-        )
+        kept = "there is no earlier one"
+        if last is not None:
+            kept = f"that of step {last} is kept"
         self.log(
             f"The checkpoint of step {step} could not be written to {self.directory} "
             f"({_reason(error)}); {kept} and training continues."
@@ -134,11 +128,10 @@ class Checkpoints:
         Raises:
           CheckpointError: all of them are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = []
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                tree, record = self._read(step, template)
+                found = self._read(step, template)
             # A damaged file may raise anything in any layer.
             except Exception as error:
                 damaged.append(step)
@@ -146,10 +139,10 @@ class Checkpoints:
                     f"The checkpoint {self.directory / str(step)} is damaged "
                     f"({_reason(error)}); trying the previous one."
                 )
-                continue
-            for bad in damaged:
-                self._set_aside(bad)
-            return tree, record
+            else:
+                for bad in damaged:
+                    self._set_aside(bad)
+                return found
         if damaged:
             raise CheckpointError(
                 f"None of the {len(damaged)} checkpoints in {self.directory} can be "
@@ -165,11 +158,10 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()
             ),
         )
-        record = restored.record
-        digest = record.pop("digest")
-        if digest != _digest(restored.state, record):
+        tree, record = restored.state, restored.record
+        if record.pop("digest") != _digest(tree, record):
             raise ValueError("its digest does not match its content")
-        return restored.state, record
+        return tree, record
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that its step can be saved again."""

@@ -4,11 +4,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-DTYPES = ("float32", "bfloat16")
 # Default (epochs, batch size); small data sets need small batches.
 DEFAULTS = {
     "cifar10": (100, 128),
@@ -16,12 +15,8 @@ DEFAULTS = {
     "digits": (10, 64),
     "folder": (90, 256),
 }
-LOADERS = ("device", "grain")
-FAMILIES = ("cifar", "imagenet")
 IMAGE_SIZES = {"cifar": 32, "imagenet": 224}
-RESUMES = ("auto", "never")
 LOGGERS = ("tensorboard", "wandb")
-INITS = ("default", "identity")
 # The suffix of a block's name if it is initialized as the identity.
 IDENTITY = "+identity"
 # The fields that this name stands for.
@@ -58,10 +53,10 @@ class Config:
     dataset: Annotated[str | None, one_of(lambda: DEFAULTS)] = None
     """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
     folder of images per class); by default cifar10, with the grain loader folder."""
-    loader: Annotated[str, one_of(lambda: LOADERS)] = "device"
+    loader: Literal["device", "grain"] = "device"
     """Where the images are: device (all in device memory) or grain (read from folders
     during training; needs the extra grain)."""
-    family: Annotated[str, one_of(lambda: FAMILIES)] = "cifar"
+    family: Literal["cifar", "imagenet"] = "cifar"
     """Which residual networks: cifar (6n+2 layers, small images) or imagenet."""
     depth: int = 20
     """Layers of the network: 8, 20, 32, 44, 56, 110; of the imagenet family 18, 34, 50,
@@ -87,7 +82,7 @@ class Config:
     """Share of each label that is spread over all classes."""
     seed: int = 0
     """Seed of parameters, order and augmentation."""
-    dtype: Annotated[str, one_of(lambda: DTYPES)] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation: float32 or bfloat16."""
     steps_per_call: int | None = None
     """Steps compiled into one program; by default many on accelerators and 1 on CPU,
@@ -102,7 +97,7 @@ class Config:
     """Addresses of the CIFAR archive to try instead of the published ones."""
     workdir: Path | None = None
     """Where metrics and checkpoints go; by default a new folder under runs/."""
-    resume: Annotated[str, one_of(lambda: RESUMES)] = "auto"
+    resume: Literal["auto", "never"] = "auto"
     """What to do with a workdir that holds this run already: resume it (auto) or refuse
     (never)."""
     logger: Annotated[str | None, one_of(lambda: LOGGERS)] = None
@@ -175,15 +170,14 @@ def resolve(config: Config) -> Resolved:
     dataset = config.dataset or ("folder" if config.loader == "grain" else "cifar10")
     epochs, batch_size = DEFAULTS.get(dataset, DEFAULTS["cifar10"])
     family = config.family if dataset == "folder" else "cifar"
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    filled = {
+    defaults = {
         "dataset": dataset,
         "epochs": epochs,
         "batch_size": batch_size,
         "image_size": IMAGE_SIZES.get(family, IMAGE_SIZES["cifar"]),
     }
-    given = {name: value for name, value in fields.items() if value is not None}
-    return Resolved(**(fields | filled | given))
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    return Resolved(**(vars(config) | defaults | given))
 
 
 def recipe(config: Config) -> dict[str, Any]:
@@ -200,26 +194,25 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_fields(config: Resolved) -> None:
     """Raises ``ValueError`` for an invalid field; one line says what to pass."""
-    for field, names in (
-        ("dataset", DEFAULTS),
-        ("loader", LOADERS),
-        ("family", FAMILIES),
-        ("dtype", DTYPES),
-        ("init", INITS),
-        ("resume", RESUMES),
-    ):
-        check_choice(field, getattr(config, field), names)
+    check_choice("dataset", config.dataset, DEFAULTS)
+    hints = get_type_hints(Config)
+    for field in ("loader", "family", "dtype", "init", "resume"):
+        check_choice(field, getattr(config, field), get_args(hints[field]))
     if config.logger is not None:
         check_choice("logger", config.logger, LOGGERS)
     _check_loader(config)
-    for field in ("epochs", "batch_size", "steps_per_call", "image_size"):
-        check_count(field, getattr(config, field))
-    for field in ("checkpoint_every", "keep", "devices", "num_processes"):
+    for field in (
+        *("epochs", "batch_size", "steps_per_call", "image_size", "checkpoint_every"),
+        *("keep", "devices", "num_processes"),
+    ):
         check_count(field, getattr(config, field))
     # A busy process may be silent for a few seconds.
     check_count("peer_timeout", config.peer_timeout, least=5)
     for field in (
-        *("learning_rate", "attention_lr_scale", "warmup_epochs", "weight_decay"),
+        "learning_rate",
+        "attention_lr_scale",
+        "warmup_epochs",
+        "weight_decay",
     ):
         value = getattr(config, field)
         if not (value >= 0 and math.isfinite(value)):

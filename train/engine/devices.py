@@ -6,6 +6,7 @@ of BatchNorm are those of the whole batch.
 """
 
 import json
+import math
 import os
 import platform
 import socket
@@ -101,11 +102,7 @@ def make_mesh(count: int | None = None) -> Mesh:
 def check_batch_divides(batch_size: int, mesh: Mesh) -> None:
     """Raises ``ValueError`` for a batch that the devices cannot divide evenly."""
     if batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        nearest = min(
-            (size for size in (below, below + mesh.size) if size),
-            key=lambda size: abs(size - batch_size),
-        )
+        nearest = mesh.size * max(1, math.ceil(batch_size / mesh.size - 0.5))
         raise ValueError(
             f"`batch_size` must be a multiple of the {mesh.size} devices, got "
             f"{batch_size}; the nearest is {nearest}."

@@ -18,7 +18,6 @@ from train.engine import devices, interrupt, logger, workdir
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, Resolved
 from train.engine.model import (
-    TrainState,
     count_parameters,
     leaf_names,
     make_apply,
@@ -26,41 +25,18 @@ from train.engine.model import (
     make_optimizer,
     make_schedule,
     make_state,
+    variables_of,
 )
 from train.engine.progress import Progress, Run, headline
-from train.engine.saved import last_saved, saved_shapes, saved_tree
-from train.engine.setup import Images, check_batch, load, make_inputs, validate
+from train.engine.saved import saved_tree
+from train.engine.setup import Images, check_batch, make_inputs, validate
 from train.engine.steps import (
     Metrics,
-    checked,
     make_evaluate,
     make_train_steps,
     searching,
     steps_per_call,
 )
-
-__all__ = [
-    "Images",
-    "Progress",
-    "Run",
-    "TrainState",
-    "Training",
-    "check_batch",
-    "count_parameters",
-    "last_saved",
-    "load",
-    "make_evaluate",
-    "make_inputs",
-    "make_model",
-    "make_optimizer",
-    "make_schedule",
-    "make_state",
-    "make_train_steps",
-    "saved_shapes",
-    "steps_per_call",
-    "train",
-    "validate",
-]
 
 # Without the bar itself, so that a line fits in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -70,10 +46,6 @@ STATE_ADVICE = (
     "JAX_DEBUG_NANS=True, or JAX_DEBUG_INFS=True for an infinity, in the environment "
     "stops where it is computed."
 )
-
-
-class _Stop(Exception):
-    """Ends the epoch after a signal."""
 
 
 def train(config: Config, images: Images, folder: Path | None = None) -> Run:
@@ -111,10 +83,9 @@ class Training:
 
     def __init__(self, config: Resolved, inputs: Inputs) -> None:
         """Makes the model, its initial state and the jitted steps."""
-        self.config, self.inputs, self.epochs = config, inputs, config.epochs
-        self.schedule = make_schedule(
-            config, inputs.steps_per_epoch, self.epochs * inputs.steps_per_epoch
-        )
+        self.config, self.inputs = config, inputs
+        self.total = config.epochs * inputs.steps_per_epoch
+        self.schedule = make_schedule(config, inputs.steps_per_epoch, self.total)
         self.key = jax.random.key(config.seed)
         self.model = make_model(config, inputs.num_classes)
         if devices.is_main():
@@ -142,19 +113,14 @@ class Training:
     @property
     def step(self) -> int:
         """The number of completed steps."""
-        progress = self.progress
-        return len(progress.history) * self.inputs.steps_per_epoch + len(
-            progress.losses
-        )
+        epochs, steps = len(self.progress.history), len(self.progress.losses)
+        return epochs * self.inputs.steps_per_epoch + steps
 
     def run(self) -> Run:
         """Trains until the last epoch is complete."""
         progress = self.progress
-        try:
-            while len(progress.history) < self.epochs:
-                self._run_epoch()
-        except _Stop:
-            raise self._stopped() from None
+        while len(progress.history) < self.config.epochs:
+            self._run_epoch()
         if self.checkpoints is not None:
             self.checkpoints.wait()
         return Run(
@@ -168,7 +134,7 @@ class Training:
         with tqdm(
             total=steps_per_epoch,
             initial=done,
-            desc=f"epoch {epoch}/{self.epochs}",
+            desc=f"epoch {epoch}/{self.config.epochs}",
             unit="step",
             bar_format=BAR_FORMAT,
             mininterval=1,
@@ -200,7 +166,7 @@ class Training:
         progress.history.append(line)
         self._write_metrics()
         self.log_epoch(line, progress.timing[-1])
-        if epoch % self.config.checkpoint_every == 0 or epoch == self.epochs:
+        if epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs:
             self._save()
 
     def _time(
@@ -246,7 +212,7 @@ class Training:
             pending = metrics
             if self._stop_requested():
                 fetch(metrics)
-                raise _Stop
+                raise self._stopped()
         if pending is not None:
             fetch(pending)
 
@@ -259,8 +225,8 @@ class Training:
         where = f"epoch {epoch}, step {self.step + int(i) + 1}"
         if not np.isfinite(loss[i]):
             raise self._not_finite(f"The loss is {loss[i]} at {where}", LOSS_ADVICE)
-        names = leaf_names(checked(self.progress.state))
-        name = names[int(np.argmin(finite[i]))]
+        names = leaf_names(variables_of(self.progress.state))
+        name = names[np.argmin(finite[i])]
         raise self._not_finite(
             f"{name} is not finite after {where}, whose loss is finite ({loss[i]:.4g})",
             STATE_ADVICE,
@@ -271,16 +237,17 @@ class Training:
         last_good = f"The {newest}." if newest else "There is no checkpoint."
         return FloatingPointError(f"{problem}; training stopped. {last_good} {advice}")
 
-    def _stop_requested(self) -> bool:
-        return devices.max_over_processes(interrupt.requested() or 0) > 0
+    def _stop_requested(self) -> int:
+        """The number of the signal that a process of the run received, or 0."""
+        return devices.max_over_processes(interrupt.requested() or 0)
 
     def _check_stop(self) -> None:
         if self._stop_requested():
-            raise _Stop
+            raise self._stopped()
 
     def open(self, folder: Path, stack: contextlib.ExitStack) -> None:
         """Resumes the run in ``folder``; writes to it until ``stack`` is closed."""
-        template = devices.to_host(self._tree())
+        template = devices.to_host(saved_tree(self.progress.state, self.key))
 
         def begin() -> tuple[Any, dict[str, Any]] | None:
             self.folder = folder
@@ -306,44 +273,27 @@ class Training:
         ):
             self.log_epoch(line, timing)
 
-    def _resume(self, tree: Any, record: dict[str, Any]) -> None:
-        state = self.progress.state.replace(
-            **devices.replicate(
-                {name: tree[name] for name in tree if name != "key"}, self.inputs.mesh
-            )
-        )
-        self.progress = Progress(
-            state, **{f: record[f] for f in record if f != "position"}
-        )
-        self.inputs.set_position(record["position"])
+    def _resume(self, tree: dict[str, Any], record: dict[str, Any]) -> None:
+        del tree["key"]
+        self.inputs.set_position(record.pop("position"))
+        state = self.progress.state.replace(**devices.replicate(tree, self.inputs.mesh))
+        self.progress = Progress(state, **record)
         if devices.is_main():
-            devices.log(f"Resuming from step {self.step} of {self._total()}.")
-
-    def _total(self) -> int:
-        return self.epochs * self.inputs.steps_per_epoch
-
-    def _tree(self) -> dict[str, Any]:
-        return saved_tree(self.progress.state, self.key)
+            devices.log(f"Resuming from step {self.step} of {self.total}.")
 
     def _save(self) -> None:
         """Starts to save the progress; raises if it is not finite."""
         if self.folder is None and jax.process_count() == 1:
             return
-        tree = devices.to_host(self._tree())
+        tree = devices.to_host(saved_tree(self.progress.state, self.key))
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
             if not np.isfinite(leaf).all():
                 raise self._not_finite(
                     f"{name} is not finite after step {self.step}", STATE_ADVICE
                 )
         if self.checkpoints is not None:
-            progress = self.progress
-            record = {
-                "losses": progress.losses,
-                "accuracies": progress.accuracies,
-                "history": progress.history,
-                "timing": progress.timing,
-                "position": self.inputs.position(),
-            }
+            record = {**vars(self.progress), "position": self.inputs.position()}
+            del record["state"]
             # A copy, since the lists grow while Orbax writes.
             self.checkpoints.save(self.step, tree, json.loads(json.dumps(record)))
 
@@ -361,15 +311,14 @@ class Training:
 
     def _stopped(self) -> interrupt.Interrupted:
         """Saves; returns the exception that says where."""
-        which = signal.Signals(devices.max_over_processes(interrupt.requested() or 0))
+        which = signal.Signals(self._stop_requested())
         self._save()
-        where = f"Stopped by {which.name} at step {self.step} of {self._total()}; "
         newest = self._newest()
-        if newest is None:
-            return interrupt.Interrupted(
-                which, f"{where}nothing is saved.", saved=False
-            )
-        return interrupt.Interrupted(which, f"{where}the {newest}.", saved=True)
+        where = f"the {newest}" if newest else "nothing is saved"
+        stopped = f"Stopped by {which.name} at step {self.step} of {self.total}"
+        return interrupt.Interrupted(
+            which, f"{stopped}; {where}.", saved=newest is not None
+        )
 
     def _newest(self) -> str | None:
         """Where the newest checkpoint is; waits for the current save."""

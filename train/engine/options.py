@@ -5,6 +5,7 @@ the text of an option says what its default does.
 """
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,22 @@ def parse(
     return tyro.cli(shown, prog=f"python -m {prog}", args=args, **given)
 
 
+def block_names(args: Sequence[str] | None, *more: str) -> str:
+    """The names of all blocks in a sentence, or nothing if ``args`` request no help.
+
+    Only for help, since it imports jax.
+
+    Args:
+      args: the command line; None for that of the process.
+      *more: names to list before the blocks.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        return ""
+    from flax_attn.blocks import BLOCKS
+
+    return f"Blocks: {', '.join((*more, *BLOCKS))}."
+
+
 def _with_help(options: type[T], notes: Mapping[str, str]) -> type[T]:
     """A subclass with the same fields, in which tyro finds their help."""
     texts: dict[str, str] = {}
@@ -48,7 +65,9 @@ def _with_help(options: type[T], notes: Mapping[str, str]) -> type[T]:
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cast(Any, options)):
         hint, default = hints[field.name], field.default
-        inner, *metadata = typing.get_args(hint) if _is_annotated(hint) else (hint,)
+        inner, *metadata = (
+            typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        )
         if dataclasses.is_dataclass(inner):
             inner = _with_help(cast(type[Any], inner), notes)
             default = inner(**vars(default))
@@ -81,7 +100,3 @@ def _argument(hint: Any, text: str, default: Any, has_choices: bool) -> Any:
         metavar=metavar,
         help_behavior_hint="" if default in (None, ()) else None,
     )
-
-
-def _is_annotated(hint: Any) -> bool:
-    return typing.get_origin(hint) is Annotated

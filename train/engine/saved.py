@@ -37,9 +37,7 @@ def last_saved(
       ValueError: there is no checkpoint, or another process uses the folder.
       CheckpointError: all of them are damaged.
     """
-    model, shapes = saved_shapes(config, inputs)
-    # Only the shapes and dtypes of a template matter.
-    template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    template = saved_template(config, inputs)
     with (
         workdir.locked(folder, config),
         contextlib.closing(
@@ -50,11 +48,12 @@ def last_saved(
     if found is None:
         raise ValueError(f"`workdir` {folder} holds no checkpoint; train there first.")
     tree, _ = found
+    model = make_model(config, inputs.num_classes)
     return model, {name: tree[name] for name in ("params", "batch_stats")}
 
 
-def saved_shapes(config: Resolved, inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of ``config``, and the shapes of its checkpoint."""
+def saved_template(config: Resolved, inputs: Inputs) -> dict[str, Any]:
+    """Zeros in the shapes and dtypes of a checkpoint of ``config``."""
     model = make_model(config, inputs.num_classes)
     total = config.epochs * inputs.steps_per_epoch
     optimizer = make_optimizer(
@@ -65,7 +64,8 @@ def saved_shapes(config: Resolved, inputs: Inputs) -> tuple[nn.Module, dict[str,
         key = jax.random.key(config.seed)
         return saved_tree(make_state(model, optimizer, key, inputs.image_size), key)
 
-    return model, jax.eval_shape(tree)
+    shapes = jax.eval_shape(tree)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def saved_tree(state: TrainState, key: jax.Array) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from flax_attn.resnet import check_cifar_depth, check_imagenet_depth
 from train.data import cifar as data
 from train.data.cifar import ImageSet
-from train.data.inputs import DeviceInputs, Inputs, check_batch_size
+from train.data.inputs import DeviceInputs, Inputs
 from train.engine import devices, logger
 from train.engine.attention import check_attention
 from train.engine.config import Config, Resolved, check_fields, resolve
@@ -34,7 +34,11 @@ def validate(config: Config) -> Resolved:
 def check_batch(config: Resolved, images: Images) -> None:
     """Raises ``ValueError`` for a batch that the images or the devices cannot fill."""
     labels = images.train_labels if isinstance(images, ImageSet) else images.train
-    check_batch_size(config, len(labels))
+    if config.batch_size > len(labels):
+        raise ValueError(
+            f"`batch_size` must be at most the {len(labels):,} training images of "
+            f"{config.dataset}, got {config.batch_size:,}; pass a smaller --batch-size."
+        )
     devices.check_batch_divides(config.batch_size, devices.make_mesh(config.devices))
 
 
@@ -51,20 +55,18 @@ def load(config: Resolved) -> Images:
             raise data.DataError(str(error)) from error
 
         images = folders.scan(config.data_dir)
-        return _without_damaged(images) if config.skip_damaged else images
+        if not config.skip_damaged:
+            return images
+        intact, damaged = folders.without_damaged(images)
+        if devices.is_main():
+            for reason in damaged:
+                devices.log(f"Left out: {reason}.")
+            found = len(images.train) + len(images.test)
+            devices.log(
+                f"{len(damaged):,} of {found:,} images are damaged and left out."
+            )
+        return intact
     return data.load(config.dataset, config.data_dir, config.data_url)
-
-
-def _without_damaged(images: "FolderImages") -> "FolderImages":
-    from train.data import folders
-
-    found = len(images.train) + len(images.test)
-    images, damaged = folders.without_damaged(images)
-    if devices.is_main():
-        for reason in damaged:
-            devices.log(f"Left out: {reason}.")
-        devices.log(f"{len(damaged):,} of {found:,} images are damaged and left out.")
-    return images
 
 
 def make_inputs(config: Resolved, images: Images, mesh: Mesh) -> Inputs:

@@ -1,6 +1,7 @@
 """The jitted programs: training steps and evaluation."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +27,11 @@ class Metrics(NamedTuple):
     loss: jax.Array
     accuracy: jax.Array
     finite: jax.Array
-    """Whether each leaf of ``checked(state)`` is finite after the step."""
+    """Whether each leaf of ``variables_of(state)`` is finite after the step.
+
+    The optimizer's state is left out: a value that is not finite reaches the parameters
+    in the same step.
+    """
 
 
 @contextlib.contextmanager
@@ -80,16 +85,15 @@ def make_train_steps(
             loss_fn, has_aux=True
         )(state.params)
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(checked(state))]
-        return state, Metrics(loss, accuracy, jnp.stack(finite))
+        leaves = jax.tree.leaves(variables_of(state))
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+        return state, Metrics(loss, accuracy, finite)
 
     # To find an infinity, JAX runs a step again; for NaN it does this itself.
     donated = () if getattr(jax.config, "jax_debug_infs") else (0,)  # noqa: B009 (mypy)
 
     @partial(
-        jax.jit,
-        donate_argnums=donated,
-        out_shardings=devices.replicated(inputs.mesh),
+        jax.jit, donate_argnums=donated, out_shardings=devices.replicated(inputs.mesh)
     )
     def train_steps(
         state: TrainState, data: Any, key: jax.Array, item: Any
@@ -135,15 +139,6 @@ def make_evaluate(
     return evaluate
 
 
-def checked(state: TrainState) -> dict[str, Any]:
-    """The arrays that must be finite after every step, in the order of their leaves.
-
-    The optimizer's state is not among them: a value that is not finite reaches the
-    parameters in the same step.
-    """
-    return variables_of(state)
-
-
 def steps_per_call(config: Resolved, steps_per_epoch: int) -> int:
     """The number of steps per call: that of ``config``, or one for the backend."""
     if config.steps_per_call is not None:
@@ -154,10 +149,9 @@ def steps_per_call(config: Resolved, steps_per_epoch: int) -> int:
         return 1
     # A divisor, so that one program serves all calls of an epoch; without one that is
     # large enough, the last call is shorter.
-    divisor = max(
-        n for n in range(1, MAX_STEPS_PER_CALL + 1) if steps_per_epoch % n == 0
-    )
-    calls = -(-steps_per_epoch // MAX_STEPS_PER_CALL)
-    return (
-        divisor if divisor > MAX_STEPS_PER_CALL // 4 else -(-steps_per_epoch // calls)
-    )
+    sizes = range(1, MAX_STEPS_PER_CALL + 1)
+    divisor = max(size for size in sizes if steps_per_epoch % size == 0)
+    if divisor > MAX_STEPS_PER_CALL // 4:
+        return divisor
+    calls = math.ceil(steps_per_epoch / MAX_STEPS_PER_CALL)
+    return math.ceil(steps_per_epoch / calls)

@@ -79,8 +79,7 @@ def locked(workdir: Path, config: Resolved) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # The system releases it even if the process is killed.
-        lock = FileLock(workdir / ".lock", timeout=0)
-        lock.acquire()
+        acquired = FileLock(workdir / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(
             f"`workdir` {workdir} is in use by another process; wait for its end, or "
@@ -91,12 +90,10 @@ def locked(workdir: Path, config: Resolved) -> Iterator[None]:
             f"`workdir` {workdir} cannot be written to ({error.strerror}); pass "
             "another --workdir."
         ) from error
-    try:
+    with acquired:
         # Again, since the previous holder may have started another run.
         check_resumable(workdir, config)
         yield
-    finally:
-        lock.release()
 
 
 def write(path: Path, text: str) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from flax import linen as nn
 
     from train.data.inputs import Inputs
-    from train.engine.loop import Images, Run
+    from train.engine.progress import Run
+    from train.engine.setup import Images
 
 SHOWN_IMAGES = 8
 SPATIAL_GATE = "spatial_gate"
@@ -114,12 +115,12 @@ def save_gates(folder: Path, run: "Run", images: "Images") -> None:
     """Writes ``gates.npz`` to a finished run's folder, if its block has such gates."""
     import numpy as np
 
-    from train.engine import devices, loop
+    from train.engine import devices, setup
 
     path = folder / GATES
     if path.exists() or not has_spatial_gate(run.config.block):
         return
-    inputs = loop.make_inputs(run.config, images, devices.make_mesh(1))
+    inputs = setup.make_inputs(run.config, images, devices.make_mesh(1))
     with contextlib.closing(inputs):
         shown, gates = spatial_gates(run.model, run.variables, inputs)
     arrays: dict[str, Any] = gates | {"images": shown}

@@ -36,25 +36,24 @@ def verdict(block: Mapping[str, Any]) -> str:
             "difference can be computed."
         )
     mean, low, high = (difference[k] for k in ("mean", "low", "high"))
-    seeds = len(difference["by_seed"])
+    seeds, points = len(difference["by_seed"]), f"{name}: {_points(mean)} points"
     if seeds == 1:
         return (
-            f"{name}: {_points(mean)} points with a single seed: there is no interval, "
-            "and a single pair of runs does not show whether it helps."
+            f"{points} with a single seed: there is no interval, and a single pair of "
+            "runs does not show whether it helps."
         )
     if low is None:
         return (
-            f"{name}: {_points(mean)} points with each of {seeds} seeds: equal "
-            "differences give no interval, and these runs do not show whether it helps."
+            f"{points} with each of {seeds} seeds: equal differences give no interval, "
+            "and these runs do not show whether it helps."
         )
     spread = f"(95 % interval {_range(low, high)} over {seeds} seeds)"
-    if low > 0:
-        return f"{name}: helps by {_points(mean)[1:]} points {spread}."
-    if high < 0:
-        return f"{name}: hurts by {_points(mean)[1:]} points {spread}."
+    if low > 0 or high < 0:
+        effect = "helps" if low > 0 else "hurts"
+        return f"{name}: {effect} by {_points(mean)[1:]} points {spread}."
     return (
-        f"{name}: {_points(mean)} points {spread}: the interval covers zero; these "
-        "runs do not show that it helps or hurts."
+        f"{points} {spread}: the interval covers zero; these runs do not show that it "
+        "helps or hurts."
     )
 
 
@@ -102,11 +101,9 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         verdict(block) for block in summary["blocks"] if block["attention"] != BASELINE
     ]
     for run in summary["unfinished"]:
-        state = (
-            "not started"
-            if run["epochs"] is None
-            else f"{run['epochs']} of {_epochs(summary['recipe']['epochs'])}"
-        )
+        state = "not started"
+        if run["epochs"] is not None:
+            state = f"{run['epochs']} of {_epochs(summary['recipe']['epochs'])}"
         lines.append(
             f"Not finished, so not in the table: {run['attention']}, seed "
             f"{run['seed']}, {state}."
@@ -195,11 +192,9 @@ def _table_of_runs(blocks: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({seed for block in blocks for seed in block["accuracies"]})
     rows = []
     for block in blocks:
-        row = {"accuracy, %": block["attention"]}
-        for seed in seeds:
-            accuracy = block["accuracies"].get(seed)
-            row[f"seed {seed}"] = None if accuracy is None else 100 * accuracy
-        rows.append(row)
+        percent = {seed: 100 * share for seed, share in block["accuracies"].items()}
+        by_seed = {f"seed {seed}": percent.get(seed) for seed in seeds}
+        rows.append({"accuracy, %": block["attention"], **by_seed})
     return format_table(rows, markdown=True)
 
 
@@ -240,17 +235,14 @@ def _draw(
     from train.study import plots
 
     timed = [block for block in blocks if block["step_seconds"] is not None]
-    figures = {"accuracy-vs-step-time": plots.plot_cost(timed)}
-    figures["curves"] = plots.plot_bands(
-        {
-            block["attention"]: [
-                log.metrics
-                for log in logs
-                if log.attention == block["attention"] and log.finished
-            ]
-            for block in blocks
-        }
-    )
+    histories: dict[str, list[Any]] = {block["attention"]: [] for block in blocks}
+    for log in logs:
+        if log.finished:
+            histories[log.attention].append(log.metrics)
+    figures = {
+        "accuracy-vs-step-time": plots.plot_cost(timed),
+        "curves": plots.plot_bands(histories),
+    }
     for block in blocks:
         attention, seed = block["attention"], block["gates_seed"]
         if seed is not None:

@@ -23,10 +23,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     from scipy import stats  # Slow to import.
 
     low, high = stats.t.interval(
-        COVERAGE,
-        len(values) - 1,
-        loc=statistics.fmean(values),
-        scale=stats.sem(values),
+        COVERAGE, len(values) - 1, loc=statistics.fmean(values), scale=stats.sem(values)
     )
     return float(low), float(high)
 
@@ -76,11 +73,9 @@ def summarize(logs: Sequence[Log]) -> dict[str, Any]:
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    distinct: list[Any] = []
-    for value in values:
-        if value not in distinct:
-            distinct.append(value)
-    return distinct
+    """The values without repetitions, in order; they need not be hashable."""
+    values = list(values)
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _summarize_block(runs: Sequence[Log], base: Sequence[Log]) -> dict[str, Any]:

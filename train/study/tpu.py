@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,11 +28,7 @@ from train.study import networks
 from train.study.blocks import Shape
 from train.study.timing import check_interrupt, temporary_bytes, with_gradients
 
-SHAPES: tuple[Shape, ...] = (
-    (128, 32, 32, 64),
-    (128, 56, 56, 256),
-    (128, 14, 14, 1024),
-)
+SHAPES: tuple[Shape, ...] = ((128, 32, 32, 64), (128, 56, 56, 256), (128, 14, 14, 1024))
 GIGABYTE = 1e9
 
 
@@ -133,23 +130,20 @@ def _lower_step(
         lambda: make_state(model, optimizer, jax.random.key(0), size)
     )
     batch = networks.BATCH
-    described: Any = jax.ShapeDtypeStruct
-    data = DeviceData(
-        described((batch, size, size, 3), np.uint8),
-        described((batch,), np.int32),
-        mean=described((1, 1, 1, 3), np.float32),
-        std=described((1, 1, 1, 3), np.float32),
-    )
+    describe: Any = partial(jax.ShapeDtypeStruct, sharding=devices.replicated(mesh))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(1)))
-    indices = jax.ShapeDtypeStruct((1, batch), np.int32)
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=devices.replicated(mesh)
-        ),
-        (state, data, key, indices),
+    state, key = jax.tree.map(
+        lambda leaf: describe(leaf.shape, leaf.dtype), (state, key)
     )
+    data = DeviceData(
+        describe((batch, size, size, 3), np.uint8),
+        describe((batch,), np.int32),
+        mean=describe((1, 1, 1, 3), np.float32),
+        std=describe((1, 1, 1, 3), np.float32),
+    )
+    indices = describe((1, batch), np.int32)
     train_steps: Any = make_train_steps(Config(), networks.DescribedInputs(mesh))
-    return train_steps.lower(*arguments)
+    return train_steps.lower(state, data, key, indices)
 
 
 def bytes_accessed(compiled: jax.stages.Compiled) -> float:
