@@ -209,10 +209,13 @@ class Attention(nn.Module, kw_only=True):
         if mask is None:
             return norm(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
-        # NaN: a row, or for statistics of the batch, the whole of it.
+        # NaN: with statistics of the batch the whole of it, else what the norm reduces,
+        # such as the channels of a padded position.
+        axes = getattr(norm, "reduction_axes", None) or self.spatial_axes
         shared = hasattr(norm, "use_running_average")
-        valid = mask.any(None if shared else self.spatial_axes, keepdims=True)
-        return norm(x, mask=mask | ~valid)
+        valid = mask.any(None if shared else axes, keepdims=True)
+        # GroupNorm wants the shape of `x`.
+        return norm(x, mask=jnp.broadcast_to(mask | ~valid, x.shape))
 
     def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
         if isinstance(norm, nn.Module) or not callable(norm):

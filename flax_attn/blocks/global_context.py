@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
 from jax import lax
 
 from flax_attn import functional
@@ -109,16 +110,13 @@ class GlobalContext(Attention, kw_only=True):
         expand = last_layer(x.shape[-1], name="expand")
         context = self._pooled(x, pool(x), valid).astype(self.dtype or x.dtype)
         h = reduce(context)
-        dtype = functional.accumulator(h)  # Named, as strict promotion wants it.
-        norm = nn.LayerNorm(
+        norm = _LayerNorm(
             epsilon=self.epsilon,
-            use_fast_variance=False,
-            dtype=dtype,
             param_dtype=self.param_dtype,
             bias_init=self.bias_init,
             name="norm",
         )
-        return expand(self.act(norm(h.astype(dtype)).astype(h.dtype)))
+        return expand(self.act(norm(h)))
 
     def _pooled(self, x: Array, logits: Array, mask: Array | None) -> Array:
         """The mean of ``x`` weighted by the softmax of ``logits``."""
@@ -138,3 +136,21 @@ class GlobalContext(Attention, kw_only=True):
         mean = functional.squeeze_spatial(weighted, **options)
         weight = functional.squeeze_spatial(weights, **options)
         return mean / jnp.where(some, weight, 1)
+
+
+class _LayerNorm(nn.Module):
+    """In float32 or wider whatever its parameters, as strict promotion wants it."""
+
+    epsilon: float
+    param_dtype: Dtype
+    bias_init: Initializer
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape, dtype = x.shape[-1:], functional.accumulator(x)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        centered = x.astype(dtype) - x.mean(-1, dtype=dtype, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered * lax.rsqrt(variance + self.epsilon)
+        return (y * scale.astype(dtype) + bias.astype(dtype)).astype(x.dtype)

@@ -268,7 +268,7 @@ class _Norm(nn.Module):
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        if name == "use_running_average":
+        if name in ("use_running_average", "reduction_axes"):
             return getattr(self.find(self), name)
         return super().__getattr__(name)
 

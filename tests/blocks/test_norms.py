@@ -1,6 +1,7 @@
 """Norms inside blocks: their place, the start as the identity, and masks."""
 
 from functools import partial
+from itertools import product
 
 import chex
 import jax
@@ -9,8 +10,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_attn import BAM, CBAM, SE, ChannelAttention, SpatialAttention
-from tests.cases import normal, variables_for
+from flax_attn import (
+    BAM,
+    CBAM,
+    SE,
+    ChannelAttention,
+    CoordinateAttention,
+    GatherExcite,
+    SpatialAttention,
+)
+from tests.cases import forward_and_gradients, long_unless, normal, variables_for
 
 CHANNELS = 20
 # Norms know no implementation, and this one compiles faster.
@@ -169,3 +178,42 @@ def test_masked_statistics_of_the_norm(train):
     y_padded, state_padded = run(variables, padded, mask)
     np.testing.assert_allclose(y_padded[:, :5, :4], y, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(state_padded, state, rtol=1e-5, atol=1e-7)
+
+
+# What a norm reduces: the channels of one position, groups of them over the map, or the
+# map of each channel.
+WITHIN_A_SAMPLE = {
+    "layer": nn.LayerNorm,
+    "group": partial(nn.GroupNorm, num_groups=2),
+    "instance": nn.InstanceNorm,
+}
+FIELDS = {
+    "se": (partial(SE, reduction=4), "hidden_norm"),
+    "bam": (partial(BAM, reduction=4), "hidden_norm"),
+    "cbam": (partial(CBAM, reduction=4), "spatial_norm"),
+    "coordinate": (partial(CoordinateAttention, hidden_features=4), "hidden_norm"),
+    "ge-plus": (partial(GatherExcite, extent=2, extra_params=True), "hidden_norm"),
+}
+
+
+@pytest.mark.parametrize(
+    "block, norm",
+    [
+        pytest.param(block, norm, marks=long_unless(norm == "layer" or block == "bam"))
+        for block, norm in product(FIELDS, WITHIN_A_SAMPLE)
+        # The spatial map of CBAM has one channel, and SE's squeeze one position.
+        if (block, norm) not in [("cbam", "group"), ("se", "instance")]
+    ],
+)
+def test_gradients_of_padded_maps_before_a_norm(block, norm):
+    make, field = FIELDS[block]
+    module = make(**{field: WITHIN_A_SAMPLE[norm]}, **PLAIN)
+    x = normal((2, 5, 4, CHANNELS), 1)
+    padded = np.pad(x, [(0, 0), (0, 2), (0, 3), (0, 0)])
+    mask = np.arange(7)[:, None] + np.arange(7) // 4 * 9 < 5
+    variables = variables_for(module, x)
+    y, d_variables, d_x = forward_and_gradients(module, variables, x, x)
+    result = forward_and_gradients(module, variables, padded, padded, mask)
+    inside = result[0][:, :5, :4], result[1], result[2][:, :5, :4]
+    chex.assert_trees_all_close(inside, (y, d_variables, d_x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(result[2][:, ~mask], 0)
