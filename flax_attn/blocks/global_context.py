@@ -153,4 +153,6 @@ class _LayerNorm(nn.Module):
         centered = x.astype(dtype) - x.mean(-1, dtype=dtype, keepdims=True)
         variance = jnp.square(centered).mean(-1, keepdims=True)
         y = centered * lax.rsqrt(variance + self.epsilon)
-        return (y * scale.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
+        axes = tuple(range(x.ndim - 1))
+        scale, bias = (jnp.expand_dims(p.astype(dtype), axes) for p in (scale, bias))
+        return (y * scale + bias).astype(x.dtype)
