@@ -188,9 +188,9 @@ WITHIN_A_SAMPLE = {
     "instance": nn.InstanceNorm,
 }
 FIELDS = {
-    "se": (partial(SE, reduction=4), "hidden_norm"),
-    "bam": (partial(BAM, reduction=4), "hidden_norm"),
-    "cbam": (partial(CBAM, reduction=4), "spatial_norm"),
+    "se": (partial(SE, reduction=5), "hidden_norm"),
+    "bam": (partial(BAM, reduction=5), "hidden_norm"),
+    "cbam": (CBAM, "spatial_norm"),
     "coordinate": (partial(CoordinateAttention, hidden_features=4), "hidden_norm"),
     "ge-plus": (partial(GatherExcite, extent=2, extra_params=True), "hidden_norm"),
 }
