@@ -81,7 +81,7 @@ def _train(options: Options) -> bool:
     # Only now, so that --help, a mistyped option and a report need no jax.
     from tqdm.auto import tqdm
 
-    from train.engine import interrupt, loop, setup
+    from train.engine import attention, interrupt, loop, setup
 
     tasks = plan(options)
     for config in tasks:
@@ -91,6 +91,8 @@ def _train(options: Options) -> bool:
     logs.check_same_recipe(options.workdir, configs)
     images = setup.load(recipe)
     setup.check_batch(recipe, images)
+    for config in tasks:
+        attention.check_block(config)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True

@@ -27,6 +27,14 @@ DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devi
             "`attention_lr_scale` is for .* got 0.1 with `attention` none; pass",
         ),
         ({"attention_lr_scale": -1.0}, "`attention_lr_scale` must be finite and at le"),
+        (
+            {"attention": "ge", "init": "identity"},
+            "`init` identity does not go with ge .*no parameters that could start at z",
+        ),
+        (
+            {"attention": "simam", "attention_lr_scale": 0.1},
+            "`attention_lr_scale` is for .* got 0.1 for simam, which has none; leave",
+        ),
         ({"preset": "timm_se"}, "`preset` names the block itself, got timm_se and `at"),
         (
             {"attention": "none", "preset": "official_eca"},

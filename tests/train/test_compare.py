@@ -133,6 +133,13 @@ def test_bad_arguments(arguments, message, tmp_path, refused, monkeypatch):
     assert not workdir.exists()
 
 
+def test_a_block_without_that_start_is_refused_before_any_run(tmp_path, refused):
+    names = ("--attentions", "none", "ge+identity", "--workdir", tmp_path / "work")
+    error = refused(compare, "--dataset", "digits", "--depth", 8, *names)
+    assert "`init` identity does not go with ge" in error
+    assert not (tmp_path / "work").exists()
+
+
 def test_another_recipe_in_the_folder(comparison, refused, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: pytest.fail("data were loaded"))
     recipe = ("--dataset", "digits", "--epochs", 4)

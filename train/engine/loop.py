@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from train.data.inputs import Inputs
 from train.engine import devices, interrupt, logger, workdir
+from train.engine.attention import check_block
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, Resolved
 from train.engine.model import (
@@ -65,6 +66,7 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
     """
     config = validate(config)
     check_batch(config, images)
+    check_block(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(searching())
         if folder is not None:  # Before anything is compiled.
