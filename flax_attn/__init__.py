@@ -35,14 +35,15 @@ __all__ = [
 ]
 __all__ += blocks.__all__
 
-_LAZY = ("convert", "nnx")
+_LAZY = ("convert", "nnx", "resnet")
 
 if TYPE_CHECKING:
     from flax_attn import convert as convert
     from flax_attn import nnx as nnx
+    from flax_attn import resnet as resnet
 else:
-    # Imported on first use: `python -m flax_attn.convert` must be the first to import
-    # its module, and importing Flax NNX takes time.
+    # Imported on first use: `python -m flax_attn.convert` must not find its module
+    # already imported, and importing Flax NNX takes time.
     def __getattr__(name: str) -> ModuleType:
         if name in _LAZY:
             return importlib.import_module(f"flax_attn.{name}")

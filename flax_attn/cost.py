@@ -1,7 +1,7 @@
-"""What a block costs: its parameters, its arithmetic and its memory traffic.
+"""The cost of a block: parameters, arithmetic and memory traffic.
 
-Nothing is run and nothing is allocated: the parameters come from the shapes that
-``init`` gives, the rest from the operations of the traced forward pass.
+Nothing is run or allocated: the parameters come from the shapes that ``init`` returns,
+the rest from the traced forward pass.
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ _VIEWS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one forward pass costs.
+    """The cost of one forward pass.
 
     Attributes:
-      parameters: elements of the collection ``params``.
-      multiply_adds: pairs of a multiplication and an addition in products and
-        convolutions. Taps on the padding of a map are not counted.
-      operations: all other additions, multiplications, comparisons and so on, one for
-        each element: the sums and maxima of the squeezes, the product with the gate,
-        conversions to another dtype.
-      transcendentals: exponentials, logarithms, roots and the like, one for each
-        element. A sigmoid, ``1 / (1 + exp(-z))``, is one and three operations.
-      bytes: memory traffic if everything that can be fused is fused. See ``cost``.
+      parameters: number of elements in the collection ``params``.
+      multiply_adds: multiply-add pairs in matrix products and convolutions. Taps on
+        padding are not counted.
+      operations: all other elementwise operations and reductions, one per element:
+        additions, multiplications, comparisons, dtype conversions and so on.
+      transcendentals: exponentials, logarithms, roots and the like, one per element. A
+        sigmoid, ``1 / (1 + exp(-z))``, counts as one, plus three operations.
+      bytes: memory traffic, assuming everything that can be fused is fused. See
+        ``cost``.
     """
 
     parameters: int
@@ -86,9 +86,9 @@ def cost(
     dtype: Dtype = jnp.float32,
     **kwargs: Any,
 ) -> Cost:
-    """Counts what a forward pass of ``module`` costs for an input of ``shape``.
+    """Counts the cost of a forward pass of ``module`` for an input of ``shape``.
 
-    All blocks are counted in their plain implementation, whatever they are set to::
+    All blocks are counted with the plain implementation, regardless of their field::
 
       >>> import flax_attn
       >>> print(flax_attn.cost(flax_attn.ECA(), (1, 32, 32, 64)))
@@ -99,12 +99,12 @@ def cost(
     without the two beyond the ends, the sigmoid 64 × 3 operations and the product with
     the gate 65,536 multiplications.
 
-    The bytes follow from one rule. Reductions, products and convolutions write their
-    results; everything else is computed where it is used. Each of those, and the
+    Bytes are counted as follows. Reductions, matrix products and convolutions write
+    their results; everything else is fused into its users. Each of the former, and the
     output, is a pass that reads its operands, and passes that depend on the same
     results share a read. So mean and maximum over H and W read a map once, SE moves
     three maps (read for the mean, read for the product, written) and CBAM four. A sum
-    of two maps that is used twice, as after a residual addition, is written too.
+    of two maps that is used twice, as after a residual addition, is also written.
 
     ``flops`` is XLA's count for the lowered program (``jax.jit(f).lower(...)``'s
     ``cost_analysis()``). A compiled program can cost more: it may recompute the product
@@ -113,8 +113,8 @@ def cost(
     Args:
       module: an attention block, or any module of convolutions, products, reductions
         and elementwise operations.
-      shape: of the input, such as (N, H, W, C).
-      dtype: of the input (default: float32).
+      shape: shape of the input, such as (N, H, W, C).
+      dtype: dtype of the input (default: float32).
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A small training room: puts the blocks into a ResNet and trains it on images."""
+"""Small training programs: ResNets with any attention block, trained on images."""
 
 import sys
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ def _check_installed() -> None:
     if not missing:
         return
     message = (
-        f"The training commands need {', '.join(missing)}, which this Python lacks; "
+        f"The training commands need {', '.join(missing)}, which are not installed; "
         'install the extra train: pip install -e ".[train]"'
     )
     if sys.argv[0] != "-m":  # As `python -m` sets it until it has found the command.

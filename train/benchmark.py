@@ -1,9 +1,8 @@
-"""``python -m train.benchmark``: what the blocks cost, in copies of the feature map.
+"""``python -m train.benchmark``: the cost of the blocks, in copies of the feature map.
 
-The cost of the blocks is memory traffic, not arithmetic. So every time is divided by
-that of ``copy``, ``x * 1.0001`` on the same array in the same run. The contenders take
-turns in random order, and the fastest of many rounds counts: a busy machine can only
-add time.
+The blocks are memory-bound, so every time is divided by that of a copy, ``x * 1.0001``
+on the same array in the same run. The implementations take turns in random order, and
+the fastest of many rounds counts, since other load can only add time.
 
 Exit codes: 0 measured, 2 invalid command line, 130 interrupted after printing what
 was measured.
@@ -27,37 +26,36 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure the attention blocks: times in those of a copy, x * 1.0001."""
+    """Time the attention blocks, relative to a copy of the feature map (x * 1.0001)."""
 
     blocks: tuple[str, ...] = ()
-    """Blocks to measure; by default all of them."""
+    """Blocks to measure; default: all."""
     shapes: tuple[tuple[int, int, int, int], ...] = ()
-    """Shapes N H W C; by default five, on a GPU two more, for a TPU three."""
+    """Shapes N H W C; default: five, on a GPU seven, with --compile-for three."""
     dtypes: tuple[str, ...] = ()
-    """float32, bfloat16, float16; by default float32, on a GPU also bfloat16, for a
-    TPU only that."""
+    """float32, bfloat16 or float16; default: float32, on a GPU also bfloat16, with
+    --compile-for only bfloat16."""
     against: tuple[Literal["plain", "torch"], ...] = ()
-    """What to measure beside: the plain implementation; the article's block in PyTorch,
-    eager and compiled (needs the group parity; other blocks are left out)."""
+    """Also measure the plain implementation (plain), or the article's blocks in
+    PyTorch, eager and compiled (torch; needs the dependency group parity)."""
     inside: bool = False
-    """Also time each block behind a 1x1 convolution from C/16 channels, BatchNorm and
-    ReLU in one program, forward and with the gradients of x and of all parameters,
-    against the same program without the block: added and added_backward are the
-    differences, in copies of the feature map."""
+    """Also time each block after a 1x1 convolution from C/16 channels, BatchNorm and
+    ReLU in one program. The columns added and added_backward are the differences from
+    the same program without the block, forward and with all gradients, in copies."""
     network: bool = False
-    """Time training steps of whole networks with and without each block instead:
-    ResNet-20, on a GPU also ResNet-50, batch 128. With --compile-for, compile that of
-    ResNet-50 (bfloat16, 224 x 224) and show the bytes that it accesses, its temporaries
-    and the seconds to compile."""
+    """Instead, time training steps of whole networks with and without each block:
+    ResNet-20 and, on a GPU, ResNet-50, at batch size 128. With --compile-for, compile
+    a step of ResNet-50 (bfloat16, 224 x 224) and show the bytes accessed, the temporary
+    memory and the compile time."""
     compile_for: str | None = None
-    """Compile for a TPU topology such as v5e:2x2 instead of running; needs no TPU but
-    the group tpu-aot."""
+    """Only compile, for a TPU topology such as v5e:2x2; needs the dependency group
+    tpu-aot, but no TPU."""
     rounds: int = 20
-    """How often each contender has its turn."""
+    """Number of measurements per implementation."""
     json: Path | None = None
-    """Where to write the rows as JSON."""
+    """Write the results to this JSON file."""
     plot: Path | None = None
-    """Where to draw a bar chart."""
+    """Write a bar chart to this file."""
 
     @property
     def contenders(self) -> list[str]:
@@ -96,8 +94,8 @@ def _resolve(options: Options) -> Options:
             raise ValueError(f"`inside` times single blocks; leave out `{other}`.")
         if "torch" in options.against:
             raise ValueError(
-                f"`against` torch is for single blocks that run here; leave it or "
-                f"`{other}` out."
+                f"`against` torch is only for single blocks that run on this machine; "
+                f"leave out torch or `{other}`."
             )
     if options.network and (options.shapes or options.dtypes):
         raise ValueError(

@@ -30,9 +30,9 @@ class Options(Config):
     """Train a residual network with an attention block on images."""
 
     attention: Annotated[str, one_of(_attentions)] = "none"
-    """Block in every residual branch."""
+    """Attention block in every residual branch."""
     preset: Annotated[str | None, one_of(_presets)] = None
-    """Published variant in place of attention, from flax_attn.presets."""
+    """Published variant from flax_attn.presets, instead of --attention."""
 
 
 def main(
@@ -66,7 +66,7 @@ def _run(config: Config) -> None:
     except interrupt.Interrupted as error:
         if not error.saved:
             raise
-        resume = f"{error} Resume by the same command with --workdir {quoted}."
+        resume = f"{error} To resume, run the same command with --workdir {quoted}."
         raise interrupt.Interrupted(error.signal, resume, saved=True) from None
     if devices.is_main():
         print(run.summary())

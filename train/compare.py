@@ -1,4 +1,4 @@
-"""``python -m train.compare``: does attention help on these data, and at what cost?
+"""``python -m train.compare``: does attention help on this dataset, and at what cost?
 
 Trains every block with every seed under one recipe and reports the accuracy after the
 last epoch. After an interrupt, the same command resumes. The report is made from all
@@ -30,7 +30,7 @@ PROG = "train.compare"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Config):
-    """The options that all runs share."""
+    """Options shared by all runs."""
 
     # The comparison sets these; see `Options.attentions`.
     attention: tyro.conf.Suppress[str] = BASELINE
@@ -52,14 +52,14 @@ class Options:
     """Train several blocks with several seeds and report what they gain and cost."""
 
     attentions: tuple[str, ...] = (BASELINE, "se", "eca", "cbam")
-    """Blocks to compare, or published variants such as timm_cbam; with +identity after
-    its name, such as se+identity, a block starts as the identity, and with +0.1lr, such
-    as cbam+0.1lr or cbam+identity+0.1lr, its parameters have a tenth of the learning
-    rate. The baseline none is added where it is left out."""
+    """Blocks or presets (such as timm_cbam) to compare. The suffix +identity, as in
+    se+identity, selects identity initialization, and +0.1lr, as in cbam+0.1lr or
+    cbam+identity+0.1lr, scales the learning rate of the block's parameters by 0.1. The
+    baseline none is always included."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; each trains every block once. One alone gives no interval."""
+    """Seeds; every block is trained once per seed. A single seed gives no interval."""
     workdir: Path = Path("runs/compare")
-    """Where the runs go, a folder for each, and the report."""
+    """Folder for the runs, one subfolder each, and the report."""
     report_only: bool = False
     """Rebuild the report from the logs in workdir; other options are ignored."""
     recipe: tyro.conf.OmitArgPrefixes[Recipe] = Recipe()
@@ -152,12 +152,12 @@ def plan(options: Options) -> list[Config]:
     }
     for field, values in named.items():
         if not values:
-            raise ValueError(f"`{field}` must be at least one, got none.")
+            raise ValueError(f"`{field}` must have at least one value, got none.")
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ValueError(
-                f"`{field}` must differ from each other, got {', '.join(twice)} more "
-                "than once; name each once."
+                f"`{field}` must be distinct, got {', '.join(twice)} more than once; "
+                "pass each only once."
             )
     if BASELINE not in options.attentions:
         blocks.insert(0, attention_fields(BASELINE))

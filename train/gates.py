@@ -28,21 +28,21 @@ TRUE_CLASS = "Grad-CAM, true class"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Draw the spatial gates of a trained network beside test images."""
+    """Plot the spatial gates of a trained network next to test images."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Workdir of train.cifar."""
     out: Annotated[Path, tyro.conf.arg(metavar="PICTURE")] = Path("gates.png")
-    """The picture to write; its suffix selects the format."""
+    """Output image; its suffix selects the format."""
     data_dir: Path = Config.data_dir
-    """Folder of the images it was trained on."""
+    """Folder of the training data, as for train.cifar."""
     images: Annotated[int, tyro.conf.arg(metavar="COUNT")] = 6
-    """How many images to show, at least 1; at most a batch."""
+    """Number of images to show, from 1 to the batch size."""
     limits: Annotated[
         tuple[float, float] | None, tyro.conf.arg(metavar="LOWEST HIGHEST")
     ] = None
-    """Gates with the darkest and the lightest color; by default the lowest and the
-    highest of each block."""
+    """Gate values of the darkest and the lightest color; default: the minimum and the
+    maximum of each block."""
 
 
 def draw(options: Options) -> None:

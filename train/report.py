@@ -1,4 +1,4 @@
-"""``python -m train.report RUN [RUN ...] --out curves.png``: a picture of runs.
+"""``python -m train.report RUN [RUN ...] --out curves.png``: plots runs.
 
 Each RUN is a workdir of ``train.cifar`` or its metrics.jsonl.
 
@@ -55,11 +55,11 @@ def draw(
     ],
     out: Path = Path("curves.png"),
 ) -> None:
-    """Draw the loss and accuracy of runs into one picture.
+    """Plot the loss and accuracy of one or more runs.
 
     Args:
-        runs: workdirs of train.cifar, at least one.
-        out: the picture to write; its suffix selects the format.
+        runs: Workdirs of train.cifar, at least one.
+        out: Output image; its suffix selects the format.
     """
     if not runs:
         raise ValueError(

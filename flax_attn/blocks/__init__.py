@@ -1,4 +1,4 @@
-"""The attention blocks, and the registry that everything else reads."""
+"""The attention blocks and their registry."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -66,17 +66,17 @@ _blocks: dict[str, Callable[..., nn.Module]] = {
 }
 
 BLOCKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(_blocks)
-"""What makes each block, by its name on command lines and in ``create``."""
+"""The constructor of each block, by its name in commands and in ``create``."""
 
 
 def create(name: str, /, **fields: Any) -> nn.Module:
-    """Returns the block that ``BLOCKS`` knows as ``name``, with these fields.
+    """Creates the block registered in ``BLOCKS`` as ``name``, with these fields.
 
       >>> create("cbam", reduction=8).reduction
       8
 
     Raises:
-      ValueError: there is no such block.
+      ValueError: there is no block with that name.
     """
     if name not in BLOCKS:
         raise ValueError(f"`name` must be one of {', '.join(BLOCKS)}, got {name!r}.")

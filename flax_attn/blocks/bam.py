@@ -20,8 +20,8 @@ class BAM(Attention, kw_only=True):
     """Bottleneck Attention Module, https://arxiv.org/abs/1807.06514, eqs. 1-5.
 
     ``y = x * (1 + gate(channel(x) + spatial(x)))``, where ``channel`` is an MLP of the
-    mean over H and W, and ``spatial`` four convolutions: 1 x 1 to C // r channels, two
-    of 3 x 3 with holes, 1 x 1 to one channel. The sum has a logit for every element::
+    mean over H and W, and ``spatial`` is four convolutions: 1 x 1 to C // r channels,
+    two dilated 3 x 3, and 1 x 1 to one channel. The sum has one logit per element::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -36,31 +36,32 @@ class BAM(Attention, kw_only=True):
       spatial_reduce (1, 1, 64, 4)
 
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, C)``, is sown as
-    ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Its place is
-    between the stages of a network, and not in its residual branches.
+    ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Use it between the
+    stages of a network, not in residual branches.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       reduction: of both branches, see ``SE.reduction`` (default: 16).
-      dilation: distance of the taps of the 3 x 3 convolutions, at least 1 (default: 4).
+      dilation: dilation of the 3 x 3 convolutions, at least 1 (default: 4).
       hidden_features: see ``SE.hidden_features`` (default: None).
       norm: module at the end of each branch, ``partial(nn.BatchNorm,
-        use_running_average=not train)`` in the paper; called as Flax's norms are, with
-        ``mask=`` where the block has a mask (default: None).
-      combine: what makes one logit of the two branches, ``"add"`` as in the paper or
-        ``"multiply"`` as in its released code (default: "add").
-      hidden_norm: module after each layer of both branches but the last, made and
-        called as ``norm`` is (default: None).
+        use_running_average=not train)`` in the paper; called like Flax's norm layers,
+        with ``mask=`` if the block gets a mask (default: None).
+      combine: how to combine the branches, ``"add"`` as in the paper or ``"multiply"``
+        as in the released code (default: "add").
+      hidden_norm: module after every layer of both branches except the last, like
+        ``norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
-      spatial_act: activation after each convolution but the last (default: None).
+      spatial_act: activation after every convolution except the last (default: None).
       use_bias: whether all layers add a bias (default: True, as in the paper).
 
-    Deviations: a module without ``train`` cannot make its own BatchNorm, so ``norm`` is
-    to be given. The released code multiplies the branches, and has norms and
-    activations inside them and no norms at their ends:
-    ``flax_attn.presets.official_bam``. Of a product, ``identity_init`` starts the
-    channel branch alone at zero; of two zeros neither would learn.
+    Deviations: the paper's BatchNorm must be passed as ``norm``, since blocks have no
+    ``train`` argument. The released code multiplies the branches and has norms and
+    activations inside them, but no norms at their ends: see
+    ``flax_attn.presets.official_bam``. With ``combine="multiply"``, ``identity_init``
+    initializes only the channel branch to zero; if both were zero, neither would get a
+    gradient.
 
     References: Park, Woo, Lee, Kweon. BAM: Bottleneck Attention Module.
     https://arxiv.org/abs/1807.06514, 2018.
@@ -79,13 +80,13 @@ class BAM(Attention, kw_only=True):
     use_bias: bool = True
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, ``1 + gate``."""
+        """Returns the factor by which the block multiplies ``x``, ``1 + gate``."""
         gate = self.element_gate(x, mask)
         return gate if self.identity_init else 1 + gate
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., H, W, C)``."""
+        """Returns only the gate, ``(..., H, W, C)``."""
         checks.check_choice("combine", self.combine, COMBINATIONS)
         x, valid = self.validated(x, mask)
         rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
@@ -108,7 +109,8 @@ class BAM(Attention, kw_only=True):
         y = x
         for place, layer in {"reduce": inner, "conv1": wide, "conv2": wide}.items():
             name = f"spatial_{place}"
-            # A bias fills the padding, which the next convolution would look into.
+            # A bias makes masked positions nonzero, which the next convolution would
+            # see.
             y = layer(name=name)(functional.apply_mask(y, mask))
             y = self.normalized(
                 self.hidden_norm, y, mask, name=f"{name}_norm", is_last=False

@@ -1,4 +1,4 @@
-"""What a block is, and what the blocks share beside the arithmetic."""
+"""The base class of the blocks, and their shared code other than the arithmetic."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ Width = int | Callable[[int], int]
 class Attention(nn.Module, kw_only=True):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
-    A subclass adds its own fields and defines what the map is multiplied by; in
-    ``gates`` it declares what it sows::
+    A subclass adds fields, defines ``multiplier`` (the factor for the input) and
+    declares the gates that it sows in ``gates``::
 
       >>> class Energy(Attention, kw_only=True):
       ...     def multiplier(self, x, mask=None):
@@ -32,36 +32,36 @@ class Attention(nn.Module, kw_only=True):
       >>> Energy().apply({}, jnp.zeros((4, 4, 8))).shape
       (4, 4, 8)
 
-    The gates of one map multiply another by ``multiplier``, as in
-    ``low * block.multiplier(high)`` inside a module, or outside::
+    ``multiplier`` lets one map gate another: ``low * block.multiplier(high)`` inside a
+    module, or from outside::
 
       >>> block, low, high = Energy(), jnp.ones((8, 8, 8)), jnp.zeros((8, 8, 8))
       >>> (low * block.apply({}, high, method="multiplier")).mean().item()
       0.5
 
-    All fields are keyword-only. Those that every block has:
+    All fields are keyword-only. Every block has these:
 
     Attributes:
       gate: function from logits to the gate (default: nn.sigmoid).
-      use_bias: whether the layers add a bias (default: False; of BAM: True).
+      use_bias: whether the layers add a bias (default: False; for BAM: True).
       dtype: the dtype of the result (default: infer from input and params). Means are
-        accumulated in float32 or wider whatever this is.
+        always accumulated in float32 or wider.
       param_dtype: the dtype passed to parameter initializers (default: float32).
       precision: numerical precision of the products, see ``jax.lax.Precision``.
       kernel_init: initializer of all kernels.
       bias_init: initializer of all biases.
       implementation: ``"fast"``, or ``"plain"`` for forward-mode differentiation
         (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) (default: "fast").
-      identity_init: whether the block starts as the identity: the last kernels and
-        biases start at zero, or the scale and bias of a norm after them, and each gate
-        is ``2 * gate(logits)``, which is 1 then (default: False).
+      identity_init: whether the block is initially the identity. The last kernel and
+        bias, or the scale and bias of a norm after them, are initialized to zero, and
+        each gate is ``2 * gate(logits)``, initially 1 (default: False).
       spatial_dims: number of spatial axes: 1 for ``(..., L, C)``, 2, or 3 for
         ``(..., D, H, W, C)`` (default: 2).
-      gates: of the class: the gates that it sows itself, the name of each by the
-        method that sows it. Those of the blocks inside it are theirs to declare.
+      gates: class attribute, a dict from method name to the name of the gate that the
+        method sows. Blocks inside this one declare their own.
 
     Raises:
-      ValueError: at the first call, for a field or an input out of its range.
+      ValueError: at the first call, if a field or an input is out of range.
     """
 
     gates: ClassVar[Mapping[str, str]] = {}
@@ -78,7 +78,7 @@ class Attention(nn.Module, kw_only=True):
     spatial_dims: int = 2
 
     def __post_init__(self) -> None:
-        """Makes blocks with equal fields equal, so that jit knows them again."""
+        """Makes blocks with equal fields compare equal, to avoid recompilation."""
         for name, value in vars(self).copy().items():
             if type(value) is partial:
                 object.__setattr__(self, name, _comparable(value))
@@ -87,17 +87,18 @@ class Attention(nn.Module, kw_only=True):
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Returns ``x`` of shape ``(..., H, W, C)`` times its gates.
 
-        With ``mask``, boolean and ``(..., H, W)``, the rest of a padded map counts for
-        nothing and comes out as zero, and a gate of positions is zero there.
+        ``mask`` is boolean, ``(..., H, W)``, and True at valid positions. Other
+        positions are ignored and are zero in the output, and a spatial gate is zero
+        there.
         """
         x, _ = self.validated(x, mask)
         return self.scaled(x, self.multiplier(x, mask))
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by: all its gates in one.
+        """Returns the factor by which ``x`` is multiplied: all gates in one.
 
         Shape ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)``. A block with
-        one gate need not define it, if the method in ``gates`` takes ``x, mask``.
+        one gate inherits it if the method in ``gates`` takes ``x, mask``.
         """
         if len(self.gates) != 1:
             name = type(self).__name__
@@ -107,17 +108,17 @@ class Attention(nn.Module, kw_only=True):
         return gate
 
     def validated(self, x: Any, mask: Any = None) -> tuple[Array, Array | None]:
-        """The input of the block: zero where masked, and the mask ``(..., H, W, 1)``.
+        """Returns the input, zero where masked, and the mask as ``(..., H, W, 1)``.
 
         Raises:
-          ValueError: ``x`` is no feature map, or ``mask`` does not fit it.
+          ValueError: ``x`` is not a feature map, or ``mask`` does not fit it.
         """
         x = checks.check_feature_map(x, spatial_dims=self.spatial_dims)
         mask = checks.check_mask(mask, x)
         return functional.apply_mask(x, mask), mask
 
     def scaled(self, x: Array, gate: Array) -> Array:
-        """Returns ``x * gate`` in the block's dtype, for an ``x`` that is validated."""
+        """Returns ``x * gate`` in the block's dtype; ``x`` must be validated."""
         x, gate = promote_dtype(x, gate, dtype=self.dtype)
         return functional.scale(x, gate, **self.map_options)
 
@@ -159,9 +160,9 @@ class Attention(nn.Module, kw_only=True):
         return {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
 
     def last_layer(self) -> dict[str, Any]:
-        """The initializers of the layer that makes the logits."""
-        # Before a norm, zeros would be amplified or leave nothing to learn from: there
-        # the norm's scale starts at zero instead.
+        """The initializers of the layer that computes the logits."""
+        # Before a norm, zeros would be amplified or get no gradient, so the norm's
+        # scale is initialized to zero instead.
         if self.identity_init and getattr(self, "norm", None) is None:
             return {name: zeros_like(init) for name, init in self.first_layer().items()}
         return self.first_layer()
@@ -196,16 +197,17 @@ class Attention(nn.Module, kw_only=True):
         name: str,
         is_last: bool = True,
     ) -> Array:
-        """``x`` through ``norm``, if any, over what ``mask`` admits.
+        """Applies ``norm``, if any, to ``x`` over the positions where ``mask`` is True.
 
-        ``is_last``: it makes the logits, so it starts at zero with ``identity_init``.
+        ``is_last``: its output is the logits, so with ``identity_init`` its scale and
+        bias are initialized to zero.
         """
         if norm is None:
             return x
         return self.over_valid(self._make_norm(norm, name, is_last), x, mask)
 
     def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
-        """``x`` through the module ``norm``, over what ``mask`` admits."""
+        """Applies the module ``norm`` to ``x`` where ``mask`` is True."""
         if mask is None:
             return norm(x)
         # What has nothing valid is normalized as it is, since the mean of nothing is
@@ -236,7 +238,7 @@ class Attention(nn.Module, kw_only=True):
 
 
 class _Partial(partial[Any]):
-    """A ``functools.partial`` that equals those of the same function and arguments."""
+    """A ``functools.partial`` that compares equal by function and arguments."""
 
     def _key(self) -> tuple[Any, ...]:
         return self.func, self.args, frozenset(self.keywords.items())
@@ -258,7 +260,7 @@ def _comparable(made: partial[Any]) -> partial[Any]:
 
 
 def zeros_like(init: Initializer) -> Initializer:
-    """Zeros in the boxes that ``init`` returns, such as those of partitioning."""
+    """Zeros in the metadata boxes that ``init`` returns, such as ``nn.Partitioned``."""
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, init(*args, **kwargs))
@@ -273,7 +275,7 @@ def width_of(field: str, value: Width, features: int) -> int:
     width = value(features)
     if not checks.is_int(width):
         raise ValueError(
-            f"`{field}` is a function, which must return an integer, got {width!r} for "
+            f"`{field}` is a function and must return an integer, got {width!r} for "
             f"{features} channels; return an int."
         )
     return width

@@ -29,23 +29,23 @@ class CBAM(Attention, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
     ``intermediates/channel/channel_gate`` and ``intermediates/spatial/spatial_gate``.
 
-    The official code is ``use_bias=True`` together with
+    The official code corresponds to ``use_bias=True`` and
     ``spatial_norm=partial(nn.BatchNorm, use_running_average=not train,
     momentum=0.99)``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       reduction: of the channel MLP, see ``SE.reduction`` (default: 16).
       divisor: of the hidden width, see ``SE.divisor`` (default: None).
-      pool: ``"both"`` as in the paper; or ``"avg+max"``, with which each half squeezes
-        once, to half the sum of mean and maximum (default: "both").
+      pool: ``"both"`` as in the paper, or ``"avg+max"`` for (mean + maximum) / 2 in
+        both halves (default: "both").
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
       hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
       kernel_size: of the channel convolution, see ``ECA.kernel_size`` (default: None).
-      gamma: slope divisor of the rule for that width, not 0 (default: 2).
-      b: offset of the rule for that width (default: 1).
+      gamma: slope divisor in the formula for that size, not 0 (default: 2).
+      b: offset in the formula for that size (default: 1).
       spatial_norm: module between the spatial convolution, which then has no bias, and
         its gate, see ``SpatialAttention.norm`` (default: None).
       act: activation between the MLP's layers (default: nn.relu).
@@ -74,14 +74,14 @@ class CBAM(Attention, kw_only=True):
         return self.scaled(y, spatial)
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, the product of its gates."""
+        """Returns the factor by which the block multiplies ``x``, both its gates."""
         _, channel, spatial = self._halves(x, mask)
         return channel * spatial
 
     @nn.compact
     def _halves(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
         """``x`` times its channel gate, that gate, and the spatial gate."""
-        # Checked here as well, under the name that the user wrote.
+        # Also checked here, so that the message has this block's field name.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
         channel = ChannelAttention(
             **self.shared_fields(ChannelAttention), name="channel"
@@ -92,7 +92,7 @@ class CBAM(Attention, kw_only=True):
             "use_bias": self.use_bias and self.spatial_norm is None,
         }
         spatial = SpatialAttention(**of_spatial, name="spatial")
-        # spatial(channel(x)), but for the squeeze that is taken with the first product.
+        # Equals spatial(channel(x)), with the first product and the squeeze fused.
         x, _ = self.validated(x, mask)
         x, gate = promote_dtype(x, channel.channel_gate(x, mask), dtype=self.dtype)
         y, maps = functional.scale_and_squeeze(x, gate, **self.map_options)

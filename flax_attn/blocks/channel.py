@@ -1,7 +1,7 @@
 """Channel attention: SE, ECA and the channel half of CBAM.
 
-The three differ in two words only, how they squeeze (one pool or two) and how they
-excite (an MLP or a 1-D convolution), so one function builds all of their gates.
+They differ only in how they squeeze (one pool or two) and how they excite (an MLP or a
+1-D convolution), so one function computes all of their gates.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ from flax_attn.blocks.base import Attention, Conv, ModuleDef, Width, width_of
 from flax_attn.functional import Array, Excite, Padding, checks
 
 PoolDef = Literal["avg", "max", "avg+max"] | Callable[..., Array]
-"""A squeeze over H and W: by name, or called as ``jnp.std`` is."""
+"""A squeeze over H and W: a name, or a function with the signature of ``jnp.std``."""
 Pools = Literal["both", "avg+max"]
-"""Whether mean and maximum are used side by side, or half the sum of the two."""
+"""Whether mean and maximum are used separately, or as (mean + maximum) / 2."""
 
 POOLS = (*functional.POOLS, "avg+max")
 BOTH_POOLS: tuple[Pools, ...] = ("both", "avg+max")
@@ -57,25 +57,26 @@ class SE(ChannelBlock, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
-      reduction: divisor r; the hidden width is ``max(C // r, 1)``, so 1 where r > C. Or
-        a ratio below 1: the width is ``ratio * C``, rounded (default: 16).
-      divisor: what the hidden width is a multiple of, the nearest one and at least
-        ``divisor`` itself, as timm's ``rd_divisor`` (default: None, no rounding).
+      reduction: divisor r, for a hidden width of ``max(C // r, 1)``; or a ratio below
+        1, for a width of ``ratio * C``, rounded (default: 16).
+      divisor: round the hidden width to the nearest multiple of this, at least
+        ``divisor``, like timm's ``rd_divisor`` (default: None, no rounding).
       hidden_features: the hidden width itself, at least 1, or a function from C to it;
         it overrides ``reduction`` (default: None).
-      pool: squeeze over H and W: ``"avg"``, ``"max"``, or ``"avg+max"``, half the sum
-        of the two. Or a function called as ``jnp.std(x, axis=axes, keepdims=True)``,
-        with ``where=`` where the block has a mask (default: "avg").
+      pool: squeeze over H and W: ``"avg"``, ``"max"``, ``"avg+max"`` for (mean +
+        maximum) / 2, or a function called like
+        ``jnp.std(x, axis=axes, keepdims=True)``, with ``where=`` if the block gets a
+        mask (default: "avg").
       hidden_norm: module between ``reduce`` and ``act``, such as
-        ``partial(nn.BatchNorm, use_running_average=not train)``; called as Flax's norms
-        are, with ``mask=`` where the block has a mask (default: None).
+        ``partial(nn.BatchNorm, use_running_average=not train)``; called like Flax's
+        norm layers, with ``mask=`` if the block gets a mask (default: None).
       act: activation between the two layers (default: nn.relu).
 
-    Deviations: the article's text has no biases and its released code has; set
-    ``use_bias=True`` for the latter.
+    Deviations: none from the paper's equations, which have no biases. The released code
+    has biases; set ``use_bias=True`` for it.
 
     References: Hu, Shen, Albanie, Sun, Wu. Squeeze-and-Excitation Networks.
     https://arxiv.org/abs/1709.01507, 2017.
@@ -90,7 +91,7 @@ class SE(ChannelBlock, kw_only=True):
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        """Returns only the gate, ``(..., 1, 1, C)``."""
         excite = normalized_mlp(self, x, mask)
         return self.sown_gate(x, mask, pools=(self.pool,), excite=excite)
 
@@ -98,8 +99,8 @@ class SE(ChannelBlock, kw_only=True):
 class ECA(ChannelBlock, kw_only=True):
     """Efficient Channel Attention, https://arxiv.org/abs/1910.03151, eqs. 7 and 12.
 
-    Scales channel ``c`` of ``x`` by ``gate(conv(mean_hw(x)))[c]``, where ``conv`` runs
-    along the channels with one kernel of width k for all of them::
+    Scales channel ``c`` of ``x`` by ``gate(conv(mean_hw(x)))[c]``, where ``conv`` is a
+    1-D convolution along the channels with a kernel of size k::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 128))
@@ -110,19 +111,19 @@ class ECA(ChannelBlock, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
-      kernel_size: width k, odd, or a function from C to it (default: None, which means
-        ``eca_kernel_size(C, gamma=gamma, b=b)``). Released ECA-Net weights have fixed
-        widths: 3, 5, 5, 7 in the four stages of a ResNet-50.
-      gamma: slope divisor of the rule for k, not 0 (default: 2).
-      b: offset of the rule for k (default: 1).
+      kernel_size: k, odd, or a function from C to k (default: None, which means
+        ``eca_kernel_size(C, gamma=gamma, b=b)``). The released ECA-Net weights have
+        fixed sizes: 3, 5, 5, 7 in the four stages of ResNet-50.
+      gamma: slope divisor in the formula for k, not 0 (default: 2).
+      b: offset in the formula for k (default: 1).
       pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
-      padding: what stands beyond the first and last channel, ``"zeros"`` or
-        ``"circular"`` (default: "zeros").
+      padding: padding at the first and last channel, ``"zeros"`` or ``"circular"``
+        (default: "zeros").
 
-    Deviations: none from the article.
+    Deviations: none from the paper.
 
     References: Wang, Wu, Zhu, Li, Zuo, Hu. ECA-Net: Efficient Channel Attention for
     Deep Convolutional Neural Networks. https://arxiv.org/abs/1910.03151, 2019.
@@ -136,7 +137,7 @@ class ECA(ChannelBlock, kw_only=True):
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        """Returns only the gate, ``(..., 1, 1, C)``."""
         return self.sown_gate(x, mask, pools=(self.pool,), excite=_conv)
 
 
@@ -144,7 +145,7 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     """The channel half of CBAM, https://arxiv.org/abs/1807.06521, eq. 2.
 
     Scales channel ``c`` of ``x`` by ``gate(f(mean_hw(x)) + f(max_hw(x)))[c]``, where
-    ``f`` is *one* MLP or *one* 1-D convolution, applied to both squeezes::
+    ``f`` is an MLP or a 1-D convolution shared by both squeezes::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -158,26 +159,26 @@ class ChannelAttention(ChannelBlock, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       reduction: of the MLP, see ``SE.reduction`` (default: 16).
       divisor: of the hidden width, see ``SE.divisor`` (default: None).
-      pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites half the sum of
-        the two squeezes instead (default: "both").
+      pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites (mean + maximum)
+        / 2 instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
       hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
       kernel_size: of the convolution, see ``ECA.kernel_size`` (default: None).
-      gamma: slope divisor of the rule for k, not 0 (default: 2).
-      b: offset of the rule for k (default: 1).
+      gamma: slope divisor in the formula for k, not 0 (default: 2).
+      b: offset in the formula for k (default: 1).
       padding: of the convolution, see ``ECA.padding`` (default: "zeros").
-      hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; it
-        normalizes either squeeze on its own (default: None).
+      hidden_norm: module between the MLP's layers, see ``SE.hidden_norm``; each squeeze
+        is normalized separately (default: None).
       act: activation between the MLP's layers (default: nn.relu).
 
-    Deviations: the official code's MLP has biases; set ``use_bias=True`` for it.
-    Of elements that tie for a maximum the first one takes its gradient, as in PyTorch's
-    max pooling; ``jnp.max`` and ``torch.amax`` share it evenly.
+    Deviations: the official code's MLP has biases; set ``use_bias=True`` for it. If
+    elements tie for a maximum, the first one gets the gradient, as in PyTorch's max
+    pooling; ``jnp.max`` and ``torch.amax`` split it evenly.
 
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.
@@ -197,7 +198,7 @@ class ChannelAttention(ChannelBlock, kw_only=True):
 
     @nn.compact
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        """Returns only the gate, ``(..., 1, 1, C)``."""
         checks.check_choice("excite", self.excite, functional.EXCITES)
         checks.check_choice("pool", self.pool, BOTH_POOLS)
         pools: tuple[PoolDef, ...] = ("avg+max",)
@@ -220,7 +221,7 @@ def channel_logits(
     pools: tuple[PoolDef, ...],
     excite: Callable[..., Any],
 ) -> Array:
-    """Squeezes by each of ``pools``, excites all alike, and sums the logits."""
+    """Squeezes with each of ``pools``, excites each result, and sums the logits."""
     x = checks.check_feature_map(x, spatial_dims=module.spatial_dims)
     mask = checks.check_mask(mask, x)
     logits_of = excite(module, x.shape[-1])
@@ -259,9 +260,9 @@ def _squeeze_by(
     expected = (*x.shape[: axes[0]], *(1 for _ in axes), x.shape[-1])
     if jnp.shape(y) != expected:
         raise ValueError(
-            "`pool` is a function, which must reduce `axis` to size 1, got shape "
-            f"{jnp.shape(y)} for {expected}; return what jnp.std does with "
-            "keepdims=True."
+            "`pool` is a function and must reduce `axis` to size 1, got shape "
+            f"{jnp.shape(y)} instead of {expected}; return an array of that shape, as "
+            "jnp.std does with keepdims=True."
         )
     return y
 
@@ -297,7 +298,7 @@ def mlp(
 ) -> Callable[[Array], Array]:
     """The two layers C -> h -> C, as a function of descriptors ``(..., C)``.
 
-    ``act`` stands between them in the place of the module's.
+    ``act`` replaces the module's activation between them.
     """
     hidden = hidden_width(module, features)
     reduce = module.make_layer(nn.Dense)(hidden, name="reduce")

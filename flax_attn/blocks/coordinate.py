@@ -32,20 +32,20 @@ class CoordinateAttention(Attention, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The product of the gates,
     ``(..., H, W, C)``, is sown as ``intermediates/element_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       reduction: divisor r; the hidden width is ``max(C // r, 1)`` (default: 32).
       hidden_features: see ``SE.hidden_features`` (default: None).
-      hidden_norm: module between ``reduce`` and ``act``, over all rows and columns
-        together, such as ``partial(nn.BatchNorm, use_running_average=not train)``;
-        called as Flax's norms are, with ``mask=`` where the block has a mask (default:
-        None).
+      hidden_norm: module between ``reduce`` and ``act``, with shared statistics for
+        rows and columns, such as ``partial(nn.BatchNorm, use_running_average=not
+        train)``; called like Flax's norm layers, with ``mask=`` if the block gets a
+        mask (default: None).
       act: activation between the layers (default: nn.hard_swish).
 
-    Deviations: the paper has two axes; here a signal has one gate, from ``expand_l``,
-    and a volume three, each from the mean over the other axes. The released code and
-    timm have BatchNorm as ``hidden_norm``, and other hidden widths.
+    Deviations: the paper covers two axes; here a signal has one gate, from
+    ``expand_l``, and a volume has three, each from the mean over the other axes. The
+    released code and timm use BatchNorm as ``hidden_norm``, and other hidden widths.
 
     References: Hou, Zhou, Feng. Coordinate Attention for Efficient Mobile Network
     Design. https://arxiv.org/abs/2103.02907, 2021.
@@ -60,7 +60,7 @@ class CoordinateAttention(Attention, kw_only=True):
 
     @nn.compact
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the product of the gates alone, ``(..., H, W, C)``."""
+        """Returns only the product of the gates, ``(..., H, W, C)``."""
         x, mask = self.validated(x, mask)
         checks.check_callable("act", self.act)
         hidden = hidden_width(self, x.shape[-1])

@@ -13,7 +13,7 @@ class ESE(ChannelBlock, kw_only=True):
     """Effective Squeeze-Excitation, https://arxiv.org/abs/1911.06667, eq. 3.
 
     Scales channel ``c`` of ``x`` by ``gate(excite(mean_hw(x)))[c]``, where ``excite``
-    is one layer C -> C, which loses nothing in a narrow one::
+    is a single layer C -> C, without SE's bottleneck::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -24,13 +24,13 @@ class ESE(ChannelBlock, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., 1, 1, C)``, is sown as
     ``intermediates/channel_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       pool: squeeze over H and W, see ``SE.pool`` (default: "avg").
 
-    Deviations: the released code and timm have a bias and the gate
-    ``nn.hard_sigmoid``: ``flax_attn.presets.timm_ese``.
+    Deviations: none from the paper. The released code and timm use a bias and the gate
+    ``nn.hard_sigmoid``: see ``flax_attn.presets.timm_ese``.
 
     References: Lee, Park. CenterMask: Real-Time Anchor-Free Instance Segmentation.
     https://arxiv.org/abs/1911.06667, 2019.

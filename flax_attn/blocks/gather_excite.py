@@ -1,4 +1,4 @@
-"""Gather-Excite: each position is gated by its surroundings, near or all."""
+"""Gather-Excite: each position is gated by its local or global context."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ from flax_attn.functional import Array, checks, neighborhoods
 class GatherExcite(Attention, kw_only=True):
     """Gather-Excite, https://arxiv.org/abs/1810.12348, section 3.
 
-    ``y = x * gate(resize(gather(x)))``, where ``gather`` is a mean, over H and W or
-    around every e-th position, and ``resize`` repeats the nearest. With
-    ``extra_params`` it is log2(e) depthwise 3 x 3 convolutions of stride 2, and with
-    ``use_mlp`` an MLP follows::
+    ``y = x * gate(resize(gather(x)))``, where ``gather`` is a mean over H and W or
+    around every e-th position, and ``resize`` is nearest-neighbor upsampling. With
+    ``extra_params``, ``gather`` is log2(e) depthwise 3 x 3 convolutions with stride 2;
+    with ``use_mlp``, an MLP follows it::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -32,31 +32,31 @@ class GatherExcite(Attention, kw_only=True):
       reduce (64, 4)
 
     Maps ``(..., H, W, C)`` to the same shape. The gate is sown as
-    ``intermediates/channel_gate``, ``(..., 1, 1, C)``, where the extent is global, and
-    else as ``intermediates/element_gate``, ``(..., H, W, C)``.
+    ``intermediates/channel_gate``, ``(..., 1, 1, C)``, if the extent is global, and
+    otherwise as ``intermediates/element_gate``, ``(..., H, W, C)``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       extent: e, at least 2, or 0 for all of H and W (default: 0).
-      extra_params: whether convolutions gather, for which e is a power of 2; the
-        paper's GE-θ (default: False).
-      use_mlp: whether an MLP excites; with ``extra_params`` GE-θ+, and alone over all
-        of H and W ``SE`` (default: False).
+      extra_params: whether to gather with convolutions, the paper's GE-θ; e must be a
+        power of 2 (default: False).
+      use_mlp: whether to excite with an MLP. With ``extra_params`` this is GE-θ+; with
+        a global extent it is ``SE`` (default: False).
       reduction: divisor r; the MLP's hidden width is ``max(C // r, 1)`` (default: 16).
       hidden_features: see ``SE.hidden_features`` (default: None).
       hidden_norm: module after each convolution, such as ``partial(nn.BatchNorm,
-        use_running_average=not train)``; called as Flax's norms are, with ``mask=``
-        where the block has a mask. A convolution before it has no bias (default: None).
+        use_running_average=not train)``; called like Flax's norm layers, with ``mask=``
+        if the block gets a mask. A convolution before it has no bias (default: None).
       act: activation between convolutions, and in the MLP (default: nn.relu).
 
     Raises:
-      ValueError: at the first call, for a field or an input out of its range; without
-        parameters, ``identity_init`` too.
+      ValueError: at the first call, if a field or an input is out of range, or for
+        ``identity_init`` without parameters.
 
-    Deviations: a global extent with ``extra_params`` would be a kernel as large as the
-    map, and no block here has parameters that depend on that. timm's module has the MLP
-    and a BatchNorm as ``hidden_norm`` unless it is told otherwise.
+    Deviations: a global extent with ``extra_params`` is not supported, since its kernel
+    would be as large as the map. timm's module has the MLP and BatchNorm as
+    ``hidden_norm`` by default.
 
     References: Hu, Shen, Albanie, Sun, Vedaldi. Gather-Excite: Exploiting Feature
     Context in Convolutional Neural Networks. https://arxiv.org/abs/1810.12348, 2018.
@@ -73,18 +73,18 @@ class GatherExcite(Attention, kw_only=True):
     act: Callable[[Array], Array] = nn.relu
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, its gate."""
+        """Returns the factor by which the block multiplies ``x``, its gate."""
         of = self.element_gate if self.extent else self.channel_gate
         return of(x, mask)
 
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate of a global extent alone, ``(..., 1, 1, C)``."""
+        """Returns only the gate, for a global extent, ``(..., 1, 1, C)``."""
         gate = self.gate_from(self._logits(x, mask))
         self.sow("intermediates", "channel_gate", gate)
         return gate
 
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate of a local extent alone, ``(..., H, W, C)``."""
+        """Returns only the gate, for a local extent, ``(..., H, W, C)``."""
         x, valid = self.validated(x, mask)
         logits = neighborhoods.resize_nearest(
             self._logits(x, mask),

@@ -1,4 +1,4 @@
-"""GlobalContext: a context that attention pools, added to a map or gating it."""
+"""GlobalContext: attention-pooled context, added to a map or gating it."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -23,7 +23,8 @@ class GlobalContext(Attention, kw_only=True):
     """The block of GCNet, https://arxiv.org/abs/1904.11492, eq. 5.
 
     ``y = x + expand(act(norm(reduce(context))))``, where ``context`` is the mean of
-    ``x`` over H and W, weighted by ``softmax_hw(x @ pool)``, and ``norm`` a LayerNorm::
+    ``x`` over H and W, weighted by ``softmax_hw(x @ pool)``, and ``norm`` is a
+    LayerNorm::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -35,23 +36,23 @@ class GlobalContext(Attention, kw_only=True):
       pool {'kernel': (64, 1)}
       reduce {'kernel': (64, 16)}
 
-    Maps ``(..., H, W, C)`` to the same shape. What is added, ``(..., 1, 1, C)``, is
-    sown as ``intermediates/channel_shift``, a gate as ``intermediates/channel_gate``.
+    Maps ``(..., H, W, C)`` to the same shape. The added term, ``(..., 1, 1, C)``, is
+    sown as ``intermediates/channel_shift``; with ``fuse="scale"``, the gate is sown as
+    ``intermediates/channel_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
-      reduction: divisor r; the hidden width is ``max(C // r, 1)``. The paper has 16 and
-        4. Of a width of 1, LayerNorm leaves nothing (default: 4).
+      reduction: divisor r; the hidden width is ``max(C // r, 1)``. The paper uses 16
+        and 4. With a width of 1, LayerNorm removes all information (default: 4).
       hidden_features: see ``SE.hidden_features`` (default: None).
-      fuse: what is done with the result, ``"add"`` to x, or ``"scale"`` x by its gate
-        (default: "add").
+      fuse: ``"add"`` the result to x, or ``"scale"`` x by its gate (default: "add").
       act: activation between the two layers (default: nn.relu).
-      epsilon: of the LayerNorm (default: 1e-5).
+      epsilon: epsilon of the LayerNorm (default: 1e-5).
 
-    Deviations: none from the paper. The layer ``pool`` never has a bias, which the
-    softmax would cancel. timm's ``gc`` scales, and its ``gca`` adds; both have biases,
-    r = 8 and an epsilon of 1e-6.
+    Deviations: none from the paper. The layer ``pool`` has no bias, since the softmax
+    would cancel it. timm's ``gc`` scales, and its ``gca`` adds; both have biases, r = 8
+    and an epsilon of 1e-6.
 
     References: Cao, Xu, Lin, Wei, Hu. GCNet: Non-local Networks Meet Squeeze-Excitation
     Networks and Beyond. https://arxiv.org/abs/1904.11492, 2019.
@@ -74,10 +75,10 @@ class GlobalContext(Attention, kw_only=True):
         return functional.apply_mask(x + shift, valid)
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what ``fuse="scale"`` multiplies ``x`` by, its gate.
+        """Returns the gate by which ``fuse="scale"`` multiplies ``x``.
 
         Raises:
-          ValueError: with ``fuse="add"``, which multiplies by nothing.
+          ValueError: ``fuse`` is ``"add"``, which has no multiplier.
         """
         if self.fuse == "add":
             raise ValueError(
@@ -87,13 +88,13 @@ class GlobalContext(Attention, kw_only=True):
         return self.channel_gate(x, mask)
 
     def channel_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., 1, 1, C)``."""
+        """Returns only the gate, ``(..., 1, 1, C)``."""
         gate = self.gate_from(self._transformed(x, mask))
         self.sow("intermediates", "channel_gate", gate)
         return gate
 
     def channel_shift(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what ``fuse="add"`` adds, ``(..., 1, 1, C)``."""
+        """Returns the term that ``fuse="add"`` adds, ``(..., 1, 1, C)``."""
         shift = self._transformed(x, mask)
         self.sow("intermediates", "channel_shift", shift)
         return shift

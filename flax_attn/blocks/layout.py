@@ -13,9 +13,9 @@ from flax_attn.functional import checks
 class ChannelsFirst(nn.Module):
     """Runs a module written for ``(..., H, W, C)`` on arrays ``(..., C, H, W)``.
 
-    The channels go last before ``module`` and back after it. Parameters are exactly
-    those of ``module``, without a level of their own, so that checkpoints move freely
-    between the layouts::
+    It moves the channels last, calls ``module``, and moves them back. The parameters
+    are those of ``module``, without an extra level, so both layouts use the same
+    checkpoints::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 64, 8, 8))
@@ -24,18 +24,18 @@ class ChannelsFirst(nn.Module):
       >>> jax.tree.map(jnp.shape, params)
       {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}
 
-    In a model they lie under the name of ``module``, so that is the one to name:
-    ``ChannelsFirst(SE(name="attention"))``. What ``module`` sows, such as the gates,
-    keeps the channels-last layout.
+    In a model, the parameters are stored under the name of ``module``, so set the name
+    there: ``ChannelsFirst(SE(name="attention"))``. Values that ``module`` sows, such as
+    gates, stay channels-last.
 
     Attributes:
       module: any module from ``(..., H, W, C)`` to ``(..., H', W', C')``.
-      spatial_dims: number of spatial axes, at least 1, and that of ``module`` if it has
-        such a field (default: 2).
+      spatial_dims: number of spatial axes, at least 1; must equal that of ``module`` if
+        it has this field (default: 2).
 
     Raises:
-      ValueError: at the first call, for an input of too few axes, or for another
-        ``spatial_dims`` than that of ``module``.
+      ValueError: at the first call, if the input has too few axes or ``spatial_dims``
+        differs from that of ``module``.
     """
 
     module: nn.Module
@@ -50,7 +50,7 @@ class ChannelsFirst(nn.Module):
         return self._channels_first(self.module, x, *args, **kwargs)
 
     def multiplier(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Returns what the block ``module`` multiplies ``x`` by, channels first.
+        """Returns the multiplier of the block ``module``, channels first.
 
         Shape ``(..., C, 1, 1)``, ``(..., 1, H, W)`` or ``(..., C, H, W)``; ``mask`` is
         ``(..., H, W)``.

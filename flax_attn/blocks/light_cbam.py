@@ -5,10 +5,11 @@ from flax_attn.blocks.channel import Pools
 
 
 class LightCBAM(CBAM, kw_only=True):
-    """CBAM with half the sum of mean and maximum in the place of both.
+    """CBAM that squeezes with (mean + maximum) / 2.
 
-    As timm's ``lcbam``: ``y = x * gate(mlp(s))`` where ``s`` is half the sum over H and
-    W, then ``y * gate(conv(t))`` where ``t`` is half the sum over C, one map::
+    Like timm's ``lcbam``: ``y = x * gate(mlp(s))`` where ``s = (mean_hw(x) +
+    max_hw(x)) / 2``, then ``y * gate(conv(t))`` where ``t = (mean_c(y) + max_c(y)) /
+    2``, one map::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -22,13 +23,14 @@ class LightCBAM(CBAM, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
     ``intermediates/channel/channel_gate`` and ``intermediates/spatial/spatial_gate``.
 
-    All fields are keyword-only and those of ``CBAM``, but for one default.
+    All fields are keyword-only, and are those of ``CBAM`` with one different default:
 
     Attributes:
       pool: squeeze of both halves, see ``CBAM.pool`` (default: "avg+max").
 
-    Deviations: timm's gates are sigmoids whatever ``gate_layer`` is; here both are
-    ``gate``. For timm's widths, norm and start see ``flax_attn.presets.timm_lcbam``.
+    Deviations: timm always uses sigmoids and ignores ``gate_layer``; here both gates
+    use ``gate``. For timm's widths, norm and initializers, see
+    ``flax_attn.presets.timm_lcbam``.
 
     References: Wightman. PyTorch Image Models, ``timm.layers.LightCbamModule``.
     https://github.com/huggingface/pytorch-image-models, 2020.

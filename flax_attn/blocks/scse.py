@@ -22,7 +22,7 @@ class scSE(sSE, kw_only=True):
     """Concurrent spatial and channel SE, https://arxiv.org/abs/1803.02579, eqs. 1-3.
 
     ``y = x * channel_gate(x) + x * spatial_gate(x)``, where the first is SE's gate and
-    the second ``gate(x @ kernel)``, one number for each position::
+    the second is ``gate(x @ kernel)``, one number per position::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -36,12 +36,12 @@ class scSE(sSE, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gates are sown as
     ``intermediates/channel/channel_gate`` and ``intermediates/spatial_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       reduction: of the channel half, see ``SE.reduction`` (default: 2).
-      combine: what makes one map of the two, element by element: ``"add"`` as in the
-        paper or ``"max"`` as in its successor (default: "add").
+      combine: how to combine the two maps elementwise, ``"add"`` as in the paper or
+        ``"max"`` as in the follow-up paper (default: "add").
       hidden_features: see ``SE.hidden_features`` (default: None).
       act: activation between the two layers of the channel half (default: nn.relu).
 
@@ -75,11 +75,11 @@ class scSE(sSE, kw_only=True):
         return by_channel + by_position
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, ``(..., H, W, C)``.
+        """Returns the factor by which the block multiplies ``x``, ``(..., H, W, C)``.
 
-        The sum of its gates; with ``combine="max"`` the larger one where ``x`` is
-        positive and the smaller one where it is negative, so that ``x`` times it is the
-        larger product.
+        It is the sum of the gates. With ``combine="max"`` it is the larger gate where
+        ``x`` is positive and the smaller one where ``x`` is negative, so that its
+        product with ``x`` is the larger of the two products.
         """
         x, channel, spatial = self._promoted(x, mask)
         if self.combine == "add":

@@ -15,8 +15,8 @@ class SimAM(Attention, kw_only=True):
     """Simple, parameter-free attention, ICML 2021, eqs. 5-6.
 
     Scales each element of ``x`` by ``gate(1 / energy)``, where the energy is low for
-    one that differs from its channel's mean, in units of the channel's variance:
-    ``1 / energy = (x - mean_hw(x))**2 / (4 * (var_hw(x) + lam)) + 0.5``::
+    elements far from their channel's mean, relative to the channel's variance: ``1 /
+    energy = (x - mean_hw(x))**2 / (4 * (var_hw(x) + lam)) + 0.5``::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -29,17 +29,18 @@ class SimAM(Attention, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, C)``, is sown as
     ``intermediates/element_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these. There is no
-    parameter, so those that say how parameters start have no effect, and
-    ``identity_init`` is refused.
+    All fields are keyword-only. SimAM has no parameters, so the initializer fields of
+    ``Attention`` have no effect, and ``identity_init`` raises an error. In addition to
+    those of ``Attention``:
 
     Attributes:
       lam: the regularization λ, a positive number (default: 1e-4).
-      ddof: what is subtracted from the number of positions in the divisor of the
-        variance, 0 as in the paper or 1 (default: 0).
+      ddof: the variance is divided by the number of positions minus this, 0 as in the
+        paper or 1 (default: 0).
 
     Deviations: none from the paper. The released code divides by H * W - 1; set
-    ``ddof=1`` for it. The variance of a single position is 0 here and NaN there.
+    ``ddof=1`` for it. For a single position the variance is 0 here, and NaN in the
+    released code.
 
     References: Yang, Zhang, Li, Xie. SimAM: A Simple, Parameter-Free Attention Module
     for Convolutional Neural Networks. https://proceedings.mlr.press/v139/yang21o.html,
@@ -52,12 +53,12 @@ class SimAM(Attention, kw_only=True):
     ddof: int = 0
 
     def element_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., H, W, C)``."""
+        """Returns only the gate, ``(..., H, W, C)``."""
         self._check_fields()
         x, mask = self.validated(x, mask)
-        # Shifted by a mean, the variance is no difference of large squares; and of that
-        # mean, the rounding is taken out again, which lam would magnify. The value of
-        # `rest` is about zero, but its derivatives belong to those of the variance.
+        # Subtracting the mean first avoids a difference of large squares in the
+        # variance. `rest` corrects the rounding of that mean, which a small lam would
+        # magnify. Its value is about zero, but the gradient of the variance needs it.
         mean = lax.stop_gradient(self._mean(x, mask))
         shifted = x.astype(mean.dtype) - mean
         rest = self._mean(shifted, mask)
@@ -81,7 +82,7 @@ class SimAM(Attention, kw_only=True):
     def _check_fields(self) -> None:
         if not isinstance(self.lam, numbers.Real) or not self.lam > 0:
             raise ValueError(
-                f"`lam` must be a positive number, got {self.lam!r}; the paper has "
+                f"`lam` must be a positive number, got {self.lam!r}; the paper uses "
                 "1e-4."
             )
         if not checks.is_int(self.ddof) or self.ddof not in (0, 1):
@@ -92,5 +93,5 @@ class SimAM(Attention, kw_only=True):
         if self.identity_init:
             raise ValueError(
                 "`identity_init` must be False, got True: SimAM has no parameters that "
-                "could start at zero; leave it out, or take a block with parameters."
+                "could be zero; leave it out, or use a block with parameters."
             )

@@ -27,20 +27,20 @@ class SpatialAttention(Attention, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
     ``intermediates/spatial_gate``.
 
-    All fields are keyword-only; beside those of ``Attention`` it has these.
+    All fields are keyword-only. In addition to those of ``Attention``:
 
     Attributes:
       kernel_size: k, any odd size (default: 7).
-      pool: ``"both"``, two maps as in the paper, or ``"avg+max"``, one map that is half
-        their sum; the kernel is ``(k, k, 1, 1)`` then (default: "both").
-      norm: module between the convolution and the gate, such as
-        ``partial(nn.BatchNorm, use_running_average=not train, momentum=0.99)`` for the
-        official code; called as Flax's norms are, with ``mask=`` where the block has a
-        mask (default: None).
+      pool: ``"both"`` for two maps, as in the paper, or ``"avg+max"`` for one map,
+        (mean + maximum) / 2, with a kernel ``(k, k, 1, 1)`` (default: "both").
+      norm: module between the convolution and the gate, such as ``partial(nn.BatchNorm,
+        use_running_average=not train, momentum=0.99)`` for the official code; called
+        like Flax's norm layers, with ``mask=`` if the block gets a mask (default:
+        None).
 
-    Deviations: the article admits the sizes 3, 5 and 7 only. timm stacks [mean, max].
-    Of elements that tie for the maximum the first one takes its gradient, as with
-    ``torch.max(x, dim)``; ``torch.amax`` shares it evenly.
+    Deviations: the web article allows only the sizes 3, 5 and 7. timm stacks [mean,
+    max]. If elements tie for the maximum, the first one gets the gradient, as with
+    ``torch.max(x, dim)``; ``torch.amax`` splits it evenly.
 
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.
@@ -53,11 +53,11 @@ class SpatialAttention(Attention, kw_only=True):
     norm: ModuleDef | None = None
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, its gate."""
+        """Returns the factor by which the block multiplies ``x``, its gate."""
         return self.spatial_gate(x, mask)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate alone, ``(..., H, W, 1)``."""
+        """Returns only the gate, ``(..., H, W, 1)``."""
         x, _ = self.validated(x, mask)
         maps = functional.squeeze_channels(x, implementation=self.implementation)
         return self.gate_of(maps.astype(self.dtype or x.dtype), mask)
@@ -66,7 +66,7 @@ class SpatialAttention(Attention, kw_only=True):
     def gate_of(self, maps: Array, mask: Array | None = None) -> Array:
         """Returns the gate for squeezed maps [max, mean], ``(..., H, W, 2)``.
 
-        They are to be zero where ``mask`` is False, as the convolution's padding is.
+        They must be zero where ``mask`` is False, like the convolution's padding.
         """
         checks.check_odd("kernel_size", self.kernel_size)
         checks.check_choice("pool", self.pool, BOTH_POOLS)

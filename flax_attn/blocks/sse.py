@@ -10,8 +10,8 @@ from flax_attn.functional import Array
 class sSE(Attention, kw_only=True):
     """Channel squeeze and spatial excitation, https://arxiv.org/abs/1803.02579, eq. 2.
 
-    ``y = x * gate(x @ kernel)``: one number for each position, from one layer C -> 1,
-    which is a 1 x 1 convolution::
+    ``y = x * gate(x @ kernel)``: one number per position, computed by a 1 x 1
+    convolution C -> 1::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -22,11 +22,10 @@ class sSE(Attention, kw_only=True):
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, 1)``, is sown as
     ``intermediates/spatial_gate``.
 
-    All fields are keyword-only.
+    All fields are keyword-only, and are those of ``Attention``, such as:
 
     Attributes:
-      gate: function from logits to the gate (default: nn.sigmoid); the others are those
-        of ``Attention`` too.
+      gate: function from logits to the gate (default: nn.sigmoid).
 
     Deviations: none from the paper.
 
@@ -41,7 +40,7 @@ class sSE(Attention, kw_only=True):
         self.spatial = self.make_layer(nn.Dense, is_last=True)(1)
 
     def spatial_gate(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the gate of the positions alone, ``(..., H, W, 1)``."""
+        """Returns only the spatial gate, ``(..., H, W, 1)``."""
         x, mask = self.validated(x, mask)
         gate = functional.apply_mask(self.gate_from(self.spatial(x)), mask)
         self.sow("intermediates", "spatial_gate", gate)

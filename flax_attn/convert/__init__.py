@@ -1,10 +1,10 @@
 """PyTorch weights to Flax variables and back, for the blocks and for whole ResNets.
 
-The same is a command, which needs no model::
+There is also a command, which needs no model::
 
   python -m flax_attn.convert resnet.safetensors flax.safetensors --to flax
 
-Modules are translated by name. ``naming`` selects the names of the PyTorch side:
+Modules are matched by name. ``naming`` selects the naming scheme on the PyTorch side:
 
 * ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, as in most SENets in
   PyTorch; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and ``spatial.conv.bn``, with
@@ -28,19 +28,19 @@ Modules are translated by name. ``naming`` selects the names of the PyTorch side
 * ``"ca_sa"``: the common reimplementation of CBAM, ``ca.fc1``, ``ca.fc2`` (``ca.fc.0``
   and ``ca.fc.2`` are read, too) and ``sa.conv1`` with the inputs [mean, max].
 
-ResNets have the same names in all of them: ``conv1``, ``bn1``, ``layer1.0.conv1``,
-``layer1.0.downsample.0``, ``fc``; here they are ``conv_stem``, ``norm_stem``,
-``stage1_block1/conv1``, ``conv_shortcut`` and ``head``. ``linear`` is read as ``fc``
-and ``shortcut`` as ``downsample``, since PyTorch code for CIFAR often has them. timm's
-deep stem and pooled shortcut (its "d" variants) and its convolution in place of the
-maximum are known as well.
+ResNets have the same names in all naming schemes: ``conv1``, ``bn1``,
+``layer1.0.conv1``, ``layer1.0.downsample.0``, ``fc``; here they are ``conv_stem``,
+``norm_stem``, ``stage1_block1/conv1``, ``conv_shortcut`` and ``head``. ``linear`` is
+also read as ``fc``, and ``shortcut`` as ``downsample``, since PyTorch code for CIFAR
+often uses these names. timm's deep stem, pooled shortcut (its "d" variants) and
+convolution instead of max pooling are also supported.
 
 A PyTorch file is safetensors with dotted keys; a Flax file is safetensors with keys
 like ``params/head/kernel``. Files of PyTorch's own format (``.pth``, ``.pt``,
 ``.pth.tar``, ``.bin``, ``.ckpt``) are read with ``weights_only=True``, which runs no
-code from them, and are never written. The weights of a checkpoint are found under
-``state_dict`` or ``model``, and with the prefixes ``module.`` or ``_orig_mod.``; a line
-is printed for each.
+code from them, and are never written. Checkpoints are unwrapped: weights under
+``state_dict`` or ``model`` are used, and the prefixes ``module.`` and ``_orig_mod.``
+are removed; each of these steps prints a line.
 """
 
 from collections.abc import Sequence
@@ -66,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Converts a file; the command line is ``python -m flax_attn.convert --help``.
 
     Args:
-      arguments: those of the command line (default: None, which means the process's).
+      arguments: the command-line arguments (default: None, those of the process).
 
     Returns:
-      The exit code: 0, or 1 after an error, whose text goes to stderr. Wrong arguments
-      exit with 2.
+      The exit code: 0, or 1 after an error, which is printed to stderr. Invalid
+      arguments exit with 2.
 
     Raises:
       ImportError: tyro is not installed.

@@ -31,13 +31,13 @@ def convert(
     """Convert weights between PyTorch and Flax.
 
     Args:
-        input: safetensors, or a file of PyTorch: .pth, .pt, .pth.tar, .bin or .ckpt.
-        output: safetensors.
-        to: the framework of OUT.
-        naming: the naming of the PyTorch side.
-        like: a file with the keys and shapes that OUT must have.
-        lenient: print what does not fit, and convert the rest.
-        overwrite: replace OUT if it exists.
+        input: Input file: safetensors, or PyTorch (.pth, .pt, .pth.tar, .bin, .ckpt).
+        output: Output file, in safetensors format.
+        to: Framework of OUT.
+        naming: Naming scheme of the PyTorch weights.
+        like: File with the keys and shapes that OUT must have.
+        lenient: List the keys that do not fit, and convert the rest.
+        overwrite: Replace OUT if it exists.
     """
     check_output(output, overwrite)
     if output.exists() and output.samefile(input):
@@ -49,11 +49,11 @@ def convert(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line ``arguments``, by default that of the process.
+    """Runs the command with ``arguments`` (default: those of the process).
 
     Returns:
-      The exit code: 0, or 1 after an error, whose text goes to stderr. Wrong arguments
-      exit with 2.
+      The exit code: 0, or 1 after an error, which is printed to stderr. Invalid
+      arguments exit with 2.
     """
     try:
         tyro.cli(

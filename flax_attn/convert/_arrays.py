@@ -44,8 +44,8 @@ def to_numpy(key: str, value: Any) -> np.ndarray:
     except (TypeError, RuntimeError, ValueError) as error:
         got = getattr(value, "dtype", type(value).__name__)
         raise ValueError(
-            f"`{key}` must be an array whose numbers NumPy can read, got {got} "
-            f"({error}); pass a copy in NumPy, or leave it out."
+            f"`{key}` must be an array whose values NumPy can read, got {got} "
+            f"({error}); pass a NumPy copy, or leave it out."
         ) from error
     if array.dtype.kind in "OSU":
         raise ValueError(
@@ -65,7 +65,7 @@ def _array_of_tensor(key: str, tensor: Any) -> np.ndarray:
         return tensor.numpy(force=True)
     except (TypeError, RuntimeError) as error:
         if tensor.is_meta:
-            remedy = "load its numbers first"
+            remedy = "load its values first"
         elif tensor.is_quantized:
             remedy = "pass its .dequantize()"
         elif tensor.layout != torch.strided:

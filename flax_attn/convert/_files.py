@@ -21,17 +21,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Args:
       path: a ``.pth``, ``.pt``, ``.pth.tar``, ``.bin`` or ``.ckpt`` file is read by
-        PyTorch 2.6 or newer with ``weights_only=True``; any other is safetensors. Of
-        a PyTorch checkpoint, the dict ``state_dict`` or ``model`` is taken, and a line
-        is printed that says so.
+        PyTorch 2.6 or newer with ``weights_only=True``; any other is safetensors. From
+        a PyTorch checkpoint, the dict ``state_dict`` or ``model`` is used, and a line
+        is printed.
 
     Returns:
-      A dict from keys to NumPy arrays. Keys with slashes, those of Flax files, become
-      a tree, so that a Flax file gives variables.
+      A dict from keys to NumPy arrays. Keys with slashes, as in Flax files, become a
+      tree, so a Flax file returns variables.
 
     Raises:
-      ValueError: the file is damaged, or holds anything but named arrays, two dicts
-        that may be the weights, or a dtype that NumPy lacks, such as float8.
+      ValueError: the file is damaged, or contains anything other than named arrays, two
+        dicts that may be the weights, or a dtype that NumPy lacks, such as float8.
       OSError: the file cannot be opened.
       ImportError: safetensors, or PyTorch for its files, is not installed.
     """
@@ -54,15 +54,15 @@ def save(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a state dict or variables as safetensors, all of it or nothing.
+    """Writes a state dict or variables to a safetensors file, atomically.
 
     Args:
-      path: the file. Its name must not be one that ``load`` reads by PyTorch.
+      path: the file. It must not have a PyTorch suffix such as ``.pth``.
       state: a dict or a tree of arrays; the keys of a tree are joined by slashes.
       overwrite: whether to replace an existing file (default: False).
 
     Raises:
-      ValueError: the name is one of PyTorch's, or ``load`` could not read the dtype.
+      ValueError: the file has a PyTorch suffix, or ``load`` could not read the dtype.
       FileExistsError: the file exists and ``overwrite`` is False.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -98,8 +98,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raises what ``save`` does for ``path``, before the work."""
     if path.name.endswith(TORCH_SUFFIXES):
         raise ValueError(
-            f"`path` must not end in {', '.join(TORCH_SUFFIXES)}, which are PyTorch's, "
-            f"got {path}; what is written is safetensors, so name it *.safetensors."
+            f"`path` must not have a PyTorch suffix ({', '.join(TORCH_SUFFIXES)}), got "
+            f"{path}; the output format is safetensors, so name it *.safetensors."
         )
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -142,8 +142,8 @@ def _load_torch(path: Path) -> Arrays:
     # keep code from running.
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         raise ImportError(
-            f"{path} needs PyTorch 2.6 or newer, which loads no code, got "
-            f"{torch.__version__}."
+            f"{path} needs PyTorch 2.6 or newer, which can load it without running "
+            f"code, got {torch.__version__}."
         )
     try:
         with warnings.catch_warnings():
@@ -152,8 +152,8 @@ def _load_torch(path: Path) -> Arrays:
     # PyTorch does not document what a damaged file raises.
     except Exception as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than arrays, which might be code and is "
-            "not loaded. Save the state dict alone, best with "
+            f"{path} is damaged, or contains more than arrays, which is not loaded "
+            "since it might be code. Save only the state dict, preferably with "
             f"safetensors.torch.save_file ({type(error).__name__})."
         ) from error
     state = unwrap(str(path), state)
@@ -163,8 +163,8 @@ def _load_torch(path: Path) -> Arrays:
         others = [f"{key} ({type(x).__name__})" for key, x in rest.items()]
     if others:
         raise ValueError(
-            f"{path} must hold a dict of tensors, got {', '.join(others)}; save the "
-            "state dict alone."
+            f"{path} must hold a dict of tensors, got {', '.join(others)}; save only "
+            "the state dict."
         )
     return {
         str(key): to_numpy(f"{path}: {key}", tensor) for key, tensor in state.items()

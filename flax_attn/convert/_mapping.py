@@ -41,11 +41,11 @@ def to_flax(
 ) -> dict[str, Any]:
     """Turns a PyTorch state dict into Flax variables.
 
-    Kernels are transposed, BatchNorm's statistics go to ``batch_stats``,
-    ``num_batches_tracked`` is dropped, and the spatial kernel's inputs become
-    [max, mean]. Numbers are copied bit for bit. A checkpoint is unwrapped: the dict
-    ``state_dict`` or ``model`` is taken, the prefixes ``module.`` and ``_orig_mod.``
-    are stripped, and a line is printed that says so::
+    Kernels are transposed, BatchNorm statistics go to ``batch_stats``,
+    ``num_batches_tracked`` is dropped, and the inputs of the spatial kernel are
+    reordered to [max, mean]. Values are copied bit for bit. A checkpoint is unwrapped:
+    the dict ``state_dict`` or ``model`` is used, and the prefixes ``module.`` and
+    ``_orig_mod.`` are removed; each of these steps prints a line::
 
       >>> import jax, numpy as np
       >>> from flax_attn import convert
@@ -57,23 +57,23 @@ def to_flax(
       {'params': {'expand': {'kernel': (4, 64)}, 'reduce': {'kernel': (64, 4)}}}
 
     Args:
-      state: from dotted keys to NumPy, JAX or PyTorch arrays, or a checkpoint of them.
+      state: a dict from dotted keys to NumPy, JAX or PyTorch arrays, or a checkpoint.
       naming: one of ``Naming`` (default: "timm").
-      like: variables, or what ``jax.eval_shape`` gives for ``init``: the paths and
-        shapes of the result. Without it, missing modules are not noticed, a module must
-        have its weight, a norm its statistics too, and a shape is checked as far as
-        the name tells it (default: None).
-      strict: whether to raise for what does not fit. If not, it is printed and left
-        out, and what is missing is taken from ``like`` if that holds arrays
-        (default: True).
+      like: variables, or the result of ``jax.eval_shape`` for ``init``, with the paths
+        and shapes of the result. Without it, missing modules are not detected; only a
+        missing weight or norm statistic within a module is, and shapes are checked only
+        as far as the names determine them (default: None).
+      strict: whether to raise an error for keys that do not fit. If False, they are
+        printed and skipped, and missing values are taken from ``like`` if it contains
+        arrays (default: True).
 
     Returns:
-      A tree of NumPy arrays, copies, with the dtypes of ``state``; what is taken from
-      ``like`` has its dtypes.
+      A tree of NumPy arrays, copied, with the dtypes of ``state``; values from ``like``
+      keep their dtypes.
 
     Raises:
-      ConversionError: keys are unused, missing, of the wrong shape or repeated; or,
-        whatever ``strict`` is, nothing fits, or a key has two readings.
+      ConversionError: keys are unused, missing, of the wrong shape or repeated. Also
+        with ``strict=False`` if no key fits or a key is ambiguous.
       ValueError: ``naming`` is unknown, an argument is not a dict with string keys, a
         checkpoint holds two dicts that may be the weights, or a value is not an array
         that NumPy can hold.
@@ -108,8 +108,8 @@ def to_torch(
       strict: as in ``to_flax`` (default: True).
 
     Returns:
-      A dict of NumPy arrays, copies, with the dtypes of ``variables``; what is taken
-      from ``like`` has its dtypes.
+      A dict of NumPy arrays, copied, with the dtypes of ``variables``; values from
+      ``like`` keep their dtypes.
 
     Raises:
       ConversionError: as in ``to_flax``.
@@ -260,7 +260,7 @@ def _one_reading(
     raise ConversionError(
         Report(
             f"`{key}` {state[key].shape} may be {readings} (naming {naming!r}); pass "
-            "`like` (--like), which has only one of them."
+            "`like` (--like) to decide."
         )
     )
 
@@ -313,22 +313,22 @@ def _is_variable(key: str) -> bool:
 def _nothing_fits(state: Arrays, source: Side, naming: Naming, report: Report) -> str:
     """The headline where no key fits: the most likely reason."""
     if not state:
-        return "There is nothing to convert: no arrays."
+        return "There are no arrays to convert."
     dotted = [key for key in state if "." in key]
     if source == "torch" and not dotted and all("/" in key for key in state):
-        return "These are Flax variables already; use `to_torch` (--to torch)."
+        return "These are already Flax variables; use `to_torch` (--to torch)."
     if source == "flax" and not any(map(_is_variable, state)):
         if dotted:
             return "These are not Flax variables; use `to_flax` (--to flax)."
         return (
-            "The collection is missing; pass {'params': ...}, with 'batch_stats' where "
+            "The collection is missing; pass {'params': ...}, plus 'batch_stats' if "
             "there is a BatchNorm."
         )
-    hint = f"another model, or another naming.{_bam_note(report)}"
+    hint = f"wrong model or wrong naming.{_bam_note(report)}"
     if source == "torch":
         names = [name for name in BLOCK_RULES if _takes(state, name, all_keys=True)]
         if outer := [key.partition("/")[0] for key in dotted if "/" in key]:
-            hint = f"they are in a dict inside the dict; pass state[{outer[0]!r}]."
+            hint = f"they are in a nested dict; pass state[{outer[0]!r}]."
         # Before the prefix: without `ca.`, half of a CBAM would pass for an SE.
         elif names and naming not in names:
             quoted = " or ".join(map(repr, names))
@@ -352,8 +352,8 @@ def _bam_note(report: Report) -> str:
     if not any("gate_c.gate_c_" in line for line in report.unused):
         return ""
     return (
-        " The keys of the official BAM are read with naming 'official_bam', each block "
-        "by itself."
+        " For the official BAM, use naming 'official_bam' and convert each block "
+        "separately."
     )
 
 

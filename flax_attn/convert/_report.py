@@ -1,4 +1,4 @@
-"""What a conversion reports of keys that do not fit."""
+"""The report on keys that do not fit."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ class ConversionError(ValueError):
 
 @dataclasses.dataclass
 class Report:
-    """What did not fit in a conversion, one line per key.
+    """The keys that did not fit in a conversion, one line each.
 
     Attributes:
       headline: the summary.

@@ -31,7 +31,7 @@ def unwrap(label: str, state: Any) -> Any:
                 f"such as state[{names[0]!r}]."
             )
         rest = f", without {', '.join(map(repr, others))}" if others else ""
-        print(f"Unwrapped {names[0]!r} of {label}{rest}.")
+        print(f"Unwrapped {names[0]!r} from {label}{rest}.")
         state = state[names[0]]
     return state
 
@@ -39,7 +39,7 @@ def unwrap(label: str, state: Any) -> Any:
 def strip_prefixes(state: Arrays) -> Arrays:
     """``state`` without the prefixes that all keys share; prints what it strips."""
     while prefix := next((p for p in PREFIXES if _all_start(state, p)), ""):
-        print(f"Stripped the prefix {prefix!r} of all keys.")
+        print(f"Removed the prefix {prefix!r} from all keys.")
         state = {key.removeprefix(prefix): array for key, array in state.items()}
     return state
 

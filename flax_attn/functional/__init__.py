@@ -1,19 +1,19 @@
 """The arithmetic of attention, as pure functions of arrays ``(..., H, W, C)``.
 
-Every block is one sentence: it squeezes the feature map to descriptors, excites them to
-logits, turns the logits into a gate and multiplies. The squeezes, the two convolutions
-and the product with a gate are defined here and nowhere else; the modules add
-parameters, an activation and a gate function.
+A block squeezes the feature map to descriptors, excites them to logits, turns the
+logits into a gate and multiplies the map by it. The squeezes, the two convolutions and
+the product with a gate are defined only here; the modules add parameters, an activation
+and a gate function.
 
-Options are keyword-only, and two are common. ``spatial_dims`` is 1 for a map
-``(..., L, C)``, 2, or 3 for ``(..., D, H, W, C)`` (default: 2). ``implementation`` is
-``"plain"`` for the definition, in the obvious operations, differentiated automatically,
-or ``"fast"`` (default), which computes the same with fewer passes over the map, forward
-and backward, but only in reverse mode: ``jax.jvp``, ``jax.jacfwd`` and ``jax.hessian``
-need ``"plain"``. In both, the gradient of a maximum goes to the first element that
-attains it, by its index: see ``_maxima``.
+Options are keyword-only. Two are shared by most functions. ``spatial_dims`` is 1 for
+maps ``(..., L, C)``, 2 for ``(..., H, W, C)`` or 3 for ``(..., D, H, W, C)`` (default:
+2). ``implementation`` is ``"plain"``, the straightforward definition with automatic
+differentiation, or ``"fast"`` (default), which computes the same with fewer passes over
+the map, forward and backward, but supports only reverse mode: ``jax.jvp``,
+``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``. In both, the gradient of a maximum
+goes to the first maximal element, whose index is stored: see ``_maxima``.
 
-A bad option raises ``ValueError``; arrays are checked where they enter a module, by
+An invalid option raises ``ValueError``; arrays are checked only by the modules, with
 ``checks``.
 """
 
@@ -47,7 +47,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("fast", "plain")
 
 
 def apply_mask(x: Array, mask: Array | None) -> Array:
-    """``x`` where ``mask`` is True, and zero elsewhere, whatever stood there.
+    """Returns ``x`` where ``mask`` is True, and zero elsewhere, even for NaN.
 
     Args:
       x: array ``(..., H, W, C)``.
@@ -66,9 +66,9 @@ def squeeze_spatial(
 ) -> Array:
     """Reduces H and W: ``(..., H, W, C)`` to ``(..., 1, 1, C)``.
 
-    The mean is accumulated in float32 or wider and *returned* so; the maximum keeps the
-    dtype of ``x``, and its gradient goes to the first element that attains it. Where
-    ``mask`` admits none, both are zero.
+    The mean is accumulated and *returned* in float32 or wider. The maximum keeps the
+    dtype of ``x``, and its gradient goes to the first maximal element. Both are zero
+    where ``mask`` has no valid position.
 
       >>> squeeze_spatial(jnp.full((2, 3, 4), 300.0, jnp.float16)).ravel().tolist()
       [300.0, 300.0, 300.0, 300.0]
@@ -124,9 +124,9 @@ def squeeze_spatial_by_both(
     spatial_dims: int = 2,
     implementation: Implementation = "fast",
 ) -> tuple[Array, Array]:
-    """``squeeze_spatial`` by ``"avg"`` and by ``"max"``, with the same arguments.
+    """Returns ``squeeze_spatial`` with ``"avg"`` and with ``"max"``.
 
-    Without a mask, the fast form reads ``x`` only once on GPU and TPU.
+    Without a mask, the fast implementation reads ``x`` only once on GPU and TPU.
 
       >>> mean, maximum = squeeze_spatial_by_both(jnp.array([[[1.0], [3.0]]]))
       >>> mean.ravel().tolist(), maximum.ravel().tolist()
@@ -154,8 +154,8 @@ def squeeze_spatial_by_both(
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
     """Reduces C by maximum and mean: ``(..., H, W, C)`` to ``(..., H, W, 2)``.
 
-    The order is ``[max, mean]``, as in the article and the official code (timm has it
-    the other way round). Computed in float32 or wider, and returned so.
+    The order is ``[max, mean]``, as in the article and the official code (timm uses the
+    reverse). Computed and returned in float32 or wider.
 
       >>> squeeze_channels(jnp.array([[[1.0, 2.0, 6.0]]])).tolist()
       [[[6.0, 3.0]]]
@@ -213,7 +213,8 @@ def scale_and_squeeze(
 ) -> tuple[Array, Array]:
     """``y = x * gate`` for a channel gate, and ``squeeze_channels(y)``.
 
-    The fast form squeezes the product before it is rounded to a half-precision dtype.
+    The fast implementation squeezes the product before rounding it to a half-precision
+    dtype.
 
     Args:
       x: array ``(..., H, W, C)``.
@@ -236,10 +237,11 @@ def scale_and_squeeze(
 
 
 def larger(a: Array, b: Array) -> Array:
-    """The larger of two maps, element by element.
+    """Returns the elementwise maximum of two maps.
 
-    The gradient goes to the larger one, half to each of equals. The choice is made
-    once, and not found again by comparing what the compiler may compute twice.
+    The gradient goes to the larger element, and half to each if they are equal. The
+    choice is stored and not recomputed by comparing values, which the compiler might
+    compute twice with different rounding.
 
     Args:
       a: array of any shape.
@@ -277,12 +279,12 @@ def conv_spatial(
     precision: lax.PrecisionLike = None,
     implementation: Implementation = "fast",
 ) -> Array:
-    """A convolution that keeps the size of its maps, with zeros outside.
+    """A convolution with zero padding that keeps the size of its maps.
 
-    The kernel has as many spatial axes as the maps have, from one to three.
+    The kernel has the same number of spatial axes as the maps, one to three.
 
     Args:
-      maps: array ``(..., H, W, M)`` of few channels.
+      maps: array ``(..., H, W, M)`` with few channels.
       kernel: array ``(kh, kw, M, O)`` of odd sizes.
       precision: see ``jax.lax.Precision``.
 
@@ -309,13 +311,12 @@ def conv_channels(
     precision: lax.PrecisionLike = None,
     implementation: Implementation = "fast",
 ) -> Array:
-    """A 1-D convolution along the last axis with one kernel, which keeps its size.
+    """A 1-D convolution along the last axis that keeps its size.
 
     Args:
       s: array ``(..., C)``.
       kernel: array ``(k, 1, 1)``, k odd.
-      padding: what stands beyond the ends, ``"zeros"`` or ``"circular"`` (default:
-        ``"zeros"``).
+      padding: ``"zeros"`` or ``"circular"`` (default: ``"zeros"``).
       precision: see ``jax.lax.Precision``.
     """
     check_choice("padding", padding, PADDINGS)
@@ -341,7 +342,7 @@ def _run(
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "The fast implementation has gradients in reverse mode only (it is a "
+            "The fast implementation supports only reverse-mode gradients (it is a "
             "custom_vjp); for jax.jvp, jax.jacfwd and jax.hessian pass "
             '`implementation="plain"` to the block.'
         ) from error

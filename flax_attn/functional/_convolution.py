@@ -1,9 +1,9 @@
-"""The convolution of very few channels as a banded product, with its gradients.
+"""Convolutions with very few channels as banded matrix products, with gradients.
 
-XLA has slow loops on CPU for convolutions of one or two channels, and their weight
-gradient takes minutes to compile for a TPU. The product multiplies zeros of its band
-with values of other windows, so it is exact for finite maps alone; where its result is
-not finite, sums over the taps take its place.
+XLA on CPU uses slow loops for convolutions with one or two channels, and their weight
+gradient takes minutes to compile for a TPU. The matrix has zeros that multiply values
+of other windows, so the product is exact only for finite maps; if the result is not
+finite, it is recomputed as a sum over the taps.
 """
 
 import math

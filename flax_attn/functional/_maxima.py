@@ -1,9 +1,9 @@
 """Maxima over H and W or over C, and where they are.
 
-Why no gradient of a maximum can be lost: one kernel decides which element it is, from
-one copy of the values, and only the integer index travels to the backward pass. On CPU
-that kernel is a branch of a conditional, whose operands lie in memory that no fusion
-crosses; elsewhere it is one reduction of values and indices together.
+The gradient of a maximum is never lost: one kernel determines the index of the maximum
+from a single copy of the values, and the backward pass uses only this index. On CPU the
+kernel is a branch of a conditional, across which XLA does not fuse; elsewhere it is one
+reduction over values and indices.
 """
 
 import functools

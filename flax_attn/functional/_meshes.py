@@ -1,4 +1,4 @@
-"""What lets one form of the arithmetic serve every mesh."""
+"""Helpers that let one implementation work on every mesh."""
 
 from collections.abc import Callable
 from typing import Any

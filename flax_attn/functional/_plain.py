@@ -1,4 +1,4 @@
-"""The definitions in the obvious operations, differentiated automatically."""
+"""The straightforward definitions, with automatic differentiation."""
 
 from functools import partial
 

@@ -1,10 +1,10 @@
-"""The squeezes and the product with a gate in few passes, gradients stated by hand.
+"""The squeezes and the product with a gate in few passes, with hand-written gradients.
 
-The blocks do almost no arithmetic: their time is the number of passes over the feature
-map. Automatic differentiation would keep masks and products as large as the map, and
-XLA's CPU backend emits slow loops for the reductions of a product. Each function here
-equals its plain counterpart in ``_plain``; reverse mode only. No gradient of a maximum
-can be lost: see ``_maxima``.
+The blocks are memory-bound: their time depends on the number of passes over the feature
+map. Automatic differentiation would store masks and products as large as the map, and
+XLA's CPU backend emits slow loops for reductions of a product. Each function here
+equals its counterpart in ``_plain``, but supports only reverse mode. For maxima see
+``_maxima``.
 """
 
 from functools import partial

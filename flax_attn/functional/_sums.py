@@ -1,8 +1,8 @@
-"""Sums over H and W or over C, in few passes and right to the last digits.
+"""Sums over H and W or over C, in few passes and with small rounding errors.
 
-XLA's CPU backend writes out what a sum computes before it sums it, or emits slow loops.
-It has fast products and fast elementwise loops. So each sum has two forms. The products
-are over maps of shape (N, HW, C): with H and W apart, they would transpose.
+XLA's CPU backend materializes the operand of a sum, or emits slow loops, but it is fast
+at matrix products and elementwise loops. So each sum has two forms. The products use
+maps of shape (N, HW, C), since separate H and W axes would cause a transpose.
 """
 
 import math

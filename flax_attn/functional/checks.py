@@ -1,4 +1,4 @@
-"""What arguments must be, and what to pass instead where they are not."""
+"""Argument checks, with messages that say what to pass instead."""
 
 import operator
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def check_odd(field: str, value: Any) -> None:
 
 
 def check_feature_map(x: Any, *, spatial_dims: int = 2) -> Array:
-    """Returns ``x`` as an array, or raises ``ValueError`` where no block is defined.
+    """Returns ``x`` as an array, or raises ``ValueError`` if it is not a feature map.
 
     Args:
       x: floating-point array ``(..., H, W, C)`` without empty axes.
@@ -65,7 +65,7 @@ def check_feature_map(x: Any, *, spatial_dims: int = 2) -> Array:
     if 0 in x.shape:
         raise ValueError(
             f"`x` must have no empty axis, got shape {x.shape}; the mean and maximum "
-            "of nothing are undefined, so leave such a batch out."
+            "of nothing are undefined; skip empty batches."
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -112,7 +112,7 @@ def check_callable(field: str, value: Any) -> None:
 
 
 def is_int(value: Any) -> bool:
-    """Whether ``value`` is an integer of any kind, but no bool."""
+    """Whether ``value`` is an integer of any type, but not a bool."""
     if isinstance(value, bool):
         return False
     try:

@@ -1,9 +1,10 @@
-"""Attention in a Linen model that somebody else wrote, without changing its code.
+"""Adds attention to a third-party Linen model without changing its code.
 
-``insert`` runs a block after chosen submodules; ``sites`` says where, ``assert_active``
-that the gates act, ``merge`` moves pretrained variables in and ``parameter_labels``
-tells an optimizer which parameters are the attention's. ``insert_pretrained`` inserts
-into the Flax models of transformers, and ``watch`` observes the calls in any model.
+``insert`` runs a block after selected submodules. ``sites`` lists where,
+``assert_active`` checks that the gates affect the output, ``merge`` copies pretrained
+variables, and ``parameter_labels`` labels the attention parameters for an optimizer.
+``insert_pretrained`` handles Flax models from Hugging Face Transformers, and ``watch``
+observes the calls in any model.
 """
 
 from flax_attn.insertion._active import assert_active

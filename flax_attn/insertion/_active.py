@@ -21,11 +21,11 @@ Gate = tuple[Path, str]
 def assert_active(
     model: nn.Module, variables: Any, *args: Any, **kwargs: Any
 ) -> tuple[str, ...]:
-    """Asserts that every gate of ``model`` moves its output.
+    """Asserts that every gate of ``model`` affects its output.
 
-    It finds the gates of all blocks, that is of subclasses of ``blocks.Attention``,
-    inserted or part of the model's code. To each in turn it adds numbers between 0.5
-    and 1.5, in one compiled program::
+    It finds the gates of all blocks (subclasses of ``blocks.Attention``), whether
+    inserted or part of the model's code, and adds numbers between 0.5 and 1.5 to each
+    gate in turn, in one compiled program::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> from flax import linen as nn
@@ -41,8 +41,8 @@ def assert_active(
       Traceback (most recent call last):
       AssertionError: The output does not depend on the gates of lost. ...
 
-    An inserted attention of another kind counts as one gate, which is its result. A
-    gate inside ``nn.scan`` or ``nn.vmap`` is one gate for all steps.
+    For an inserted module of another type, the output counts as one gate. A gate inside
+    ``nn.scan`` or ``nn.vmap`` is one gate for all steps.
 
     Args:
       model: any Linen module.
@@ -54,9 +54,9 @@ def assert_active(
       The paths of the modules with gates, names joined by slashes.
 
     Raises:
-      AssertionError: if changing any gate leaves the output the same, bit for bit. A
-        gate on a map of zeros does so too, for example after a normalization whose
-        scale starts at zero: pass trained variables.
+      AssertionError: changing some gate leaves the output unchanged, bit for bit. This
+        also happens if the gated map is zero, for example after a norm whose scale is
+        initialized to zero; then pass trained variables.
       ValueError: if no gate is called, or if the output is not finite.
     """
     arrays, arguments = separate_arrays(args, kwargs)

@@ -45,7 +45,7 @@ def insert(
 ) -> nn.Module:
     """Returns ``model`` with ``attention`` after the submodules that ``where`` selects.
 
-    The model's code stays as it is::
+    The model's code is not changed::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> from flax import linen as nn
@@ -66,40 +66,40 @@ def insert(
       >>> jax.tree.map(jnp.shape, params["first"]["attention"])
       {'expand': {'kernel': (1, 16)}, 'reduce': {'kernel': (16, 1)}}
 
-    The result is called as ``model`` is, with the same arguments and methods. Its
-    variables are those of ``model`` with new ones among them: those of each attention
-    are below its submodule's, as ``name``. A submodule that is called twice has one
-    attention. ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit`` transform a
-    submodule's attention with it, so a scan has one for every step. Attention is never
-    inserted into inserted attention, nor after ``model`` itself. Each result has the
-    dtype of the output that it replaces.
+    The result has the same arguments and methods as ``model``. Its variables are those
+    of ``model`` plus those of each attention block, stored under ``name`` within its
+    submodule's variables. A submodule that is called twice shares one block.
+    ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit`` also transform the inserted
+    blocks, so a scan has one per step. Attention is never inserted into inserted
+    attention or after ``model`` itself. The block's output is cast to the dtype of the
+    output that it replaces.
 
-    A submodule may return a tuple whose first entry is its map, such as a map and
-    weights: the attention is applied to that entry and the others stay.
+    If a submodule returns a tuple whose first entry is a feature map, the attention is
+    applied to that entry and the others are unchanged.
 
-    An output with 3 axes is read as one map ``(H, W, C)`` only if ``model`` was given
-    an array with 3 axes. If ``model`` was given a batch of images it is tokens
-    ``(N, L, C)``, as in a ViT, which need a block with ``spatial_dims=1``.
+    An output with 3 axes is treated as one map ``(H, W, C)`` only if the input of
+    ``model`` has 3 axes. For a batch of images it is treated as tokens ``(N, L, C)``,
+    as in a ViT, which need a block with ``spatial_dims=1``.
 
     Args:
       model: any Linen module.
       attention: a module that maps ``(..., H, W, C)`` to the same shape, or a function
         without arguments that returns one, such as a class or a
         ``functools.partial`` of one. Each submodule gets a copy.
-      where: the submodules, by one of
+      where: selects the submodules; one of
 
-        * a subclass of ``nn.Module`` or a tuple of them: their instances;
-        * a pattern that the whole path must match, names joined by slashes (see
-          ``fnmatch``). Without a slash, such as ``"ResBlock_*"``, it matches a
-          submodule of ``model`` itself and nothing inside; in one with a slash, such
-          as ``"stage*/norm2"``, ``*`` matches slashes too;
-        * a compiled regular expression, which the whole path must match;
-        * a function from the module and its path to a bool.
-      init: ``"identity"`` for gates that are exactly 1 at the start, so that each
-        attention returns its input bit for bit; it sets ``identity_init`` of
-        ``attention`` (default: None, which leaves ``attention`` as it is). The output
-        is then that of ``model``, without jit to the last bit; under jit the compiler
-        may sum in another order around a site.
+        * a subclass of ``nn.Module`` or a tuple of them, which selects their instances;
+        * a pattern (see ``fnmatch``) that must match the whole path, names joined by
+          slashes. Without a slash, such as ``"ResBlock_*"``, it matches only direct
+          submodules of ``model``; with a slash, such as ``"stage*/norm2"``, ``*`` also
+          matches slashes;
+        * a compiled regular expression that must match the whole path;
+        * a function ``(module, path) -> bool``.
+      init: ``"identity"`` sets ``identity_init`` of ``attention``, so that every gate
+        is initially exactly 1 and each block returns its input (default: None, which
+        leaves ``attention`` unchanged). The initial output equals that of ``model`` bit
+        for bit without jit; under jit the compiler may change the summation order
+        around a site.
       name: the name of the attention below each submodule, without slashes (default:
         "attention").
 
@@ -107,11 +107,11 @@ def insert(
       A Linen module. To give it pretrained variables see ``merge``.
 
     Raises:
-      ValueError: for an argument out of its range. Also, when the result is first
-        initialized or applied: if ``where`` selects no submodule that is called, if
-        the output of one that it selects is not a map with at least 3 axes or a tuple
-        that starts with one, if it is tokens and ``attention`` needs maps, if
-        ``attention`` changes its shape, or if ``name`` is taken there.
+      ValueError: an argument is out of range. Also when the result is first initialized
+        or applied: if ``where`` selects no submodule that is called, or if, for a
+        selected submodule, the output is not a map with at least 3 axes or a tuple that
+        starts with one, the output is tokens but ``attention`` needs maps,
+        ``attention`` changes the shape, or ``name`` is already in use.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -131,7 +131,7 @@ def insert(
 
 
 class Inserted(Intercepted):
-    """A model with attention in it, as ``insert`` returns it.
+    """A model with inserted attention, returned by ``insert``.
 
     Attributes:
       hook: the model, the attention and where it is inserted.
@@ -141,15 +141,15 @@ class Inserted(Intercepted):
 def _instance(attention: Any) -> nn.Module:
     made = attention
     if callable(attention) and not isinstance(attention, nn.Module):
-        # Without a parent: a module made inside another's method becomes a part of it.
+        # No parent: a module created inside another module's method becomes part of it.
         keywords = {"parent": None} if makes_module(attention) else {}
         try:
             made = attention(**keywords)
         except TypeError as error:
             raise ValueError(
-                f"`attention` must need no arguments, got {attention!r}, whose call "
-                f"raises {error}; pass them, as in presets.official_cbam(train=True) "
-                "or functools.partial(SE, reduction=4)."
+                f"`attention` must need no arguments, got {attention!r}, which "
+                f"raises {error}; set them first, as in "
+                "official_cbam(train=True) or functools.partial(SE, reduction=4)."
             ) from error
     if not isinstance(made, nn.Module):
         raise ValueError(
@@ -167,9 +167,9 @@ def _starting_as(init: str, block: nn.Module) -> nn.Module:
         )
     if "identity_init" not in field_names(block):
         raise ValueError(
-            "`init='identity'` needs an attention with a field `identity_init`, got "
-            f"{type(block).__name__}; pass a block of flax_attn, or init=None and an "
-            "attention that starts as the identity by itself."
+            "`init='identity'` needs a block with a field `identity_init`, got "
+            f"{type(block).__name__}; pass a flax_attn block, or pass init=None and a "
+            "block that is initially the identity."
         )
     return block.clone(identity_init=True)
 
@@ -278,8 +278,8 @@ class _Insertion(Hook):
         block = attached(self.attention, module, self.name, self.token)
         if block is None:
             raise ValueError(
-                f"`name` must be free below {site}, which has a {self.name!r} "
-                "already; pass another name."
+                f"`name` must be unused in {site}, which already has {self.name!r}; "
+                "pass another name."
             )
         out = block(y)
         if not isinstance(out, jax.Array) or out.shape != y.shape:

@@ -63,7 +63,7 @@ class Call:
     def site(self) -> str | None:
         """The class name of the submodule that this inserted attention follows.
 
-        None for all other calls, those inside an inserted attention included.
+        None for all other calls, including those inside inserted attention.
         """
         scope = _scope(self.module)
         if self.method != "__call__" or not scope.has_flag(_SITE):
@@ -225,8 +225,8 @@ class Intercepted(nn.Module):
             kind = type(model).__name__
             raise AttributeError(
                 f"The {type(self).__name__} {kind} has no attribute {name!r}, only the "
-                f"fields and methods of {kind}; use what its setup makes in a method "
-                f"of {kind}."
+                f"fields and methods of {kind}; access attributes of setup from a "
+                f"method of {kind}."
             )
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -291,9 +291,9 @@ class _Watched(Intercepted):
 
 
 def watch(model: nn.Module, watcher: Watcher) -> Intercepted:
-    """Returns ``model`` with each call of a submodule's method given to ``watcher``.
+    """Returns ``model`` with every method call of a submodule passed to ``watcher``.
 
-    What nn.jit compiled before is traced again, so no call is missed::
+    Functions compiled by nn.jit are traced again, so no call is missed::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> from flax_attn.insertion import watch
@@ -310,11 +310,11 @@ def watch(model: nn.Module, watcher: Watcher) -> Intercepted:
 
     Args:
       model: any Linen module.
-      watcher: function from a ``Call`` and ``run``, a function without arguments that
-        makes the call and returns its result, to the result to use instead.
+      watcher: function of a ``Call`` and ``run`` that returns the result to use.
+        ``run()`` makes the call and returns its result.
 
     Returns:
-      A Linen module that is called as ``model`` is, with the same variables.
+      A Linen module with the same interface and variables as ``model``.
     """
     return with_hook(_Watched, _Watch(model, watcher), parent=None)
 

@@ -22,11 +22,11 @@ def insert_pretrained(
     name: str = "attention",
     seed: int = 0,
 ) -> Any:
-    """Returns a copy of a Flax model of transformers with attention in its module.
+    """Returns a copy of a Flax model from Transformers with attention inserted.
 
-    Such a model is no Linen module. It holds one as ``model.module``, which is
-    read-only, and its weights as ``model.params``. The copy is called as ``model`` is,
-    keeps its weights and has new ones for the attention::
+    Such a model is not a Linen module; it holds one as the read-only ``model.module``
+    and its weights as ``model.params``. The copy has the same interface and weights,
+    plus new weights for the attention::
 
       from transformers import FlaxResNetForImageClassification  # transformers < 5
 
@@ -36,16 +36,15 @@ def insert_pretrained(
       logits = model(pixel_values).logits
 
     ``sites``, ``assert_active``, ``parameter_labels`` and ``attention_maps`` take
-    ``model.module``, which is called with a batch of images in NHWC. The method
-    ``from_pretrained`` does not know the attention, so keep ``model.params`` with a
-    checkpointer of your own.
+    ``model.module``, whose input is a batch of images in NHWC. ``from_pretrained``
+    cannot load the attention, so save ``model.params`` with your own checkpointer.
 
     Args:
       model: an object with ``module``, ``params``, ``input_shape`` and
-        ``init_weights(key, input_shape)``, as ``FlaxPreTrainedModel`` has; it stays as
-        it is.
+        ``init_weights(key, input_shape)``, such as a ``FlaxPreTrainedModel``; it is not
+        changed.
       attention: as in ``insert``.
-      where: as in ``insert``, paths being those in ``model.module``.
+      where: as in ``insert``, with paths relative to ``model.module``.
       init: as in ``insert`` (default: "identity", so that the outputs stay those of the
         pretrained model).
       name: as in ``insert`` (default: "attention").
@@ -55,8 +54,8 @@ def insert_pretrained(
       The copy, an instance of a subclass of ``type(model)`` with the same name.
 
     Raises:
-      ValueError: ``model`` lacks one of these attributes, or an argument is out of the
-        range that ``insert`` has.
+      ValueError: ``model`` lacks one of these attributes, or ``insert`` rejects an
+        argument.
     """
     kind = type(model)
     missing = [attribute for attribute in _NEEDED if not hasattr(model, attribute)]

@@ -11,13 +11,13 @@ from flax_attn.insertion.trees import parameter_shapes
 
 
 class Site(NamedTuple):
-    """One place at which attention was inserted.
+    """A place where attention was inserted.
 
     Attributes:
-      path: of the submodule, names joined by slashes.
+      path: path of the submodule, names joined by slashes.
       type: name of the submodule's class.
-      shape: of its output, as the attention sees it.
-      parameters: the number that the attention adds.
+      shape: shape of its output, which is the input of the attention.
+      parameters: number of parameters that the attention adds.
     """
 
     path: str
@@ -69,8 +69,8 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
 
     Args:
       model: a module that ``insert`` returned, or one with such modules inside.
-      *args: the arguments of ``model.init`` after the keys; shapes are enough, as
-        ``jax.ShapeDtypeStruct``.
+      *args: the arguments of ``model.init`` after the keys; ``jax.ShapeDtypeStruct`` is
+        enough.
       **kwargs: its keyword arguments.
 
     Returns:
@@ -78,7 +78,7 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> Sites:
       step, while the parameters are those of all.
 
     Raises:
-      ValueError: if nothing is inserted in ``model``, or whatever its call raises.
+      ValueError: nothing is inserted in ``model``. Errors of its call are passed on.
     """
     found: dict[Path, tuple[str, tuple[int, ...]]] = {}
 

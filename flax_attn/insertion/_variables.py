@@ -40,20 +40,20 @@ def merge(pretrained: Any, variables: Any) -> tuple[dict[str, Any], tuple[str, .
       variables: variables of the new model, which include all paths of ``pretrained``.
 
     Returns:
-      The new tree, of plain dicts, and the sorted paths that are not in
-      ``pretrained``. Read them: a collection that was forgotten is among them.
-      Pretrained values keep their dtype.
+      The new tree, of plain dicts, and the sorted paths that are not in ``pretrained``.
+      Check these paths: they also show a forgotten collection. Pretrained values keep
+      their dtype.
 
     Raises:
-      ValueError: if values of ``pretrained`` are missing in ``variables`` or have
-        another shape there; it lists all of them.
+      ValueError: values of ``pretrained`` are missing from ``variables`` or have a
+        different shape; the message lists them all.
     """
     old, new = (
         traverse_util.flatten_dict(to_dicts(tree)) for tree in (pretrained, variables)
     )
     wrong = [
         f"{'/'.join(path)} {_shape(value)} "
-        + (f"against {_shape(new[path])}" if path in new else "is missing")
+        + (f"instead of {_shape(new[path])}" if path in new else "is missing")
         for path, value in old.items()
         if path not in new or _shape(value) != _shape(new[path])
     ]
@@ -83,11 +83,11 @@ def _replaced(value: Any, pretrained: Any) -> Any:
 
 
 def parameter_labels(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Returns the tree of parameters with a label for each, for an optimizer.
+    """Returns a tree with a label for each parameter, for an optimizer.
 
     The labels are ``"attention"`` for the kernels of all blocks (subclasses of
     ``blocks.Attention``) and of all inserted attention, ``"attention_no_decay"`` for
-    their other parameters, such as biases, and ``"backbone"`` for the rest::
+    their other parameters, such as biases, and ``"backbone"`` for everything else::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> from flax import linen as nn
@@ -110,20 +110,20 @@ def parameter_labels(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
           labels,
       )
 
-    A mask for ``optax.adamw`` and ``optax.masked`` is
-    ``jax.tree.map(lambda label: label == "attention", labels)``.
+    For a mask for ``optax.adamw`` or ``optax.masked``, use ``jax.tree.map(lambda label:
+    label == "attention", labels)``.
 
     Args:
       model: any Linen module.
-      *args: the arguments of ``model.init`` after the keys; shapes are enough, as
-        ``jax.ShapeDtypeStruct``.
+      *args: the arguments of ``model.init`` after the keys; ``jax.ShapeDtypeStruct`` is
+        enough.
       **kwargs: its keyword arguments.
 
     Returns:
       A tree of strings with the structure of ``model.init(key, ...)["params"]``.
 
     Raises:
-      ValueError: if ``model`` calls no attention, or whatever its call raises.
+      ValueError: ``model`` calls no attention. Errors of its call are passed on.
     """
     roots: set[Path] = set()
 

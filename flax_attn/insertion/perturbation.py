@@ -1,4 +1,4 @@
-"""Whether an output depends on gates: how they are changed, and what is said then."""
+"""Checks whether an output depends on gates by perturbing them."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -55,8 +55,8 @@ def check_gates(
     if dead:
         raise AssertionError(
             f"The output does not depend on the gates of {listed(_unique(dead))}. "
-            "Either nothing uses them, or what they scale is zero, as after a scale "
-            "that starts at zero; then pass trained variables."
+            "Either nothing uses them, or the maps they scale are zero, for example "
+            "after a norm with a zero-initialized scale; then pass trained variables."
         )
     return _unique(paths)
 

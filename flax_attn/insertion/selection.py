@@ -1,4 +1,4 @@
-"""Which submodules are meant, and how the refusals describe what was found there."""
+"""Selection of submodules, and descriptions for error messages."""
 
 import fnmatch
 import re
@@ -56,7 +56,7 @@ def check_map(value: Any, site: str) -> None:
         raise ValueError(
             "`where` must select submodules that return a feature map (..., H, W, C) "
             f"or a tuple that starts with one, but {site} returns {described(value)}; "
-            "select others, e.g. by a function of the path."
+            "select others, e.g. with a function of the path."
         )
 
 
@@ -79,10 +79,10 @@ def check_batch_axis(
     """
     if spatial_dims == len(shape) - 1 and axes != len(shape):
         raise ValueError(
-            f"`attention` with spatial_dims={spatial_dims} would read the batch axis "
+            f"`attention` with spatial_dims={spatial_dims} would treat the batch axis "
             f"of {shape}, the output of {site}, as a spatial axis; pass "
-            f"spatial_dims={spatial_dims - 1}, or, if that is one map without a batch "
-            "axis, add one to the input of the model."
+            f"spatial_dims={spatial_dims - 1}, or, if the output has no batch axis, "
+            "add one to the input of the model."
         )
 
 

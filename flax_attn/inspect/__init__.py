@@ -3,7 +3,7 @@
 Each block sows its gates, which costs nothing unless they are read. ``attention_maps``
 reads all gates of a model for one input and ``statistics`` says how far they are open.
 ``grad_cam`` says where the evidence for a class lies. ``overlay`` draws such a map over
-its image, and ``plot`` all of them beside each other.
+its image, and ``plot`` all of them side by side.
 """
 
 from flax_attn.inspect._figure import plot

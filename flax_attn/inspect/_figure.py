@@ -1,4 +1,4 @@
-"""``plot``: images, their spatial gates and Grad-CAM beside each other."""
+"""``plot``: images, their spatial gates and Grad-CAM side by side."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,11 @@ def plot(
     cams: Mapping[str, Any] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> "Figure":
-    """Draws images and, beside each, its maps: alone, and the image under them.
+    """Draws each image next to its maps, alone and as overlays.
 
-    Each name has two columns: the map, whose colors the bar below explains, and its
-    ``overlay``. A map that differs by less than 0.05 over an image is called constant,
-    and nothing of the image is shown under it::
+    Each name has two columns: the map, with a color bar below, and its ``overlay``. A
+    map that varies by less than 0.05 over an image is labeled as constant and drawn
+    without the image::
 
       >>> images = np.zeros((2, 32, 32, 3), np.uint8)
       >>> figure = plot(images, {"stage1": np.ones((2, 8, 8, 1))})
@@ -41,18 +41,18 @@ def plot(
     Args:
       images: ``(N, H, W, 3)``, uint8 or float within [0, 1].
       gates: spatial gates by name, ``(N, h, w)`` or ``(N, h, w, 1)``.
-      cams: what ``grad_cam`` returns, by name, of the same shapes. Each is divided by
-        its maximum over the image (default: none).
-      limits: gates with the darkest and the lightest color; by default those of each
-        name are its lowest and its highest.
+      cams: results of ``grad_cam`` by name, with the same shapes as gates. Each is
+        divided by its maximum over the image (default: none).
+      limits: gate values of the darkest and the lightest color (default: the minimum
+        and the maximum for each name).
 
     Returns:
-      A figure of matplotlib, made without pyplot; a notebook displays it, and
-      ``savefig`` writes it.
+      A matplotlib figure, made without pyplot; notebooks display it, and ``savefig``
+      saves it.
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: an argument has another shape, dtype or range, or there is no map.
+      ValueError: an argument has an invalid shape, dtype or range, or there is no map.
     """
     try:
         from matplotlib.colors import ListedColormap
@@ -98,7 +98,7 @@ def plot(
         pair = axes[:, 2 * i + 1 : 2 * i + 3]
         shape = "×".join(map(str, maps.shape[1:]))
         pair[0, 0].set_title(f"{name}\n{shape}", fontsize=8)
-        pair[0, 1].set_title("image under it", fontsize=8)
+        pair[0, 1].set_title("overlay", fontsize=8)
         pictures = overlay(images, maps[..., None], limits=(low, high))
         for (alone, under), map_, picture in zip(pair, maps, pictures, strict=True):
             drawn = alone.imshow(

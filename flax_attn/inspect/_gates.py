@@ -17,8 +17,9 @@ def attention_maps(
 ) -> dict[str, Array]:
     """Returns every gate of ``model`` for the input ``x``, by its path.
 
-    The block's output is its input times these, bit for bit (BAM and scSE combine them
-    as their docs say), as they are read from the call that computes the output::
+    The gates come from the call that computes the output, so the block's input times
+    its gates equals its output bit for bit (BAM, scSE and GlobalContext combine theirs
+    differently)::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> x = jnp.ones((2, 8, 8, 64))
@@ -28,9 +29,9 @@ def attention_maps(
       >>> {path: gate.shape for path, gate in gates.items()}
       {'channel/channel_gate': (2, 1, 1, 64), 'spatial/spatial_gate': (2, 8, 8, 1)}
 
-    Gates are those that a subclass of ``blocks.Attention`` declares in ``gates``; other
-    sown values are not returned. No other collection is mutable in the call, so a
-    normalization must use its running average.
+    Gates are the values that a subclass of ``blocks.Attention`` declares in ``gates``;
+    other sown values are not returned. No other collection is mutable in the call, so
+    norm layers must use their running averages.
 
     Args:
       model: any module that calls a block, at any depth.
@@ -41,10 +42,10 @@ def attention_maps(
         ``method="features"`` or ``rngs={"dropout": key}``.
 
     Returns:
-      The gates in the order of their computation (under ``jax.jit``: sorted), with the
-      block's dtype and shape: ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W,
-      C)``. A block that is called several times has a path for each call,
-      ending in ``/0``, ``/1`` and so on. Layers that ``nn.scan`` or ``nn.vmap`` stacks
+      A dict from path to gate, in the order of computation (sorted under ``jax.jit``).
+      Gates have the block's dtype and the shape ``(..., 1, 1, C)``, ``(..., H, W, 1)``
+      or ``(..., H, W, C)``. A block that is called several times has one path per call,
+      ending in ``/0``, ``/1`` and so on. Layers stacked by ``nn.scan`` or ``nn.vmap``
       have one gate, stacked along the axis in ``variable_axes``.
 
     Raises:
@@ -80,7 +81,7 @@ def attention_maps(
         got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(
             f"`model` must call an attention block and keep its gates, got {got} from "
-            f"{type(model).__name__}; add a block, or, where it is inside nn.scan or "
-            f'nn.vmap, keep its gates by variable_axes={{"{COLLECTION}": 0}}.'
+            f"{type(model).__name__}; add a block, or, if it is inside nn.scan or "
+            f'nn.vmap, keep its gates with variable_axes={{"{COLLECTION}": 0}}.'
         )
     return gates

@@ -27,7 +27,7 @@ def grad_cam(
     *args: Any,
     **kwargs: Any,
 ) -> Array:
-    """Returns Grad-CAM: where a layer's output speaks for a class.
+    """Returns Grad-CAM: where a layer's output supports a class.
 
     With A the output of ``layer`` and ``y = model(x)[..., label]``, the result is
     ``relu(sum(w * A, -1))``, where ``w = mean(dy/dA, (-3, -2))``, one for each
@@ -43,18 +43,18 @@ def grad_cam(
       >>> cam.shape
       (2, 16, 16, 1)
 
-    It may be jitted, with ``model`` and ``layer`` static. The result has no fixed
-    scale: to draw it over one image, divide it by its maximum unless that is zero, as
-    ``plot`` does.
+    It can be jitted with ``model`` and ``layer`` static. The result has no fixed scale;
+    to draw it over an image, divide it by its maximum unless that is zero, as ``plot``
+    does.
 
     Args:
       model: any Linen module that returns logits ``(..., K)`` of K classes.
-      variables: its variables. No collection is mutable in the call, so a
-        normalization must use its running average.
+      variables: its variables. No collection is mutable in the call, so norm layers
+        must use their running averages.
       x: its input, such as images ``(N, H, W, 3)``.
       layer: path of a submodule whose output is a map ``(..., h, w, C)``, names joined
-        by slashes as in ``attention_maps``; usually that of the last map. Attention
-        that ``insert`` put behind it counts as part of it.
+        by slashes as in ``attention_maps``; usually the last one. Attention inserted
+        after it by ``insert`` counts as part of it.
       label: the class, from 0 to K - 1: an integer, or an integer array ``(...)``, one
         for each input. Not checked if it is traced.
       *args: further arguments of the call.
@@ -62,12 +62,12 @@ def grad_cam(
         ``method="classify"`` or ``rngs={"dropout": key}``.
 
     Returns:
-      ``(..., h, w, 1)``, at least zero, in float32 or the layer's wider dtype.
+      Nonnegative array ``(..., h, w, 1)`` in float32, or in the layer's dtype if wider.
 
     Raises:
-      ValueError: if ``layer`` is not called exactly once, is inside nn.scan or nn.vmap
-        or returns no map, if ``label`` is no class, if the model does not return
-        logits, or if ``mutable`` is among the keyword arguments.
+      ValueError: ``layer`` is not called exactly once, is inside nn.scan or nn.vmap, or
+        does not return a map; ``label`` is not a class; the model does not return
+        logits; or ``mutable`` is among the keyword arguments.
 
     References: Selvaraju, Cogswell, Das, Vedantam, Parikh, Batra. Grad-CAM: Visual
     Explanations from Deep Networks via Gradient-based Localization.

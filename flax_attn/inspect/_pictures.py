@@ -31,13 +31,13 @@ def overlay(
 ) -> np.ndarray:
     """Draws a spatial gate over its image, from dark (closed) to light (open).
 
-    The image shows through where the gate is open and not where it is closed, so its
-    bright pixels cannot be taken for open gates: with c the gate's color, and s the
-    gate from 0 to 1 between ``limits``, the picture is ``c + (1 - alpha) * s *
-    (image - c)``. A gate that differs by less than 0.05 over its image does not say
-    where the model attends: its picture is the color of its mean, without the image.
+    The image is visible only where the gate is open, so bright pixels cannot be
+    mistaken for open gates. With the gate's color c, and the gate s scaled to [0, 1] by
+    ``limits``, the result is ``c + (1 - alpha) * s * (image - c)``. A gate that varies
+    by less than 0.05 over an image is treated as constant and drawn as the color of its
+    mean, without the image.
 
-    The gate is resized to the image bilinearly::
+    The gate is resized to the image with bilinear interpolation::
 
       >>> image = np.full((32, 32, 3), 255, np.uint8)
       >>> gate = np.array([[0.0, 1.0]])
@@ -47,20 +47,20 @@ def overlay(
 
     Args:
       image: ``(H, W, 3)`` or a batch ``(N, H, W, 3)``, uint8 or float within [0, 1].
-      gate: spatial gate of one image, ``(h, w)``, ``(h, w, 1)`` or ``(1, h, w, 1)``;
-        of a batch, ``(N, h, w)`` or ``(N, h, w, 1)``. If h or w alone is 1 and the
-        images are larger there, it must be the latter. Maps with another scale, such as
-        those of ``grad_cam``, are to be divided by their maximum.
+      gate: spatial gate, ``(h, w)``, ``(h, w, 1)`` or ``(1, h, w, 1)`` for one image,
+        ``(N, h, w)`` or ``(N, h, w, 1)`` for a batch. If only one of h and w is 1, a
+        batch needs the form with the last axis. Divide maps with another scale, such as
+        those of ``grad_cam``, by their maximum first.
       alpha: fraction of the gate's color where it is open; the rest is the image
         (default: 0.6).
-      limits: values with the darkest and the lightest color; values beyond are clipped
+      limits: values of the darkest and the lightest color; values outside are clipped
         (default: (0.0, 1.0)).
 
     Returns:
       uint8 array of the shape of ``image``, RGB.
 
     Raises:
-      ValueError: if an argument has another shape, dtype or range.
+      ValueError: an argument has an invalid shape, dtype or range.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(
@@ -97,7 +97,7 @@ def check_limits(limits: tuple[float, float]) -> None:
 
 
 def color_map(values: Any) -> np.ndarray:
-    """The colors of ``overlay``: values within [0, 1] to RGB.
+    """Returns the RGB colors that ``overlay`` uses for values within [0, 1].
 
       >>> color_map([0.0, 0.5, 1.0]).tolist()
       [[8.0, 8.0, 38.0], [196.0, 48.0, 92.0], [252.0, 244.0, 176.0]]

@@ -13,8 +13,8 @@ class GateStatistics:
     """How far one gate is open.
 
     Attributes:
-      path: where it is in the model; empty for a gate without a path.
-      shape: its shape.
+      path: path of the gate in the model; empty for a single gate.
+      shape: shape of the gate.
       below: fraction of its elements below ``low``: nearly closed.
       above: fraction of its elements above ``high``: nearly open.
       mean: the mean of its elements.
@@ -68,9 +68,9 @@ def statistics(
       a         4  25.0%  25.0%  0.500    0.500
 
     Args:
-      gates: what ``attention_maps`` returns, or one gate. Halve those of a block with
-        ``identity_init`` first, whose range is [0, 2]. What ``GlobalContext`` adds,
-        named ``channel_shift``, is left out.
+      gates: the result of ``attention_maps``, or one gate. Halve gates of blocks with
+        ``identity_init`` first, since their range is [0, 2]. What ``GlobalContext``
+        adds, named ``channel_shift``, is left out.
       low: elements below it count as closed (default: 0.05).
       high: elements above it count as open (default: 0.95).
 
@@ -89,8 +89,8 @@ def statistics(
     named = gates if isinstance(gates, Mapping) else {"": gates}
     if not named:
         raise ValueError(
-            "`gates` must contain at least one gate, got none; pass what "
-            "attention_maps returns."
+            "`gates` must contain at least one gate, got none; pass the "
+            "result of attention_maps."
         )
     return StatisticsTable(
         _statistics(path, gate, low, high)
@@ -107,7 +107,7 @@ def _statistics(path: str, gate: Any, low: float, high: float) -> GateStatistics
         got = f"values from {g.min()} to {g.max()}" if g.size else f"shape {g.shape}"
         raise ValueError(
             f"{name} must have elements, all within [0, 1], got {got}; rescale them "
-            "first: half of the gates of `identity_init`, or (1 + tanh) / 2."
+            "first, e.g. halve gates of `identity_init`, or use (1 + tanh) / 2."
         )
     return GateStatistics(
         path=path,

@@ -1,7 +1,7 @@
 """Every attention block as a Flax NNX module, with the variables of its Linen block.
 
-A block is made for a number of channels, as ``nnx.Conv`` is, and called with a map and
-an optional mask::
+Like ``nnx.Conv``, a block is created with the number of channels. It is called with a
+feature map and an optional mask::
 
   >>> from flax import nnx
   >>> import flax_attn.nnx
@@ -12,13 +12,14 @@ an optional mask::
   >>> block.channel.reduce.kernel.shape
   (64, 8)
 
-The keyword fields, their defaults and checks, and the arithmetic are those of the
-Linen block, which is ``block.linen``. Only a field that makes a norm takes NNX's:
-``CBAM(64, spatial_norm=nnx.BatchNorm, rngs=rngs)`` calls it with the channels and
-``rngs=``, and ``train()`` and ``eval()`` reach it as ``block.spatial.norm``.
+The keyword fields, their defaults and checks, and the arithmetic are those of the Linen
+block, ``block.linen``. Only fields for norm layers take NNX classes: ``CBAM(64,
+spatial_norm=nnx.BatchNorm, rngs=rngs)`` calls ``nnx.BatchNorm`` with the number of
+channels and ``rngs=``. The norm is ``block.spatial.norm``, and ``train()`` and
+``eval()`` apply to it.
 
-The variables have the same names, shapes and collections in both APIs, so that
-checkpoints and what ``flax_attn.convert`` reads go in as they are::
+The variables have the same names, shapes and collections in both APIs, so checkpoints
+and variables from ``flax_attn.convert`` work unchanged::
 
   >>> linen = flax_attn.CBAM(reduction=8)
   >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 64))
@@ -27,10 +28,10 @@ checkpoints and what ``flax_attn.convert`` reads go in as they are::
   >>> bool((block(x) == linen.apply(variables, x)).all())
   True
 
-Gates are sown as ``nnx.Intermediate`` where ``nnx.capture`` asks for them;
-``attention_maps`` reads them in every version of Flax. A call draws no random numbers.
-``insert`` puts blocks into a model that somebody else wrote, and ``assert_active``
-finds gates that do not act.
+Gates are sown as ``nnx.Intermediate`` under ``nnx.capture``; ``attention_maps`` works
+with every supported version of Flax. A call uses no random numbers. ``insert`` adds
+blocks to a third-party model, and ``assert_active`` finds gates that do not affect the
+output.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ from flax_attn.nnx._variables import from_linen, to_linen
 BLOCKS: Mapping[str, Any] = MappingProxyType(
     {name: native(make) for name, make in _LINEN.items()}
 )
-"""What makes each block, by its name in ``flax_attn.BLOCKS``."""
+"""The constructor of each block, by its name in ``flax_attn.BLOCKS``."""
 
 _CLASSES = {
     make.__name__: make
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
 
 
 def create(name: str, /, features: int, **fields: Any) -> Attention:
-    """Returns the block that ``BLOCKS`` knows as ``name``, with these fields.
+    """Creates the block registered in ``BLOCKS`` as ``name``, with these fields.
 
       >>> from flax import nnx
       >>> create("scse-max", 64, rngs=nnx.Rngs(0)).linen.combine
@@ -88,7 +89,7 @@ def create(name: str, /, features: int, **fields: Any) -> Attention:
       **fields: ``rngs`` and the block's fields.
 
     Raises:
-      ValueError: there is no such block, or a field is out of its range.
+      ValueError: there is no block with that name, or a field is out of its range.
     """
     if name not in BLOCKS:
         raise ValueError(f"`name` must be one of {', '.join(BLOCKS)}, got {name!r}.")

@@ -23,10 +23,10 @@ OnGate = Callable[[Gate, Any], Any]
 
 
 def assert_active(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-    """Asserts that every gate of ``model`` moves its output.
+    """Asserts that every gate of ``model`` affects its output.
 
-    As ``flax_attn.assert_active`` for Linen: to each gate in turn it adds numbers
-    between 0.5 and 1.5, in one compiled program::
+    Like ``flax_attn.assert_active`` for Linen, it adds numbers between 0.5 and 1.5 to
+    each gate in turn, in one compiled program::
 
       >>> from flax import nnx
       >>> import flax_attn.nnx
@@ -53,7 +53,7 @@ def assert_active(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[str, ..
       The paths of the modules with gates, names joined by slashes.
 
     Raises:
-      AssertionError: if changing any gate leaves the output the same, bit for bit; see
+      AssertionError: changing some gate leaves the output unchanged, bit for bit; see
         ``flax_attn.assert_active``.
       ValueError: if no gate is called, or if the output is not finite.
     """

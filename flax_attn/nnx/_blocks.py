@@ -40,12 +40,12 @@ class Attention(nnx.Module):
     """An attention block: maps ``(..., H, W, C)`` to the same shape.
 
     Attributes:
-      block: of the class: the Linen block that declares the fields and the arithmetic.
+      block: class attribute, the Linen block that defines fields and arithmetic.
       features: number of channels C.
       linen: the Linen block with this block's fields, such as ``linen.reduction``.
-      sow_gates: whether each call stores its gates as ``nnx.Intermediate``, to be taken
-        out by ``nnx.pop``; for Flax without ``nnx.capture``, in which gates are sown
-        whatever this is. Set it by ``model.set_attributes(sow_gates=True)``.
+      sow_gates: whether each call sows its gates as ``nnx.Intermediate``, for
+        ``nnx.pop``. Only needed if Flax has no ``nnx.capture``, under which gates are
+        always sown. Set it with ``model.set_attributes(sow_gates=True)``.
     """
 
     block: ClassVar[type[blocks.Attention]]
@@ -55,16 +55,16 @@ class Attention(nnx.Module):
     sow_gates: bool
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, **fields: Any) -> None:
-        """Makes the block and its parameters.
+        """Creates the block and its parameters.
 
         Args:
           features: number of channels C, at least 1.
-          rngs: its stream ``params`` makes the parameters; not kept.
-          **fields: the fields of the Linen block. One that makes a norm is called
-            with the number of channels and ``rngs=``, as ``nnx.BatchNorm`` is.
+          rngs: its ``params`` stream initializes the parameters; not stored.
+          **fields: the fields of the Linen block. A norm field takes an NNX class such
+            as ``nnx.BatchNorm``, called with the number of channels and ``rngs=``.
 
         Raises:
-          ValueError: ``features`` or a field is out of its range.
+          ValueError: ``features`` or a field is out of range.
         """
         checks.check_positive("features", features)
         # Without a parent it does not join a Linen module that is being called.
@@ -82,14 +82,15 @@ class Attention(nnx.Module):
             None, everywhere).
 
         Raises:
-          ValueError: ``x`` is no feature map of C channels, or ``mask`` does not fit.
+          ValueError: ``x`` is not a feature map of C channels, or ``mask`` does not
+            fit.
         """
         return self._run("__call__", x, mask)
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns what the block multiplies ``x`` by, for another map too.
+        """Returns the factor by which the block multiplies ``x``, e.g. for another map.
 
-        Args and errors are those of the call.
+        Arguments and errors are the same as for a call.
         """
         return self._run("multiplier", x, mask)
 
@@ -142,7 +143,7 @@ def joined(place: Place) -> str:
 
 
 def native(make: Callable[..., nn.Module]) -> Any:
-    """Returns the NNX class of a Linen block, one and the same for each.
+    """Returns the NNX class of a Linen block, always the same one.
 
       >>> from flax import nnx
       >>> import flax_attn
@@ -151,7 +152,7 @@ def native(make: Callable[..., nn.Module]) -> Any:
       (4, 64)
 
     Args:
-      make: a subclass of ``flax_attn.blocks.Attention``, your own too, or a
+      make: a subclass of ``flax_attn.blocks.Attention``, including your own, or a
         ``functools.partial`` of one, whose keywords are kept.
 
     Returns:
@@ -190,8 +191,8 @@ def _doc(block: type[blocks.Attention]) -> str:
     summary, _, rest = (inspect.getdoc(block) or "").partition("\n")
     _, _, fields = rest.partition("All fields are keyword-only")
     return (
-        f"{summary}\n\nMade as ``{block.__name__}(features, rngs=rngs)`` for maps of "
-        "``features`` channels; what makes a norm\nis NNX's, such as "
+        f"{summary}\n\nCreate it with ``{block.__name__}(features, rngs=rngs)``.\n"
+        "Norm fields take NNX classes, such as "
         f"``nnx.BatchNorm``.\n\nAll fields are keyword-only{fields}"
     )
 

@@ -14,8 +14,8 @@ def attention_maps(
 ) -> dict[str, Array]:
     """Returns every gate of ``model`` for the input ``x``, by its path.
 
-    As ``flax_attn.inspect.attention_maps`` for Linen, whose ``statistics`` and
-    ``overlay`` take what this returns::
+    Like ``flax_attn.inspect.attention_maps`` for Linen.
+    ``flax_attn.inspect.statistics`` and ``overlay`` accept the result::
 
       >>> from flax import nnx
       >>> import flax_attn.nnx
@@ -25,8 +25,8 @@ def attention_maps(
       >>> {path: gate.shape for path, gate in gates.items()}
       {'channel/channel_gate': (2, 1, 1, 64), 'spatial/spatial_gate': (2, 8, 8, 1)}
 
-    The model runs in the mode that it is in, and is left as it is: statistics of a
-    norm and random streams do not move.
+    The model runs in its current mode and is not changed: norm statistics and random
+    streams keep their state.
 
     Args:
       model: any module that calls a block, at any depth.
@@ -35,7 +35,7 @@ def attention_maps(
       **kwargs: its keyword arguments.
 
     Returns:
-      The gates, as ``flax_attn.inspect.attention_maps`` returns them.
+      A dict from path to gate, as for ``flax_attn.inspect.attention_maps``.
 
     Raises:
       ValueError: no block is called.

@@ -30,10 +30,10 @@ def insert(
     name: str = "attention",
     **kwargs: Any,
 ) -> Sites:
-    """Puts ``attention`` after the submodules of ``model`` that ``where`` selects.
+    """Inserts ``attention`` after the submodules of ``model`` that ``where`` selects.
 
-    The model is changed in place, its code stays as it is, and its variables keep
-    their paths, so that pretrained ones fit before and after::
+    The model is changed in place, but its code is not. Its variables keep their paths,
+    so pretrained variables can be loaded before or after::
 
       >>> from flax import nnx
       >>> import flax_attn.nnx
@@ -57,17 +57,16 @@ def insert(
     What counts as a map, and where none is inserted, is as in ``flax_attn.insert``.
 
     Args:
-      model: any NNX module; it is called once, on shapes alone, and keeps its state.
+      model: any NNX module; it is traced once for shapes and keeps its state.
       attention: called as ``attention(features, rngs=rngs)`` for each submodule, such
         as ``flax_attn.nnx.SE`` or a ``functools.partial`` of it.
       where: the submodules: a subclass of ``nnx.Module`` or a tuple of them, or a
         pattern, a regular expression or a function as in ``flax_attn.insert``.
-      *args: the arguments of a call of ``model``; shapes are enough, as
-        ``jax.ShapeDtypeStruct``.
-      rngs: makes the parameters.
+      *args: the arguments of a call of ``model``; ``jax.ShapeDtypeStruct`` is enough.
+      rngs: initializes the parameters.
       init: ``"identity"`` passes ``identity_init=True`` to ``attention``, so that the
-        model starts with the output that it had (default: None).
-      name: the attribute of each submodule that gets its attention (default:
+        initial output is unchanged (default: None).
+      name: the attribute of each submodule that holds the attention (default:
         "attention").
       **kwargs: keyword arguments of the call of ``model``.
 
@@ -75,10 +74,10 @@ def insert(
       The sites in the order of their calls; as a string, a table.
 
     Raises:
-      ValueError: an argument is out of its range, ``where`` selects no submodule that
-        is called, one that it selects returns no map with at least 3 axes, or is
-        inside ``nnx.scan`` or ``nnx.vmap``, or has ``name`` already. The model is not
-        changed then.
+      ValueError: an argument is out of range, ``where`` selects no submodule that is
+        called, or a selected submodule returns no map with at least 3 axes, is inside
+        ``nnx.scan`` or ``nnx.vmap``, or already has ``name``. The model is then not
+        changed.
     """
     if init not in (None, "identity"):
         raise ValueError(f"`init` must be 'identity' or None, got {init!r}.")
@@ -105,7 +104,7 @@ def insert(
         site = f"{joined(path)} ({type(module).__name__})"
         if hasattr(module, name):
             raise ValueError(
-                f"`name` must be free in {site}, which has a {name!r} already; pass "
+                f"`name` must be unused in {site}, which already has {name!r}; pass "
                 "another name."
             )
         block = attention(y.shape[-1], rngs=rngs, **fields)
@@ -121,9 +120,9 @@ def insert(
 
 
 def attention_params(model: nnx.Module) -> Any:
-    """Returns the NNX filter of the parameters of all attention in ``model``.
+    """Returns an NNX filter for all attention parameters in ``model``.
 
-    For an optimizer that trains the attention alone, or leaves it out::
+    For an optimizer that trains only the attention, or excludes it::
 
       >>> from flax import nnx
       >>> import flax_attn.nnx
@@ -152,7 +151,7 @@ def attention_params(model: nnx.Module) -> Any:
         roots += [(*path, name) for name in getattr(module, "_attention_names", ())]
     if not roots:
         raise ValueError(
-            f"`model` must have attention inside, got {type(model).__name__} without; "
+            f"`model` must contain attention, got {type(model).__name__} without any; "
             "add a block, such as flax_attn.nnx.SE."
         )
 
@@ -204,7 +203,7 @@ def _recording(
         if _shapes(self) != shapes:
             raise ValueError(
                 "`where` must select submodules outside nnx.scan and nnx.vmap, got "
-                f"{site}, whose parameters are stacked; put the block into its code."
+                f"{site}, whose parameters are stacked; add the block in its code."
             )
         outputs.setdefault(path, jax.ShapeDtypeStruct(y.shape, y.dtype))
         return result

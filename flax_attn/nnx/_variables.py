@@ -1,4 +1,4 @@
-"""Variables between the two APIs: the same names, shapes and collections."""
+"""Conversion of variables between Linen and NNX."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +57,7 @@ def from_linen(module: nnx.Module, variables: Mapping[str, Any]) -> None:
         shape = jnp.shape(given[path])
         if shape != variable[...].shape:
             raise ValueError(
-                f"`variables` must have the shapes of `module`, got {shape} for "
+                f"`variables` must have the shapes of `module`, got {shape} instead of "
                 f"{variable[...].shape} at {'/'.join(path)}; use the same fields."
             )
     for path, variable in own.items():

@@ -11,48 +11,48 @@ fields override its own::
   >>> jax.tree.map(jnp.shape, params["reduce"])
   {'bias': (8,), 'kernel': (64, 8)}
 
-A preset with a BatchNorm is a function of ``train``; ``official_eca``, of the widths.
+Presets with BatchNorm are functions of ``train``; ``official_eca`` takes ``widths``.
 
 ==============================  ======================================================
 ``article_se``                  no bias, hidden width C // 16
 ``article_se_max``              the same, squeezed by the maximum
-``article_eca``                 width of the kernel by the formula
+``article_eca``                 kernel size by the formula
 ``article_channel``             channel half of CBAM, MLP without bias
 ``article_channel_conv``        channel half of CBAM, 1-D convolution
 ``article_spatial``             spatial half of CBAM, 7x7, neither bias nor norm
 ``article_cbam``                ``article_channel``, then ``article_spatial``
 ``article_cbam_conv``           ``article_channel_conv``, then ``article_spatial``
 ``official_se``                 SENet: biases, hidden width C // 16
-``official_eca(widths)``        ECA-Net: a fixed width for each number of channels
+``official_eca(widths)``        ECA-Net: a fixed kernel size per number of channels
 ``official_eca50``              ECA-Net50: 3, 5, 5, 7 in the stages
 ``official_eca101``             ECA-Net101 and ECA-Net152: 3, 3, 5, 7
-``official_bam(train=...)``     BAM: the branches multiplied, BatchNorm inside them
+``official_bam(train=...)``     BAM: branches multiplied, with BatchNorm inside
 ``official_cbam(train=...)``    CBAM: MLP with biases, BatchNorm after the 7x7
-``official_simam``              SimAM: variance over H * W - 1
+``official_simam``              SimAM: variance divided by H * W - 1
 ``timm_se``                     ``se``: biases, hidden width a multiple of 8
-``timm_eca``                    ``eca``: width by the formula, at least 3
-``timm_ceca``                   ``ceca``: the same, circular along the channels
+``timm_eca``                    ``eca``: kernel size by the formula, at least 3
+``timm_ceca``                   ``ceca``: the same with circular padding
 ``timm_ese``                    ``ese``: bias, hard sigmoid
 ``timm_cbam(train=...)``        ``cbam``: hidden width rounded, BatchNorm after the 7x7
 ``timm_lcbam(train=...)``       ``lcbam``: the same with one squeeze in each half
-``timm_coordinate(train=...)``  ``coord``: a multiple of 8 wide, BatchNorm inside
+``timm_coordinate(train=...)``  ``coord``: hidden width a multiple of 8, BatchNorm
 ``timm_gc``                     ``gc``: the global context gates x
 ``timm_gca``                    ``gca``: the global context is added to x
 ==============================  ======================================================
 
-"article" is the one that the README names; it follows the papers' equations.
-"official" is the code that the papers' authors published, "timm" is PyTorch Image
-Models 1.x under the names that it gives these blocks.
+"article" is the web article linked in the README, which follows the papers' equations.
+"official" is the code released by the papers' authors. "timm" is PyTorch Image Models
+1.x, with its names for the blocks.
 
 Deviations, common to all:
 
 - If elements tie for a maximum, the first one gets the gradient, as in the article's
   and the official code; timm's ``amax`` splits it evenly.
-- ``timm_cbam`` stacks [max, mean] as everything here does; timm stacks [mean, max], so
-  the two inputs of its spatial kernel are swapped when weights are converted.
-- Flax's BatchNorm keeps an average of the biased variance of the n logits of a batch,
-  PyTorch's of the unbiased one, which is n / (n - 1) times as large.
-- Biases start at zero. timm's start from PyTorch's uniform draw.
+- ``timm_cbam`` stacks [max, mean], like all blocks here; timm stacks [mean, max], so
+  weight conversion swaps the two inputs of its spatial kernel.
+- Flax's BatchNorm averages the biased variance of the n logits of a batch, PyTorch's
+  the unbiased one, which is n / (n - 1) times as large.
+- Biases are initialized to zero; timm uses PyTorch's default uniform initialization.
 """
 
 # Sorted, each name would get a statement of its own.

@@ -16,7 +16,7 @@ _KAIMING_FAN_OUT: Initializer = nn.initializers.variance_scaling(
 
 official_se: partial[SE] = documented(
     partial(SE, reduction=16, pool="avg", use_bias=True),
-    """SENet's block: biases in both layers, whose initial values its files do not have.
+    """SENet's block: biases in both layers. The released files have no initializers.
 
     https://github.com/hujie-frank/SENet
     """,
@@ -24,9 +24,9 @@ official_se: partial[SE] = documented(
 
 
 def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
-    """ECA-Net's block, whose width is fixed for each stage of the network.
+    """ECA-Net's block, with a fixed kernel size for each stage of the network.
 
-    https://github.com/BangguWu/ECANet. The kernel starts from PyTorch's uniform draw::
+    https://github.com/BangguWu/ECANet. The kernel uses PyTorch's default initializer::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax_attn import presets
@@ -37,11 +37,11 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
       {'conv': {'kernel': (5, 1, 1)}}
 
     Args:
-      widths: the kernel's width for each number of channels that a stage has.
+      widths: the kernel size for each stage's number of channels.
 
     Returns:
-      ``ECA`` with these widths. Its first call raises ``ValueError`` for an input with
-      another number of channels.
+      ``ECA`` with these kernel sizes. Its first call raises ``ValueError`` for other
+      numbers of channels.
 
     Raises:
       ValueError: there are no widths, or one is not odd.
@@ -92,12 +92,12 @@ official_eca101: partial[ECA] = documented(
 
 
 def official_cbam(*, train: bool) -> partial[CBAM]:
-    """CBAM as its authors' code has it, https://github.com/Jongchan/attention-module.
+    """CBAM in the authors' code, https://github.com/Jongchan/attention-module.
 
-    The MLP has biases; a BatchNorm follows the 7x7 convolution, with PyTorch's momentum
-    0.01, which Flax calls 0.99. Its scale starts at zero, so the spatial gate starts at
-    one half everywhere. The convolution starts from a normal draw by its fan-out, the
-    MLP from PyTorch's uniform draw, the biases from zero::
+    The MLP has biases, and BatchNorm follows the 7x7 convolution, with momentum 0.99
+    (0.01 in PyTorch's convention). Its scale is initialized to zero, so the spatial
+    gate is initially 0.5 everywhere. The convolution uses Kaiming normal initialization
+    (fan-out), the MLP PyTorch's default uniform initialization, and biases are zero::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax_attn import presets
@@ -110,7 +110,7 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
       {'norm': {'mean': (1,), 'var': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and not by the running averages.
+      train: whether to normalize with batch statistics instead of running averages.
     """
     return partial(
         CBAM,
@@ -127,10 +127,10 @@ def official_cbam(*, train: bool) -> partial[CBAM]:
 
 
 def official_bam(*, train: bool) -> partial[BAM]:
-    """BAM as its authors' code has it, https://github.com/Jongchan/attention-module.
+    """BAM in the authors' code, https://github.com/Jongchan/attention-module.
 
-    The logits are the product of the branches, which have a BatchNorm and a ReLU after
-    each layer but the last, and none at their ends::
+    The logits are the product of the two branches. Each branch has BatchNorm and ReLU
+    after every layer except the last::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax_attn import presets
@@ -145,7 +145,7 @@ def official_bam(*, train: bool) -> partial[BAM]:
       spatial_reduce_norm
 
     Args:
-      train: whether to normalize by the batch, and not by the running averages.
+      train: whether to normalize with batch statistics instead of running averages.
     """
     return partial(
         BAM,

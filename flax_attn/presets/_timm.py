@@ -63,7 +63,7 @@ timm_ceca: partial[ECA] = documented(
     partial(ECA, **{**timm_eca.keywords, "padding": "circular"}),
     """timm's ``ceca``, ``timm.layers.CecaModule``.
 
-    It is ``timm_eca`` with the first channel and the last as neighbors.
+    ``timm_eca`` with circular padding along the channels.
     """,
 )
 
@@ -113,7 +113,7 @@ def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
       {'kernel': (64, 8)}
 
     Args:
-      train: whether to normalize by the batch, and not by the running averages.
+      train: whether to normalize with batch statistics instead of running averages.
     """
     return partial(
         CoordinateAttention,
@@ -128,8 +128,8 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
     """timm's ``cbam``, ``timm.layers.CbamModule``.
 
     The MLP has no biases, and a hidden width of C / 16 rounded to the nearest integer,
-    at least 1. A BatchNorm follows the 7x7 convolution, with PyTorch's momentum 0.1,
-    which Flax calls 0.9. All kernels start from PyTorch's uniform draw::
+    at least 1. BatchNorm follows the 7x7 convolution, with momentum 0.9 (0.1 in
+    PyTorch's convention). All kernels use PyTorch's default uniform initialization::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax_attn import presets
@@ -142,7 +142,7 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
       {'conv': {'kernel': (7, 7, 2, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and not by the running averages.
+      train: whether to normalize with batch statistics instead of running averages.
     """
     return partial(
         CBAM,
@@ -159,7 +159,7 @@ def timm_cbam(*, train: bool) -> partial[CBAM]:
 def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
     """timm's ``lcbam``, ``timm.layers.cbam.LightCbamModule``.
 
-    Widths, norm and start are those of ``timm_cbam``::
+    Widths, norm and initializers are those of ``timm_cbam``::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax_attn import presets
@@ -170,6 +170,6 @@ def timm_lcbam(*, train: bool) -> partial[LightCBAM]:
       {'conv': {'kernel': (7, 7, 1, 1)}, 'norm': {'bias': (1,), 'scale': (1,)}}
 
     Args:
-      train: whether to normalize by the batch, and not by the running averages.
+      train: whether to normalize with batch statistics instead of running averages.
     """
     return partial(LightCBAM, **timm_cbam(train=train).keywords)

@@ -1,7 +1,7 @@
 """Residual networks for CIFAR and ImageNet, with an attention block of your choice.
 
-The attention stands after the last normalization of a residual branch and before the
-addition, where all official code and timm have it.
+The attention block is placed after the last normalization of a residual branch and
+before the addition, as in the official code and timm.
 
 References: He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition.
 https://arxiv.org/abs/1512.03385, 2015.

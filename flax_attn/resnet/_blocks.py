@@ -37,14 +37,14 @@ class _Residual(nn.Module):
 
 
 class BasicBlock(_Residual):
-    """Two 3x3 convolutions beside a shortcut.
+    """A residual block with two 3x3 convolutions.
 
     Attributes:
-      features: number of filters, and of channels of the result.
+      features: number of filters, and of output channels.
       stride: stride of the first convolution.
-      conv: makes a convolution.
-      norm: makes a normalization.
-      attention: makes the block between the last normalization and the addition, or
+      conv: constructor of a convolution.
+      norm: constructor of a norm layer.
+      attention: constructor of the block between the last norm and the addition, or
         None.
       pooled_shortcut: as in ``ResNet`` (default: False).
       anti_alias: as in ``BottleneckBlock``, for the first convolution (default: None).
@@ -66,15 +66,15 @@ class BasicBlock(_Residual):
 
 
 class BottleneckBlock(_Residual):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the 3x3 has the stride.
+    """A residual block with 1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride.
 
     ``functools.partial`` sets the last three fields: ResNeXt-50 (32x4d) is
     ``imagenet_resnet(50, block=partial(BottleneckBlock, groups=32, width_per_group=4),
     num_classes=1000)``.
 
     Attributes:
-      features: number of filters of the first two; the result has four times as many
-        channels.
+      features: number of filters of the first two convolutions; the output has four
+        times as many channels.
       stride: stride of the 3x3 convolution.
       conv, norm, attention, pooled_shortcut: as in ``BasicBlock``.
       groups: number of groups of the 3x3 convolution,
@@ -82,9 +82,10 @@ class BottleneckBlock(_Residual):
       width_per_group: the first two convolutions have ``features * width_per_group //
         64 * groups`` filters, as in torchvision; 128 makes the wide ResNets (default:
         64).
-      anti_alias: a pooling that has the stride in place of the 3x3 convolution, behind
-        its activation: ``"mean"`` of 2x2, or ``"blur"``, the binomial 3x3 filter of
-        https://arxiv.org/abs/1904.11486 (default: None).
+      anti_alias: pooling after the activation of the 3x3 convolution that applies the
+        stride instead of the convolution: ``"mean"`` for 2x2 average pooling, or
+        ``"blur"`` for the binomial 3x3 filter of https://arxiv.org/abs/1904.11486
+        (default: None).
     """
 
     groups: int = 1

@@ -34,9 +34,9 @@ IMAGENET_STAGES = {
 
 
 class ResNet(nn.Module):
-    """A residual network from images ``(N, H, W, 3)`` to logits ``(N, classes)``.
+    """A residual network that maps images ``(N, H, W, 3)`` to logits ``(N, classes)``.
 
-    ``cifar_resnet`` and ``imagenet_resnet`` make the published ones::
+    ``cifar_resnet`` and ``imagenet_resnet`` create the published networks::
 
       >>> import flax_attn, jax, jax.numpy as jnp
       >>> from flax_attn.resnet import cifar_resnet
@@ -46,44 +46,44 @@ class ResNet(nn.Module):
       >>> sorted(variables["params"]["stage1_block1"])
       ['attention', 'conv1', 'conv2', 'norm1', 'norm2']
 
-    The method ``features`` gives the maps that detection and segmentation start from,
+    The method ``features`` returns the feature maps for detection and segmentation,
     with the same variables::
 
       >>> apply = lambda v, x: model.apply(v, x, method="features")
       >>> [x.shape for x in jax.eval_shape(apply, variables, images)]
       [(1, 32, 32, 16), (1, 32, 32, 16), (1, 16, 16, 32), (1, 8, 8, 64)]
 
-    A block with a normalization of its own (``spatial_norm``) gets
-    ``use_running_average`` from whoever makes it: one model to train and one to
-    evaluate, over the same variables.
+    For a block with its own norm (``spatial_norm``), set ``use_running_average`` in
+    ``attention``: use one model to train and one to evaluate, with the same variables.
 
     Attributes:
-      stages: number of blocks in each stage; every stage but the first halves H and W.
+      stages: number of blocks in each stage; every stage except the first halves H and
+        W.
       block: ``BasicBlock``, ``BottleneckBlock``, or a ``functools.partial`` of one with
         further fields.
       num_classes: number of logits.
       width: filters of the first stage; each stage doubles them (default: 64).
-      imagenet_stem: a 7x7 convolution of stride 2 and a 3x3 maximum of stride 2 at the
-        start, instead of one 3x3 convolution (default: True).
-      attention: makes the attention of each block, called with ``dtype`` and ``name``;
-        None for a plain network (default: None).
-      dtype: the dtype of the computation and the logits; parameters and batch
-        statistics are float32 (default: float32).
-      deep_stem: three 3x3 convolutions, of width / 2, width / 2 and width filters,
-        instead of the 7x7 one. With ``pooled_shortcut`` it makes the networks that timm
-        calls "d", https://arxiv.org/abs/1812.01187, section 4 (default: False).
-      pooled_shortcut: shortcuts halve H and W by the mean of 2x2, not by the stride of
-        their convolution (default: False).
-      stem_features: filters of the stem's convolutions, three of them if ``deep_stem``
-        and else one, where these are not those of ``width`` (default: None).
-      stem_pool: what halves H and W after an ``imagenet_stem``: ``"max"``; ``"mean"``
-        of 2x2; ``"blur"``, a maximum of stride 1 and the filter of ``anti_alias`` in
-        ``BottleneckBlock``; ``"conv"``, a 3x3 convolution with norm and activation
+      imagenet_stem: start with a 7x7 convolution with stride 2 and 3x3 max pooling with
+        stride 2, instead of one 3x3 convolution (default: True).
+      attention: constructor of the attention of each block, called with ``dtype`` and
+        ``name``; None for a network without attention (default: None).
+      dtype: dtype of the computation and the logits; parameters and batch statistics
+        are float32 (default: float32).
+      deep_stem: three 3x3 convolutions, with width / 2, width / 2 and width filters,
+        instead of the 7x7 one. With ``pooled_shortcut`` this gives timm's "d" variants,
+        https://arxiv.org/abs/1812.01187, section 4 (default: False).
+      pooled_shortcut: shortcuts halve H and W with 2x2 average pooling instead of a
+        strided convolution (default: False).
+      stem_features: filters of the stem's convolutions, three numbers with
+        ``deep_stem`` and otherwise one (default: None, derived from ``width``).
+      stem_pool: pooling after an ``imagenet_stem``: ``"max"``; ``"mean"``, 2x2 average
+        pooling; ``"blur"``, max pooling with stride 1 and then the blur filter of
+        ``BottleneckBlock``; or ``"conv"``, a 3x3 convolution with norm and activation
         (default: "max").
 
     Raises:
-      ValueError: at the first call, for a field out of its range, and for ``deep_stem``
-        or a ``stem_pool`` without ``imagenet_stem``.
+      ValueError: at the first call, if a field is out of range, or for ``deep_stem`` or
+        ``stem_pool`` without ``imagenet_stem``.
     """
 
     stages: Sequence[int]
@@ -103,9 +103,9 @@ class ResNet(nn.Module):
         self.head = nn.Dense(self.num_classes, dtype=self.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns the logits; ``train`` normalizes by the batch and not the average."""
+        """Returns the logits; ``train`` selects batch statistics for normalization."""
         x = self.features(images, train=train)[-1]
-        # Summing thousands of half-precision values wants a float32 accumulator.
+        # Summing thousands of half-precision values needs a float32 accumulator.
         return self.head(
             x.mean((-3, -2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         )
@@ -114,21 +114,21 @@ class ResNet(nn.Module):
     def features(
         self, images: jax.Array, *, train: bool = False
     ) -> tuple[jax.Array, ...]:
-        """Returns the map before the stem's pooling, and that after each stage.
+        """Returns the feature map before the stem's pooling, and after each stage.
 
-        For a backbone: ``model.apply(variables, images, method="features")``, or
-        ``self.backbone.features(images, train=train)`` in a module with the field
-        ``backbone``. The head has no parameters then, and those of a classifier are
-        ignored.
+        To use it as a backbone, call ``model.apply(variables, images,
+        method="features")``, or ``self.backbone.features(images, train=train)`` in a
+        module with the field ``backbone``. The head then has no parameters, and those
+        of a classifier are ignored.
 
         Args:
           images: ``(N, H, W, 3)``.
           train: as in a call.
 
         Returns:
-          One map more than there are stages. With an ``imagenet_stem`` their strides
-          are 2, 4, 8, 16, 32, else 1, 1, 2, 4; stage i, from 0, has ``width * 2**i *
-          block.expansion`` channels.
+          One map for the stem and one per stage. Their strides are 2, 4, 8, 16, 32 with
+          ``imagenet_stem``, otherwise 1, 1, 2, 4; stage i, from 0, has
+          ``width * 2**i * block.expansion`` channels.
         """
         conv = partial(_conv, dtype=self.dtype)
         norm = partial(
@@ -200,11 +200,11 @@ class ResNet(nn.Module):
 
 
 def cifar_resnet(depth: int, **fields: Any) -> ResNet:
-    """The 6n+2 layer network for 32x32 images, section 4.2 of the paper.
+    """The (6n+2)-layer network for 32x32 images, section 4.2 of the paper.
 
-    Three stages of n basic blocks with 16, 32 and 64 filters. Shortcuts that change the
-    shape are 1x1 convolutions, where the paper pads with zeros; hence 272,474
-    parameters at depth 20 and ten classes, not 269,722.
+    It has three stages of n basic blocks with 16, 32 and 64 filters. Shortcuts that
+    change the shape are 1x1 convolutions, not zero padding as in the paper, so depth 20
+    with ten classes has 272,474 parameters instead of 269,722.
 
     Args:
       depth: 8, 20, 32, 44, 56, 110 or any other 6n+2 with n at least 1.
@@ -229,12 +229,12 @@ def check_cifar_depth(depth: int) -> None:
 
 
 def imagenet_resnet(depth: int, **fields: Any) -> ResNet:
-    """The 18, 34, 50, 101 or 152 layer network, table 1 of the paper.
+    """The 18-, 34-, 50-, 101- or 152-layer network, table 1 of the paper.
 
     The stride of a bottleneck is on its 3x3 convolution, as in torchvision.
 
     Args:
-      depth: 18 and 34 have basic blocks, the others bottlenecks.
+      depth: 18 or 34 (basic blocks), or 50, 101 or 152 (bottleneck blocks).
       **fields: further fields of ``ResNet``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Networks with weights, from the Hugging Face Hub or from files that timm writes."""
+"""Pretrained networks from the Hugging Face Hub or from files written by timm."""
 
 import dataclasses
 import hashlib
@@ -23,16 +23,16 @@ WEIGHTS = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How the images were made that a network has seen, in timm's terms.
+    """How to preprocess the input images of a network, in timm's terms.
 
     Attributes:
-      mean: of each input channel, of values from 0 to 1.
-      std: the standard deviation, likewise.
+      mean: mean of each input channel, for values from 0 to 1.
+      std: standard deviation of each input channel, for values from 0 to 1.
       input_size: height and width in training, in pixels.
-      interpolation: of the resizing, ``"bicubic"`` or ``"bilinear"``.
-      crop_pct: side of the cropped image over the side to which the image is resized.
+      interpolation: interpolation for resizing, ``"bicubic"`` or ``"bilinear"``.
+      crop_pct: size of the crop divided by the size to which the image is resized.
       crop_mode: ``"center"``, ``"squash"`` or ``"border"``.
-      test_input_size: height and width for the best accuracy; often larger.
+      test_input_size: recommended height and width for evaluation, often larger.
       test_crop_pct: ``crop_pct`` at that size.
     """
 
@@ -63,12 +63,12 @@ class Preprocessing:
 
 
 class Pretrained(NamedTuple):
-    """What ``from_pretrained`` returns.
+    """The result of ``from_pretrained``.
 
     Attributes:
       model: the network.
       variables: its parameters and batch statistics, float32.
-      preprocessing: how to make its images.
+      preprocessing: how to preprocess its input images.
     """
 
     model: ResNet
@@ -83,7 +83,7 @@ def from_pretrained(
     cache_dir: str | os.PathLike[str] | None = None,
     dtype: Dtype = jnp.float32,
 ) -> Pretrained:
-    """Loads a ResNet of timm with its weights.
+    """Loads a timm ResNet with its weights.
 
     ::
 
@@ -93,25 +93,27 @@ def from_pretrained(
 
     The networks are those of ``timm/models/resnet.py`` with SE, ESE, ECA, CECA, CBAM or
     no attention; the guide on weights lists them. Dropout and stochastic depth, which
-    timm may train with, are left out. A CBAM normalizes by its running averages; to
-    train it, use ``model.clone(attention=presets.timm_cbam(train=True))``.
+    timm may use in training, are omitted. CBAM uses its running averages; to train it,
+    use ``model.clone(attention=presets.timm_cbam(train=True))``.
 
     Args:
       source: a repository of the Hugging Face Hub, ``"owner/name"``; or a folder that
         timm wrote with ``save_for_hf(..., safe_serialization=True)``, which holds
         ``config.json`` and ``model.safetensors``; or another weight file beside a
-        ``config.json``. What exists here goes before the Hub.
-      revision: a branch, tag or commit of the repository (default: None, its main).
-      cache_dir: where downloads are kept (default: None, that of huggingface_hub).
-      dtype: the field of the network (default: float32).
+        ``config.json``. Local paths take precedence over the Hub.
+      revision: a branch, tag or commit of the repository (default: None, the main
+        branch).
+      cache_dir: where to store downloads (default: None, the cache of huggingface_hub).
+      dtype: the field ``dtype`` of the network (default: float32).
 
     Returns:
       The network, its variables and its preprocessing.
 
     Raises:
-      ValueError: there is no such repository, revision, folder or file; the network is
-        not covered; a file is damaged, was changed, or does not fit the configuration.
-      ConnectionError: the Hub cannot be reached, and has not given the files before.
+      ValueError: the repository, revision, folder or file does not exist; the network
+        is not supported; or a file is damaged, was changed, or does not match the
+        configuration.
+      ConnectionError: the Hub cannot be reached and the files are not in the cache.
       ImportError: huggingface_hub or safetensors is not installed (extra ``hub``).
     """
     config_path, weights_path = _files(source, revision, cache_dir)
@@ -129,7 +131,7 @@ def from_pretrained(
         reason = " ".join(line.strip() for line in lines[:2]) or headline
         raise ValueError(
             f"{weights_path} does not fit the {config['architecture']!r} of "
-            f"{config_path} ({reason}); one of the two was changed."
+            f"{config_path} ({reason}); one of the two files was changed."
         ) from error
     variables = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), variables, like)
     return Pretrained(model, variables, _preprocessing(config))
@@ -177,7 +179,7 @@ def _download(
         from huggingface_hub import errors
     except ImportError as error:
         raise ImportError(
-            f"{repository!r} is no folder here, and the Hugging Face Hub needs "
+            f"{repository!r} is not a local folder, and the Hugging Face Hub needs "
             f"huggingface_hub: pip install 'flax-attn[hub]' ({error})."
         ) from error
     page = f"https://huggingface.co/{repository}"
@@ -237,8 +239,8 @@ def _check_hash(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != blob.name:
         raise ValueError(
-            f"{path} was changed after the download, its SHA-256 is {digest}; delete "
-            f"{blob}, and it is downloaded again."
+            f"{path} was changed after the download (its SHA-256 is {digest}); delete "
+            f"{blob} to download it again."
         )
 
 
@@ -249,8 +251,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON, or is truncated ({error}).") from error
     if not (isinstance(config, dict) and isinstance(config.get("architecture"), str)):
         raise ValueError(
-            f"{path} must be a configuration of timm, with an `architecture`; it has "
-            "none."
+            f"{path} must be a timm configuration with an `architecture`; it has none."
         )
     return config
 

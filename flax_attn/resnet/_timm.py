@@ -35,8 +35,8 @@ _STAGES: Mapping[str, tuple[int, ...]] = {
 }
 # What an entry of timm's resnet.py has that ``ResNet`` has not.
 _REFUSED = {
-    "ecaresnet50d_pruned": "a width of its own for every convolution",
-    "ecaresnet101d_pruned": "a width of its own for every convolution",
+    "ecaresnet50d_pruned": "a different width for every convolution",
+    "ecaresnet101d_pruned": "a different width for every convolution",
     "resnet50_gn": "GroupNorm",
     "senet154": "3x3 convolutions as shortcuts",
     "test_resnet": "two kinds of residual blocks",
@@ -92,9 +92,9 @@ def arguments_of(architecture: str) -> dict[str, Any]:
         reason = _REFUSED.get(architecture)
         reason = f"which has {reason}" if reason else "which is none of them"
         raise ValueError(
-            f"`architecture` must be a ResNet of timm/models/resnet.py with the parts "
-            f"of `flax_attn.resnet.ResNet`, got {architecture!r}, {reason}; the guide "
-            "`weights.md` lists those that are covered."
+            f"`architecture` must be a ResNet in timm/models/resnet.py that "
+            f"`flax_attn.resnet.ResNet` supports, got {architecture!r}, {reason}; the "
+            "guide `weights.md` lists the supported networks."
         )
     depth = match["depth"]
     basic = depth.isdigit() and int(depth) in _BASIC
@@ -208,5 +208,5 @@ def _chosen(arguments: Mapping[str, Any], name: str, choices: Mapping[Any, Any])
 def _misfit(name: str, rule: str, value: Any) -> ValueError:
     return ValueError(
         f"`{name}` of timm must be {rule} for `flax_attn.resnet.ResNet`, got "
-        f"{value!r}; this network is not covered."
+        f"{value!r}; this network is not supported."
     )

@@ -41,7 +41,7 @@ def test_errors_of_the_command(command):
         ("none.safetensors",): "No such file",
         ("cut.safetensors",): "is not a safetensors file, or is truncated",
         ("extra.safetensors",): "1 unused:\n  more.weight (3,)\n",
-        ("vit.safetensors",): "No key fits (naming 'timm'): another model",
+        ("vit.safetensors",): "No key fits (naming 'timm'): wrong model",
         ("se.safetensors", "--like", "big.safetensors"): "No key fits",
         (".",): "must be a file",
     }

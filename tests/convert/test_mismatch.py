@@ -210,7 +210,7 @@ def test_another_model():
     vit = {"blocks.0.attn.qkv.weight": numbers(6, 2), "cls_token": numbers(1, 1, 2)}
     for strict in (True, False):
         report = report_of(vit, strict=strict)
-        assert report.headline.startswith("No key fits (naming 'timm'): another model")
+        assert report.headline.startswith("No key fits (naming 'timm'): wrong model")
         assert report.unused == ["cls_token (1, 1, 2)", *report.unused[1:]]
         assert len(report.unused) == 2
 

@@ -13,7 +13,7 @@ EXPECTED = convert.to_flax(SE_STATE)
 def test_the_dict_of_weights_is_found(name, capsys):
     checkpoint = {"epoch": 3, "best": np.float32(0.5), name: SE_STATE, "optimizer": {}}
     assert_same(convert.to_flax(checkpoint), EXPECTED)
-    said = f"Unwrapped {name!r} of `state`, without 'epoch', 'best', 'optimizer'.\n"
+    said = f"Unwrapped {name!r} from `state`, without 'epoch', 'best', 'optimizer'.\n"
     assert capsys.readouterr().out == said
     assert_same(convert.to_flax({"model": {"state_dict": SE_STATE}}), EXPECTED)
     assert capsys.readouterr().out.count("Unwrapped") == 2
@@ -38,7 +38,7 @@ def test_two_dicts_of_weights_are_two_readings(tmp_path):
 def test_prefixes_are_stripped(prefixes, capsys):
     state = {"".join(prefixes) + key: array for key, array in SE_STATE.items()}
     assert_same(convert.to_flax(state), EXPECTED)
-    said = [f"Stripped the prefix {prefix!r} of all keys." for prefix in prefixes]
+    said = [f"Removed the prefix {prefix!r} from all keys." for prefix in prefixes]
     assert capsys.readouterr().out.splitlines() == said
     # Not if only some keys have the prefix.
     report = report_of(state | SE_STATE)
@@ -55,9 +55,9 @@ def test_checkpoints_in_files_of_torch(suffix, command):
     code, out, err = command(path, "out.safetensors", "--to", "flax")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        f"Unwrapped 'state_dict' of {path}, without 'epoch', 'best'.",
-        "Stripped the prefix 'module.' of all keys.",
+        f"Unwrapped 'state_dict' from {path}, without 'epoch', 'best'.",
+        "Removed the prefix 'module.' from all keys.",
     ]
     assert_same(convert.load("out.safetensors"), EXPECTED)
-    with pytest.raises(ValueError, match="`path` must not end in .*safetensors"):
+    with pytest.raises(ValueError, match="`path` must not have .*safetensors"):
         convert.save(path, SE_STATE, overwrite=True)

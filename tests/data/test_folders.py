@@ -63,7 +63,7 @@ def test_test_in_place_of_val(tmp_path):
         (["train/a/1.png", "val/a/1.txt"], r"val/a holds no image"),
         (
             ["train/a/1.png", "val/a/1.png", "val/x/1.png", "val/y/1.png"],
-            r"val has 2 of 3 classes that train lacks, the first is 'x'; give",
+            r"val has 2 of 3 classes that train lacks, the first being 'x'; use",
         ),
     ],
 )

@@ -35,7 +35,7 @@ DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devi
             {"attention": "simam", "attention_lr_scale": 0.1},
             "`attention_lr_scale` is for .* got 0.1 for simam, which has none; leave",
         ),
-        ({"preset": "timm_se"}, "`preset` names the block itself, got timm_se and `at"),
+        ({"preset": "timm_se"}, "`preset` replaces `attention`, got timm_se and `at"),
         (
             {"attention": "none", "preset": "official_eca"},
             "`preset` must be one of article_cbam, .* got 'official_eca'",
@@ -56,7 +56,10 @@ DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devi
         ({"resume": "yes"}, "`resume` must be one of auto, never, got 'yes'"),
         ({"loader": "grain"}, "`dataset` folder and `loader` grain go together"),
         ({"image_size": 64}, "`image_size` must be 32 for digits, got 64"),
-        ({"skip_damaged": True}, "`skip_damaged` is for folders .* got dataset digits"),
+        (
+            {"skip_damaged": True},
+            "`skip_damaged` is for image folders, got dataset digits",
+        ),
         ({"family": "imagenet"}, "`depth` must be one of 18, 34, 50, 101, 152, got 8"),
         ({"num_processes": 2}, "`coordinator` is missing: pass --coordinator, --num-"),
         ({"devices": 99}, "`devices` must be at most 8, the number of cpu devices, go"),

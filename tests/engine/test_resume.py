@@ -126,7 +126,7 @@ def test_a_stopped_run_saves_and_resumes_from_that_step(
     last = err.splitlines()[-1]
     step = re.search(rf"Stopped by {which.name} at step (\d+) of 100; the check", last)
     assert step and f"checkpoint of step {step[1]} is in" in last
-    assert last.endswith(f"Resume by the same command with --workdir {tmp_path}.")
+    assert last.endswith(f"run the same command with --workdir {tmp_path}.")
     assert "Traceback" not in err and not out
     code, out, err = finish(start(tmp_path, environment))
     assert code == 0 and f"Resuming from step {step[1]} of 100." in err, err

@@ -39,7 +39,9 @@ def test_a_scale_that_starts_at_zero_is_reported():
         nn.LayerNorm,
     )
     variables = jax.jit(model.init)(KEY, X)
-    with pytest.raises(AssertionError, match="gates of layers_0/attention.*at zero"):
+    with pytest.raises(
+        AssertionError, match="gates of layers_0/attention.*zero-initialized"
+    ):
         flax_attn.assert_active(model, variables, X)
 
 

@@ -15,7 +15,9 @@ from tests.insertion.models import SE, Gated, X
 def test_merge_lists_mismatches():
     new = {"params": {"a": {"kernel": np.ones((2, 3))}, "b": {"bias": np.ones(4)}}}
     old = {"params": {"a": {"kernel": np.zeros((3, 2))}, "c": np.zeros(5)}}
-    message = r"params/a/kernel \(3, 2\) against \(2, 3\), params/c \(5,\) is missing"
+    message = (
+        r"params/a/kernel \(3, 2\) instead of \(2, 3\), params/c \(5,\) is missing"
+    )
     with pytest.raises(ValueError, match=message):
         flax_attn.merge(old, new)
     half = {"params": {"b": {"bias": np.zeros(4, np.float16)}}}

@@ -130,7 +130,7 @@ def test_no_match_in_a_method_raises_without_attention_elsewhere():
     [
         ("pair", SE(), r"pair \(Pair\) returns a dict of arrays of shapes \[\(2, 8, 8"),
         ("head", SE(), r"head \(Dense\) returns an array of shape \(2, 2\)"),
-        ("named", SE(), "`name` must be free below named .*'attention' already"),
+        ("named", SE(), "`name` must be unused in named .* already has 'attention'"),
         ("named/*", Halves, r"`attention` must keep the shape \(2, 8, 8, 3\)"),
     ],
 )
@@ -153,7 +153,7 @@ def test_another_name():
         ({"attention": lambda: 3}, "`attention` must be a Linen module"),
         (
             {"attention": flax_attn.presets.official_cbam},
-            "`attention` must need no arguments, .*'train'; pass them",
+            "`attention` must need no arguments, .*'train'; set them",
         ),
         ({"where": int}, "`where` must be"),
         ({"where": ()}, "`where` must be"),
@@ -184,7 +184,7 @@ def test_insertions_into_insertions():
     params = shapes(both, X)["params"]["down_4"]
     assert set(params["attention"]) == {"reduce", "expand"}
     assert set(params["Conv_0"]["attention"]) == {"conv"}
-    with pytest.raises(ValueError, match="`name` must be free below down_4/Conv_0"):
+    with pytest.raises(ValueError, match="`name` must be unused in down_4/Conv_0"):
         flax_attn.sites(flax_attn.insert(first, SE(), nn.Conv), X)
     twice = flax_attn.insert(first, SE(), nn.Conv, name="se")
     assert set(shapes(twice, X)["params"]["up_4"]) == {"kernel", "bias"}
@@ -269,7 +269,7 @@ class ViT(nn.Module):
 )
 def test_tokens_need_a_block_of_one_spatial_axis(block, x):
     model = flax_attn.insert(ViT(), block, "mlp")
-    message = r"would read the batch axis .* mlp \(Dense\), .*; pass spatial_dims=1,"
+    message = r"would treat the batch axis .* mlp \(Dense\), .*; pass spatial_dims=1,"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, KEY, x)
     model = flax_attn.insert(ViT(), block.clone(spatial_dims=1), "mlp")

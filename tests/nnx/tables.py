@@ -107,4 +107,6 @@ def main(which):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:] not in (["laws"], ["differences"]):
+        sys.exit(__doc__)
+    main(sys.argv[1])

@@ -169,7 +169,7 @@ class Scanned(nnx.Module):
         (jnp.ndarray, {}, "`where` must be a subclass of nnx.Module"),
         (nnx.Conv, {"init": "zeros"}, "`init` must be 'identity' or None"),
         (nnx.Conv, {"name": "a/b"}, "`name` must be the name of an attribute"),
-        (Stage, {"name": "conv"}, "`name` must be free in stage1"),
+        (Stage, {"name": "conv"}, "`name` must be unused in stage1"),
     ],
 )
 def test_errors_leave_the_model_alone(where, fields, message):
@@ -184,7 +184,7 @@ def test_stacked_layers_are_refused():
     model = Scanned(rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="outside nnx.scan and nnx.vmap, got layers"):
         insert(model, nnx.Conv)
-    with pytest.raises(ValueError, match="`model` must have attention inside"):
+    with pytest.raises(ValueError, match="`model` must contain attention"):
         flax_attn.nnx.attention_params(model)
 
 
@@ -198,7 +198,7 @@ class Tokens(nnx.Module):
 
 def test_tokens_need_one_spatial_axis():
     model = Tokens(rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="spatial_dims=2 would read the batch axis"):
+    with pytest.raises(ValueError, match="spatial_dims=2 would treat the batch axis"):
         insert(model, "embed")
     insert(model, "embed", partial(flax_attn.nnx.SE, spatial_dims=1))
     assert model(X).shape == (2, 6, 8)

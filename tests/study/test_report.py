@@ -79,7 +79,7 @@ def test_without_a_baseline_there_is_no_difference(tmp_path):
     write_run(tmp_path, "none", 0, [0.5, 0.9])
     write_run(tmp_path, "se", 1, [0.5, 0.9])
     text = report_of(tmp_path)
-    assert "- se: no seed is finished both with it and with none, so" in text
+    assert "- se: no seed has a finished run with both it and none, so" in text
 
 
 def test_nothing_finished(tmp_path):

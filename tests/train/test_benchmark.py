@@ -70,7 +70,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
             "`inside` times single blocks; leave out `network`",
         ),
         (["--inside", "--compile-for", "v5e:2x2"], "leave out `compile_for`"),
-        (["--network", "--against", "torch"], "leave it or `network` out"),
+        (["--network", "--against", "torch"], "leave out torch or `network`"),
         (["--network", "--dtypes", "float16"], "leave out `shapes` and `dtypes`"),
     ],
 )

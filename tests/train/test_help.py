@@ -95,7 +95,7 @@ def test_without_the_extra(monkeypatch, capsys):
         train._check_installed()
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert "need scipy, tyro, which" in line and 'pip install -e ".[train]"' in line
+    assert "need scipy, tyro, which are" in line and 'pip install -e ".[train]"' in line
     monkeypatch.setattr(sys, "argv", ["notebook"])
     with pytest.raises(ImportError, match="need scipy, tyro, which"):
         train._check_installed()

@@ -140,8 +140,8 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
     for url in urls:
         if not download.is_address(url):
             raise DataError(
-                f"`data_url` must be addresses that begin with http:// or https://, "
-                f"got {url!r}; pass another --data-url."
+                f"`data_url` must be URLs that start with http:// or https://, got "
+                f"{url!r}; pass another --data-url."
             )
     if name == "digits":
         return load_digits()
@@ -162,7 +162,7 @@ def load(name: str, data_dir: Path, urls: Sequence[str] = ()) -> ImageSet:
 def load_digits() -> ImageSet:
     """Scikit-learn's 1,797 scans of digits, ``(32, 32, 3)``, in a fixed split.
 
-    Each of the 8x8 pixels becomes a 4x4 square; 1,437 images train, 360 test.
+    Each of the 8x8 pixels becomes a 4x4 square; 1,437 training and 360 test images.
     """
     from sklearn.datasets import load_digits as scans
 
@@ -183,9 +183,9 @@ def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
         download.fetch(urls, path, archive.sha256)
     except download.DownloadError as error:
         raise DataError(
-            f"{path.parent} holds neither {archive.folder}/ nor {archive.name}, and "
+            f"{path.parent} contains neither {archive.folder}/ nor {archive.name}, and "
             f"the download failed: {error}. Pass --data-url, --data-dir, or --dataset "
-            "digits, which needs no network."
+            "digits, which needs no download."
         ) from error
 
 
@@ -241,7 +241,7 @@ def _verify_size(archive: Archive, source: Path, name: str, size: int) -> None:
     if size != archive.file_size(name):
         raise DataError(
             f"{source} is corrupt or truncated: {name} has {size:,} bytes, not "
-            f"{archive.file_size(name):,}; put the published file there."
+            f"{archive.file_size(name):,}; replace it with the published file."
         )
 
 

@@ -98,8 +98,8 @@ def scan(data_dir: Path) -> FolderImages:
     if unknown:
         raise DataError(
             f"{data_dir / test_name} has {len(unknown)} of {len(test_classes)} classes "
-            f"that train lacks, the first is {unknown[0]!r}; give the class folders of "
-            "both the same names."
+            f"that train lacks, the first being {unknown[0]!r}; use the same class "
+            "names in both."
         )
     train = _part(data_dir / "train", labels)
     test = _part(data_dir / test_name, {name: labels[name] for name in test_classes})
@@ -326,5 +326,5 @@ class _DamagedImage(DataError):
         self.reason = f"{str(path)!r} cannot be read as an image ({kind}: {error})"
         super().__init__(
             f"{self.reason}; replace the file, or start a new run with --skip-damaged, "
-            "which leaves out all images that cannot be read."
+            "which skips all images that cannot be read."
         )

@@ -90,9 +90,9 @@ class FolderInputs(Inputs):
         """
         if position["images"] != len(self.images.train):
             raise ValueError(
-                f"`data_dir` holds {len(self.images.train):,} training images and held "
-                f"{position['images']:,} when the run began; restore them, or start a "
-                "new run with another --workdir."
+                f"`data_dir` contains {len(self.images.train):,} training images, but "
+                f"{position['images']:,} when the run started; restore them, or start "
+                "a new run with another --workdir."
             )
         self.batches.set_state(position["state"])
 

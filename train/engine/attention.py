@@ -1,6 +1,6 @@
-"""The attention of a run: a block or a published variant, its start and learning rate.
+"""The attention of a run: block or preset, initialization and learning rate.
 
-A comparison writes them in one name: ``se``, ``timm_se+identity``,
+A comparison combines them in one name: ``se``, ``timm_se+identity``,
 ``cbam+identity+0.1lr``.
 """
 
@@ -56,14 +56,14 @@ def check_attention(config: Config) -> None:
         check_choice("preset", config.preset, PRESETS)
         if config.attention != "none":
             raise ValueError(
-                "`preset` names the block itself, got "
-                f"{config.preset} and `attention` {config.attention}; pass one of "
-                "the two."
+                "`preset` replaces `attention`, got "
+                f"{config.preset} and `attention` {config.attention}; pass only one "
+                "of them."
             )
     elif config.attention == "none":
         if config.init != "default":
             raise ValueError(
-                "`init` is the start of an attention block, got "
+                "`init` is the initialization of an attention block, got "
                 f"{config.init} with `attention` none; pass --attention or --preset, "
                 "or leave --init out."
             )

@@ -96,8 +96,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(
-                f"it needs {needed / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB "
-                "left"
+                f"it needs {needed / 1e6:.1f} MB, but the disk has only "
+                f"{free / 1e6:.1f} MB left"
             )
 
     def wait(self) -> None:

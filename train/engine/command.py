@@ -47,9 +47,8 @@ def _stop_for(prog: str, error: Exception) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         message = " ".join(str(error).split())[:200]
         print(
-            f"{prog}: another process of the run is gone ({message}); start all of "
-            "them again with --workdir, the folder of this run, to resume from its "
-            "last checkpoint.",
+            f"{prog}: another process of the run died ({message}); restart all "
+            "processes with the same --workdir to resume from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -41,85 +41,85 @@ class Config:
     """Train a residual network with an attention block on images."""
 
     attention: str = "none"
-    """Block in every residual branch."""
+    """Attention block in every residual branch."""
     init: Literal["default", "identity"] = "default"
-    """Start of the block: default, as its definition has it, or identity, at which
-    every gate is 1 and the network starts as if it had no attention."""
+    """Initialization of the block: default, or identity, with which every gate is
+    initially 1, so that the network behaves as if it had no attention."""
     preset: str | None = None
-    """Published variant in place of attention, from flax_attn.presets."""
+    """Published variant from flax_attn.presets, instead of --attention."""
     attention_lr_scale: float = 1.0
-    """Factor on the learning rate of the attention blocks' parameters. With
-    --init identity and 0.1, spatial attention (cbam, ...) starts faster."""
+    """Factor for the learning rate of the attention parameters. 0.1 with
+    --init identity speeds up early training of spatial attention (cbam, ...)."""
     dataset: Annotated[str | None, one_of(lambda: DEFAULTS)] = None
-    """cifar10, cifar100, digits (1,797 scans that need no network) or folder (one
-    folder of images per class); by default cifar10, with the grain loader folder."""
+    """Dataset: cifar10, cifar100, digits (1,797 scans, no download) or folder (one
+    folder of images per class); default: cifar10, or folder with --loader grain."""
     loader: Literal["device", "grain"] = "device"
-    """Where the images are: device (all in device memory) or grain (read from folders
-    during training; needs the extra grain)."""
+    """How images are loaded: device (all kept in device memory) or grain (read from
+    folders during training; needs the extra grain)."""
     family: Literal["cifar", "imagenet"] = "cifar"
-    """Which residual networks: cifar (6n+2 layers, small images) or imagenet."""
+    """Family of ResNets: cifar (6n+2 layers, small images) or imagenet."""
     depth: int = 20
-    """Layers of the network: 8, 20, 32, 44, 56, 110; of the imagenet family 18, 34, 50,
-    101, 152."""
+    """Number of layers: 8, 20, 32, 44, 56 or 110 (any 6n+2); for --family imagenet 18,
+    34, 50, 101 or 152."""
     image_size: int | None = None
-    """Height and width that images of a folder are cropped to; by default 32, of the
-    imagenet family 224."""
+    """Height and width of the crops from image folders; default: 32, or 224 with
+    --family imagenet."""
     epochs: int | None = None
-    """Passes over the training images; by default 100, for digits 10, for folders
+    """Passes over the training images; default: 100, for digits 10, for folders
     90."""
     batch_size: int | None = None
-    """Images per step, over all devices; by default 128, for digits 64, for folders
+    """Images per step, over all devices; default: 128, for digits 64, for folders
     256."""
     learning_rate: float = 0.1
-    """Peak of the schedule: a linear warm-up, then half a cosine down to 0."""
+    """Peak learning rate: linear warmup, then cosine decay to 0."""
     warmup_epochs: float = 1.0
-    """Length of the warm-up; at most a tenth of the run is spent on it."""
+    """Epochs of warmup, at most a tenth of the run."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 penalty on kernels; biases and normalization have none."""
+    """Weight decay (L2 penalty) on kernels only."""
     label_smoothing: float = 0.0
-    """Share of each label that is spread over all classes."""
+    """Label smoothing, in [0, 1)."""
     seed: int = 0
-    """Seed of parameters, order and augmentation."""
+    """Random seed for initialization, data order and augmentation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation: float32 or bfloat16."""
+    """Computation dtype."""
     steps_per_call: int | None = None
-    """Steps compiled into one program; by default many on accelerators and 1 on CPU,
-    where convolutions inside loops are slow."""
+    """Training steps per compiled call; default: up to 100 on accelerators, and 1 on
+    CPU, where convolutions inside loops are slow."""
     data_dir: Path = Path("~/.cache/flax_attn")
-    """Where the CIFAR archive or its unpacked folder is, binary or Python, or is
-    downloaded to; for folders of images, what holds train/ and val/."""
+    """Folder of the CIFAR archive or its unpacked folder (binary or Python version),
+    downloaded if missing; for image folders, the folder with train/ and val/."""
     skip_damaged: bool = False
-    """For folders of images: read all of them first, then name, count and leave out
-    those that cannot be read; by default the first one that is met ends the run."""
+    """For image folders: first read all images, report damaged ones and skip them;
+    default: stop at the first damaged image."""
     data_url: tuple[str, ...] = ()
-    """Addresses of the CIFAR archive to try instead of the published ones."""
+    """URLs of the CIFAR archive, tried in order instead of the built-in ones."""
     workdir: Path | None = None
-    """Where metrics and checkpoints go; by default a new folder under runs/."""
+    """Folder for metrics and checkpoints; default: a new folder in runs/."""
     resume: Literal["auto", "never"] = "auto"
-    """What to do with a workdir that holds this run already: resume it (auto) or refuse
+    """If the workdir already contains this run: resume it (auto) or stop with an error
     (never)."""
     logger: Annotated[str | None, one_of(lambda: LOGGERS)] = None
-    """Where the metrics go too, beside metrics.jsonl: tensorboard or wandb (Weights &
-    Biases); needs the extra of that name."""
+    """Also log metrics to tensorboard or wandb (Weights & Biases); needs the extra of
+    the same name."""
     checkpoint_every: int = 1
-    """Epochs between checkpoints; there is always one at the end."""
+    """Epochs between checkpoints; one is always saved at the end."""
     keep: int = 3
-    """How many of the newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     devices: int | None = None
-    """How many devices share each batch; by default all there are."""
+    """Number of devices to use; default: all."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """HOST:PORT of the first of several processes; the same for all of them. Where a
-    cluster (Slurm, Open MPI, a TPU pod) starts the processes, this option and the
-    next two are detected."""
+    """Address of process 0 for multi-process training, the same for all processes.
+    With Slurm or Open MPI, or on a TPU pod, this option and the next two are detected
+    automatically."""
     num_processes: int | None = None
-    """How many processes train together."""
+    """Number of processes."""
     process_id: int | None = None
-    """Index of this process, from 0."""
+    """Index of this process, starting at 0."""
     peer_timeout: int = 100
-    """Seconds without contact after which another process counts as dead, which ends
-    the run."""
+    """Seconds without a heartbeat after which another process is considered dead,
+    which stops the run."""
 
     @property
     def block(self) -> str:
@@ -230,18 +230,18 @@ def _check_loader(config: Config) -> None:
     if (config.loader == "grain") != (config.dataset == "folder"):
         raise ValueError(
             "`dataset` folder and `loader` grain go together, got "
-            f"{config.dataset} and {config.loader}; pass --loader grain alone for "
-            "folders of images."
+            f"{config.dataset} and {config.loader}; for image folders, pass only "
+            "--loader grain."
         )
     if config.dataset != "folder" and config.skip_damaged:
         raise ValueError(
-            f"`skip_damaged` is for folders of images, got dataset {config.dataset}; "
+            f"`skip_damaged` is for image folders, got dataset {config.dataset}; "
             "leave out --skip-damaged, or pass --loader grain."
         )
     if config.dataset != "folder" and config.image_size != IMAGE_SIZES["cifar"]:
         raise ValueError(
             f"`image_size` must be 32 for {config.dataset}, got {config.image_size}; "
-            "pass --image-size 32, or --loader grain for folders of images."
+            "pass --image-size 32, or --loader grain for image folders."
         )
 
 

@@ -68,8 +68,8 @@ def _wait_for_coordinator(coordinator: str, seconds: int) -> None:
             if time.monotonic() > deadline or isinstance(error, ValueError):
                 raise ValueError(
                     f"`coordinator` must be HOST:PORT of process 0, got {coordinator}, "
-                    f"where nothing listens ({error}); start that process too, or "
-                    "raise --peer-timeout."
+                    f"which does not respond ({error}); start process 0, or increase "
+                    "--peer-timeout."
                 ) from error
             time.sleep(0.1)
 

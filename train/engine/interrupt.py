@@ -52,7 +52,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(
-        f"\n{_requested.name}: finishing the current step, then saving. "
+        f"\n{_requested.name}: stopping after the current step and saving. "
         "Interrupt again to stop immediately.",
         file=sys.stderr,
     )

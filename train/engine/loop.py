@@ -43,9 +43,9 @@ from train.engine.steps import (
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LOSS_ADVICE = "A lower --learning-rate or a longer --warmup-epochs may help."
 STATE_ADVICE = (
-    "A gradient or a batch statistic is not finite; the same command with "
-    "JAX_DEBUG_NANS=True, or JAX_DEBUG_INFS=True for an infinity, in the environment "
-    "stops where it is computed."
+    "A gradient or a batch statistic is not finite; to stop where it is computed, set "
+    "the environment variable JAX_DEBUG_NANS=True, or JAX_DEBUG_INFS=True for an "
+    "infinity."
 )
 
 

@@ -60,7 +60,7 @@ def load(config: Resolved) -> Images:
         intact, damaged = folders.without_damaged(images)
         if devices.is_main():
             for reason in damaged:
-                devices.log(f"Left out: {reason}.")
+                devices.log(f"Skipped: {reason}.")
             found = len(images.train) + len(images.test)
             devices.log(
                 f"{len(damaged):,} of {found:,} images are damaged and left out."

@@ -58,8 +58,8 @@ def check_resumable(workdir: Path, config: Resolved) -> None:
             f"{n} {there.get(n)} (now {wanted.get(n)})" for n in names
         )
         raise ValueError(
-            f"`workdir` {workdir} holds a run of another configuration: {differences}; "
-            "pass another --workdir."
+            f"`workdir` {workdir} contains a run with a different configuration: "
+            f"{differences}; pass another --workdir."
         )
     if config.resume == "never":
         raise ValueError(
@@ -82,7 +82,7 @@ def locked(workdir: Path, config: Resolved) -> Iterator[None]:
         acquired = FileLock(workdir / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise ValueError(
-            f"`workdir` {workdir} is in use by another process; wait for its end, or "
+            f"`workdir` {workdir} is in use by another process; wait until it ends, or "
             "pass another --workdir."
         ) from error
     except OSError as error:

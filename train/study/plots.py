@@ -1,6 +1,6 @@
-"""The figures of the training room, for matplotlib without pyplot.
+"""The figures of the training programs, with matplotlib but without pyplot.
 
-Pyplot would replace a notebook's backend; matplotlib is imported when one is drawn.
+Pyplot would replace a notebook's backend. matplotlib is imported on first use.
 """
 
 import itertools

@@ -22,8 +22,8 @@ INTRODUCTION = f"""Test accuracy after the **last** epoch, never the best one: m
 sample standard deviation over seeds. Differences are in points and paired: each run
 against that of `{BASELINE}` with the same seed. Intervals are Student's t over those
 pairs, each for its block alone: they are not corrected for comparing several blocks at
-once. Seeds change the parameters, the order and the augmentation but not the images, so
-an interval says nothing about other data. Parameters are those of the attention. Step
+once. Seeds change initialization, data order and augmentation, but not the images, so
+an interval says nothing about other datasets. Parameters count only the attention. Step
 time is the median over epochs, then over seeds."""
 
 
@@ -32,7 +32,7 @@ def verdict(block: Mapping[str, Any]) -> str:
     name, difference = block["attention"], block["difference"]
     if difference is None:
         return (
-            f"{name}: no seed is finished both with it and with {BASELINE}, so no "
+            f"{name}: no seed has a finished run with both it and {BASELINE}, so no "
             "difference can be computed."
         )
     mean, low, high = (difference[k] for k in ("mean", "low", "high"))
@@ -149,7 +149,7 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
             "## Accuracy against step time",
             "![Accuracy against step time](accuracy-vs-step-time.png)",
             "## Test accuracy over epochs",
-            "Mean over seeds; the band reaches from the lowest to the highest.",
+            "Mean over seeds; the band spans the lowest to the highest.",
             "![Test accuracy over epochs](curves.png)",
             "## Every run",
             _table_of_runs(summary["blocks"]),
@@ -166,7 +166,7 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
     parts += [
         "## Recipe",
         _bullets(f"{field}: {value}" for field, value in _notable(recipe).items()),
-        "Every other option has its default.",
+        "All other options have their defaults.",
         "## Machine and versions",
         _bullets(summary["machines"]),
         _bullets(
