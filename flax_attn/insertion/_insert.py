@@ -17,6 +17,7 @@ from flax_attn.insertion._linen import (
     field_names,
     innermost,
     intercepting,
+    path_of,
     recorded_once,
     with_hook,
 )
@@ -202,7 +203,7 @@ class _Insertion(Hook):
 
     def run(self, model: nn.Module, method: str, call: "functools.partial[Any]") -> Any:
         """Returns ``call()`` with the attentions in it."""
-        base = model.path
+        base = path_of(model)
         axes = most_axes((call.args, call.keywords))
         seen: dict[str, str] = {}
         running: set[Path] = set()

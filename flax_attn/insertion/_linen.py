@@ -44,8 +44,8 @@ class Call:
 
     @property
     def path(self) -> Path:
-        """The module's path."""
-        return self.module.path
+        """The module's path in the tree of variables."""
+        return path_of(self.module)
 
     @property
     def gate(self) -> str | None:
@@ -80,14 +80,17 @@ Watcher = Callable[[Call, Callable[[], Any]], Any]
 def intercepting(watcher: Watcher) -> Iterator[None]:
     """Replaces each call of a bound module's method by ``watcher(call, run)``.
 
-    ``run()`` makes the call. Modules without a scope, which have no path, are left
-    alone.
+    ``run()`` makes the call. Modules without a path are left alone.
     """
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         run = functools.partial(next_fun, *args, **kwargs)
-        if context.module.scope is None:
+        scope = context.module.scope
+        # Transformations check setup in a scope of its own, without a place.
+        if scope is None or isinstance(scope.root, linen_module.TestScope):
             return run()
+        # Before a transformation in the call copies the paths of scopes.
+        _correct_paths(context.module)
         return watcher(Call(context.module, context.method_name, args), run)
 
     with nn.intercept_methods(interceptor):
@@ -339,6 +342,29 @@ def _scope(module: nn.Module) -> Scope:
             "in init or apply."
         )
     return module.scope
+
+
+def path_of(module: nn.Module) -> Path:
+    """Where the variables of a bound module lie, unlike ``module.path``.
+
+    nn.share_scope gives scopes another parent and leaves them their old paths.
+    """
+    return _correct_path(_scope(module))
+
+
+def _correct_path(scope: Scope) -> Path:
+    # Without a parent, it is that of the model or a copy that a transformation made.
+    if scope.parent is not None:
+        assert scope.name is not None
+        scope.path = (*_correct_path(scope.parent), scope.name)
+    return scope.path
+
+
+def _correct_paths(module: nn.Module) -> None:
+    path_of(module)
+    for child in module._state.children.values():
+        if isinstance(child, nn.Module) and child.scope is not None:
+            _correct_paths(child)
 
 
 def innermost(model: nn.Module) -> nn.Module:

@@ -165,6 +165,14 @@ def test_transformations_of_an_insertion_in_a_method(transform):
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_labels_where_a_transformed_module_has_a_block(lift):
+    model = lift(nn.Sequential)([nn.Conv(4, (1, 1)), SE()])
+    labels = flax_attn.parameter_labels(model, X)
+    assert labels["layers_0"] == {"kernel": "backbone", "bias": "backbone"}
+    assert set(jax.tree.leaves(labels["layers_1"])) == {"attention"}
+
+
 def test_nn_jit_caches_each_insertion_apart():
     lifted = nn.jit(Chain)
 

@@ -8,8 +8,9 @@ import pytest
 from flax import linen as nn
 
 import flax_attn
+from flax_attn.inspect import attention_maps
 from tests.cases import normal, variables_for
-from tests.insertion.models import SE, Gated, X
+from tests.insertion.models import CBAM, SE, Gated, X, shapes
 
 
 def test_merge_lists_mismatches():
@@ -94,3 +95,48 @@ def test_gates_and_labels_of_bam_and_scse():
     labels = flax_attn.parameter_labels(model, X)
     assert labels["layers_1"]["spatial"] == {"kernel": "attention"}
     assert labels["layers_0"]["spatial_conv1"]["bias"] == "attention_no_decay"
+
+
+class Remat(nn.Module):
+    """Transforms a call of a part of ``module`` before it is called itself."""
+
+    module: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    def __call__(self, x):
+        first, *others = self.module.layers
+        x = nn.remat(lambda first, x: first(x))(first, x)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("wrapper", [flax_attn.ChannelsFirst, Remat])
+def test_paths_under_share_scope_are_those_of_the_variables(wrapper):
+    # Linen's own paths start with the name of the field, module/layers_0.
+    model = wrapper(nn.Sequential([nn.Conv(3, (1, 1)), CBAM()]))
+    x = normal((2, 3, 4, 3), 0)
+    gates = ["layers_1/channel/channel_gate", "layers_1/spatial/spatial_gate"]
+    assert list(attention_maps(model, variables_for(model, x), x)) == gates
+    labels = flax_attn.parameter_labels(model, x)
+    assert set(jax.tree.leaves(labels["layers_0"])) == {"backbone"}
+    assert set(jax.tree.leaves(labels["layers_1"])) == {"attention"}
+
+    model = flax_attn.insert(model, SE(), "layers_0")
+    (site,) = flax_attn.sites(model, x)
+    assert site[:2] == ("layers_0", "Conv") and site.parameters == 6
+    variables = variables_for(model, x)
+    gates = ["layers_0/attention/channel_gate", *gates]
+    assert list(attention_maps(model, variables, x)) == gates
+    active = flax_attn.assert_active(model, variables, x)
+    assert active == ("layers_0/attention", "layers_1/channel", "layers_1/spatial")
+    labels = flax_attn.parameter_labels(model, x)["layers_0"]
+    assert labels["kernel"] == labels["bias"] == "backbone"
+    assert set(jax.tree.leaves(labels["attention"])) == {"attention"}
+
+    # An insertion inside, whose paths are relative to its model.
+    part = flax_attn.insert(nn.Sequential([nn.Conv(3, (1, 1))]), SE(), "layers_0")
+    params = shapes(wrapper(nn.Sequential([part])), x)["params"]
+    assert set(params["layers_0"]["layers_0"]) == {"kernel", "bias", "attention"}
