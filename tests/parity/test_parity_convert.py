@@ -149,13 +149,14 @@ def test_live_pooled_shortcuts_of_odd_maps(timm):
 def test_live_attention_in_a_network(timm, name, attention):
     from timm.models import resnet
 
-    options = {"channels": (8, 16, 32, 64), "num_classes": 10, "stem_width": 8}
+    options = {"stem_width": 4, "stem_type": "deep", "avg_down": True}
+    options |= {"channels": (8, 16, 32, 64), "num_classes": 10}
     options |= {"block_args": {"attn_layer": name}}
     stages = (1, 1, 1, 1)
     theirs = randomize(resnet.ResNet(resnet.BasicBlock, stages, **options))
-    fields = {"num_classes": 10, "width": 8, "attention": attention}
+    fields = {"num_classes": 10, "width": 8, "attention": attention, **D_VARIANT}
     ours = ResNet(stages, block=BasicBlock, **fields)
-    check(theirs, ours, cases.normal((1, 64, 64, 3), 0), "timm")
+    check(theirs, ours, cases.normal((1, 32, 32, 3), 0), "timm")
 
 
 @needs_torch
