@@ -8,8 +8,10 @@ Modules are matched by name. ``naming`` selects the naming scheme on the PyTorch
 
 * ``"timm"``: SE's ``fc1`` and ``fc2`` are 1x1 convolutions, as in most SENets in
   PyTorch; CBAM is ``channel.fc1``, ``spatial.conv.conv`` and ``spatial.conv.bn``, with
-  the inputs [mean, max], which are swapped here. In a residual block all of it is under
-  ``se``, and ESE is ``se.fc``.
+  the inputs [mean, max], which are swapped here. The global context is ``conv_attn``
+  with ``mlp_scale.fc1`` (``gc``) or ``mlp_add.fc1`` (``gca``), coordinate attention
+  ``conv1``, ``bn1``, ``conv_h`` and ``conv_w``, Gather-Excite ``gather.conv1`` and
+  ``mlp.fc1``. In a residual block all of it is under ``se``, and ESE is ``se.fc``.
 * ``"torchvision"``: ResNets without attention, and ``torchvision.ops``'s
   ``SqueezeExcitation``.
 * ``"article"``: the classes of the article, with ``fc_layers.0``, ``fc_layers.2`` and

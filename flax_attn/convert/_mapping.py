@@ -1,7 +1,7 @@
 """State dicts to variables and back, by the rules, with a report of what misfits."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,10 @@ def to_torch(
 ) -> Arrays:
     """Turns Flax variables into a PyTorch state dict; undoes ``to_flax``.
 
-    ``num_batches_tracked`` is not written: ``load_state_dict`` does not need it::
+    ``num_batches_tracked`` is not written: ``load_state_dict`` does not need it. A
+    ``GlobalContext`` needs ``like``, since timm's ``gc`` and ``gca`` have the same
+    parameters under other names; the bias of their ``conv_attn``, which softmax
+    cancels, is written as zero, and dropped by ``to_flax``::
 
       >>> import jax, numpy as np
       >>> from flax_attn import convert
@@ -104,7 +107,7 @@ def to_torch(
         ``batch_stats``.
       naming: one of ``Naming`` (default: "timm").
       like: a state dict with the keys and shapes of the result, such as
-        ``model.state_dict()`` (default: None).
+        ``model.state_dict()``; it decides where a path has two keys (default: None).
       strict: as in ``to_flax`` (default: True).
 
     Returns:
@@ -167,11 +170,11 @@ def _translate(
     """
     moved: dict[str, tuple[str, np.ndarray]] = {}
     target: Side = "flax" if source == "torch" else "torch"
-    for (block, module), keys in _modules(state, source, report).items():
+    modules = _modules(state, source, report)
+    for (block, module), keys in modules.items():
         arrays = {leaf: state[key] for leaf, key in keys.items()}
-        rules = _rules_for(block, module, arrays, source, naming)
-        if source == "torch":
-            rules = _one_reading(rules, block, keys, state, template, naming)
+        rules = _rules_for(block, module, arrays, modules, source, naming)
+        rules = _one_reading(rules, block, keys, state, template, source, naming)
         rule = next(iter(rules), None)
         if rule is not None:
             report.missing += _absent(rule, block, arrays, source)
@@ -190,7 +193,11 @@ def _translate(
             elif new_key in moved:
                 report.repeated.append(f"{line}: {moved[new_key][0]} gives {new_key}")
             else:
-                moved[new_key] = key, rule.kind.move(state[key], target)
+                array = rule.kind.move(state[key], target)
+                moved[new_key] = key, array
+                if source == "flax" and rule.kind.zero_bias:
+                    bias = np.zeros(array.shape[:1], array.dtype)
+                    moved[join_key(target, block, rule.torch, "bias")] = key, bias
     return moved
 
 
@@ -222,11 +229,22 @@ def _modules(
 
 
 def _rules_for(
-    block: BlockIndex, module: str, arrays: Arrays, source: Side, naming: Naming
+    block: BlockIndex,
+    module: str,
+    arrays: Arrays,
+    modules: Container[tuple[BlockIndex, str]],
+    source: Side,
+    naming: Naming,
 ) -> list[Rule]:
-    """The rules for a module: by its name, and of those, the ones that fit best."""
+    """The rules for a module of ``modules``: by its name, then those that fit best."""
     rules = residual_rules(source, naming) if block else top_rules(source, naming)
     rules = [rule for rule in rules if getattr(rule, source) == module]
+    marked = [
+        rule
+        for rule in rules
+        if rule.mark and (block, getattr(rule.mark, source)) in modules
+    ]
+    rules = marked or [rule for rule in rules if rule.mark is None]
     # The weight has the most axes; a norm without one has statistics of its shape.
     shape = max((array.shape for array in arrays.values()), key=len)
     axes = [rule for rule in rules if len(rule.kind.shapes[source]) == len(shape)]
@@ -240,20 +258,23 @@ def _one_reading(
     keys: dict[str, str],
     state: Arrays,
     template: Mapping[str, Any],
+    source: Side,
     naming: Naming,
 ) -> list[Rule]:
-    """Of ``rules`` those for one Flax module, or an error that names all of them."""
+    """Of ``rules`` those for one new module, or an error that names all of them."""
+    target: Side = "flax" if source == "torch" else "torch"
     places = {
-        join_key("flax", block, rule.flax, target): rule
+        join_key(target, block, getattr(rule, target), new_leaf): rule
         for rule in rules
         for leaf in keys
-        if (target := rule.kind.targets("torch").get(leaf))
+        if (new_leaf := rule.kind.targets(source).get(leaf))
     }
     wanted = [rule for place, rule in places.items() if place in template]
     for candidates in (list(places.values()), wanted):
-        if len({rule.flax for rule in candidates}) == 1:
+        if len({getattr(rule, target) for rule in candidates}) == 1:
             return candidates
-    if not places:
+    # Other names for the same are no other reading.
+    if not places or (source == "flax" and rules[0].mark is None):
         return rules[:1]
     key = next(iter(keys.values()))
     readings = " or ".join(f"`{place}`" for place in places)

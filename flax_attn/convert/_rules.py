@@ -39,6 +39,8 @@ class Kind:
     """From PyTorch's names of the arrays, the weight first, to Flax's or None."""
     whole: bool = False
     """Whether all of the arrays are required, and not the weight alone."""
+    zero_bias: bool = False
+    """Whether PyTorch alone has a bias, without effect, which is written as zeros."""
 
     def targets(self, source: Side) -> Mapping[str, str | None]:
         """From the names of the arrays on ``source`` to those on the other side."""
@@ -105,6 +107,16 @@ _DENSE_AS_CONV = Kind(
 _DENSE_AS_CONV_TO_ONE = dataclasses.replace(
     _DENSE_AS_CONV, shapes={"torch": (1, None, 1, 1), "flax": (None, 1)}
 )
+# Of the global context: softmax cancels the bias, and no block here has it.
+_POOLING_AS_CONV = dataclasses.replace(
+    _DENSE_AS_CONV_TO_ONE, leaves=_WEIGHT | {"bias": None}, zero_bias=True
+)
+_LAYER_NORM = Kind(
+    {"torch": (None,), "flax": (None,)},
+    {},
+    {"weight": "params/scale", "bias": "params/bias"},
+    whole=True,
+)
 _NORM = Kind(
     {"torch": (None,), "flax": (None,)},
     {},
@@ -126,11 +138,22 @@ class Rule:
     torch: str
     flax: str
     kind: Kind
+    mark: "Rule | None" = None
+    """A module of the same block: without it, the name belongs to another block."""
+
+    def under(self, torch: str, flax: str) -> "Rule":
+        """The same rule inside the modules ``torch`` and ``flax``."""
+        mark = self.mark and self.mark.under(torch, flax)
+        return Rule(torch + self.torch, flax + self.flax, self.kind, mark)
 
 
 def _under(torch: str, flax: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same rules inside the modules ``torch`` and ``flax``."""
-    return tuple(Rule(torch + r.torch, flax + r.flax, r.kind) for r in rules)
+    return tuple(rule.under(torch, flax) for rule in rules)
+
+
+def _marked(mark: Rule, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """``mark``, and ``rules`` for blocks that have it."""
+    return mark, *(dataclasses.replace(rule, mark=mark) for rule in rules)
 
 
 def _mlp(reduce: str, expand: str, kind: Kind) -> tuple[Rule, ...]:
@@ -152,6 +175,32 @@ _TIMM_SPATIAL = (
 )
 # In a residual block alone: elsewhere `fc` is the head.
 _TIMM_ESE = (Rule("fc", "excite", _DENSE_AS_CONV),)
+_TIMM_CONTEXT_MLP = (*_SE, Rule("norm", "norm", _LAYER_NORM))
+_TIMM_CONTEXT = _marked(
+    Rule("conv_attn", "pool", _POOLING_AS_CONV),
+    (
+        *_under("mlp_scale.", "", _TIMM_CONTEXT_MLP),
+        *_under("mlp_add.", "", _TIMM_CONTEXT_MLP),
+    ),
+)
+_TIMM_COORDINATE = _marked(
+    Rule("conv_h", "expand_h", _DENSE_AS_CONV),
+    (
+        Rule("conv_w", "expand_w", _DENSE_AS_CONV),
+        Rule("conv1", "reduce", _DENSE_AS_CONV),
+        Rule("bn1", "hidden_norm", _NORM),
+    ),
+)
+_TIMM_GATHER_MLP = _under("mlp.", "", _SE)
+# Each convolution halves the map; six cover an extent of 64.
+_TIMM_GATHER = _marked(
+    Rule("gather.conv1", "gather1", _CONV),
+    (
+        *(Rule(f"gather.conv{i}", f"gather{i}", _CONV) for i in range(2, 7)),
+        *(Rule(f"gather.norm{i}", f"gather{i}_norm", _NORM) for i in range(1, 7)),
+        *_TIMM_GATHER_MLP,
+    ),
+)
 _ARTICLE_CHANNEL = (*_mlp("fc_layers.0", "fc_layers.2", _DENSE), *_ECA)
 _ARTICLE_SPATIAL = (Rule("conv", "conv", _MAX_MEAN),)
 # https://github.com/Jongchan/attention-module, MODELS/cbam.py; [max, mean].
@@ -172,7 +221,8 @@ _MONAI = _mlp("fc.0", "fc.2", _DENSE)
 _CA = (*_SE, *_mlp("fc.0", "fc.2", _DENSE_AS_CONV))
 _SA = (Rule("conv1", "conv", _MEAN_MAX),)
 _CA_SA = (*_under("ca.", "channel/", _CA), *_under("sa.", "spatial/", _SA))
-# Of rules with the same Flax name, the first is written; all are read.
+# Of rules with the same Flax name and no mark, the first is written unless ``like``
+# has another; all are read. Of rules with a mark, ``like`` has to tell.
 BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
         *_SE,
@@ -182,6 +232,11 @@ BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
         *_TIMM_SPATIAL,
         *_under("channel.", "channel/", _SE),
         *_under("spatial.", "spatial/", _TIMM_SPATIAL),
+        *_TIMM_CONTEXT,
+        *_TIMM_COORDINATE,
+        *_TIMM_GATHER,
+        # Without convolutions, the parameters are those of SE.
+        *_TIMM_GATHER_MLP,
     ),
     "torchvision": _SE,
     "article": (

@@ -64,6 +64,15 @@ def timm(torch, flax):
         norm(f"{torch}bn", f"{flax}reduce_norm"),
         dense(f"{torch}fc", f"{flax}excite", axes=(1, 1)),
         conv(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 1, 3, 5)),
+        dense(f"{torch}conv1", f"{flax}reduce", axes=(1, 1))
+        | norm(f"{torch}bn1", f"{flax}hidden_norm")
+        | dense(f"{torch}conv_h", f"{flax}expand_h", axes=(1, 1))
+        | dense(f"{torch}conv_w", f"{flax}expand_w", axes=(1, 1)),
+        conv(f"{torch}gather.conv1", f"{flax}gather1")
+        | norm(f"{torch}gather.norm1", f"{flax}gather1_norm")
+        | conv(f"{torch}gather.conv6", f"{flax}gather6")
+        | norm(f"{torch}gather.norm6", f"{flax}gather6_norm")
+        | pair(f"{torch}mlp.", flax, axes=(1, 1)),
         pair(f"{torch}channel.", f"{flax}channel/", axes=(1, 1))
         | spatial(f"{torch}spatial.conv.conv", f"{flax}spatial/conv", (1, 0))
         | norm(f"{torch}spatial.conv.bn", f"{flax}spatial/norm"),
@@ -200,6 +209,43 @@ def test_the_spatial_kernel_of_timm_is_swapped_and_that_of_the_article_is_not():
     article = {"conv.weight": np.stack([maximum, mean])[None]}
     kernel = convert.to_flax(article, naming="article")["params"]["conv"]["kernel"]
     assert kernel[0, 0].tolist() == [[2], [1]]
+
+
+@pytest.mark.parametrize(
+    "torch, flax", [("", ""), ("layer3.1.se.", "stage3_block2/attention/")]
+)
+@pytest.mark.parametrize("name", ["mlp_scale", "mlp_add"])
+def test_the_two_global_contexts_of_timm(torch, flax, name):
+    rules = dense(f"{torch}{name}.fc1", f"{flax}reduce", axes=(1, 1))
+    rules |= dense(f"{torch}{name}.fc2", f"{flax}expand", axes=(1, 1))
+    for ours, theirs in {"scale": "weight", "bias": "bias"}.items():
+        place = f"params/{flax}norm/{ours}"
+        rules[f"{torch}{name}.norm.{theirs}"] = place, (3,), lambda w: w
+    pool = f"{torch}conv_attn.weight"
+    rules[pool] = f"params/{flax}pool/kernel", (1, 3, 1, 1), lambda w: w.reshape(3, 1)
+    state = {key: numbers(*shape) for key, (_, shape, _) in rules.items()}
+    expected = {place: move(state[key]) for key, (place, _, move) in rules.items()}
+    bias = {f"{torch}conv_attn.bias": numbers(1)}
+    variables = convert.to_flax(state | bias)
+    assert_same(variables, expected)
+    # The softmax cancels the bias, so its value is lost.
+    written = state | {key: np.zeros_like(array) for key, array in bias.items()}
+    assert_same(convert.to_torch(variables, like=written), written)
+    message = f"may be `{torch}mlp_scale.* or `{torch}mlp_add.*; pass `like`"
+    for strict in (True, False):
+        with pytest.raises(convert.ConversionError, match=message):
+            convert.to_torch(variables, strict=strict)
+
+
+def test_the_mlp_of_gather_excite_is_written_where_like_has_it():
+    """Alone, it has the parameters of an SE."""
+    shapes = {"fc1.weight": (2, 3, 1, 1), "fc2.weight": (3, 2, 1, 1)}
+    se = {key: numbers(*shape) for key, shape in shapes.items()}
+    state = {f"mlp.{key}": array for key, array in se.items()}
+    variables = convert.to_flax(state)
+    assert_same(variables, convert.to_flax(se))
+    assert_same(convert.to_torch(variables, like=state), state)
+    assert_same(convert.to_torch(variables), se)
 
 
 def test_counters_are_dropped_where_a_norm_has_them():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ ALIASES = {
 
 
 def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
-    """Same outputs, and a round trip that keeps every key and bit."""
+    """Same outputs, and a round trip that keeps every key and bit that has effect."""
     import torch
 
     like = jax.eval_shape(ours.init, jax.random.key(0), images)
@@ -84,11 +85,14 @@ def check(theirs, ours, images, naming, *, atol=1e-4, rewritten=None):
     scale = max(np.abs(expected).max(), 1)
     np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=atol)
 
-    back = convert.to_torch(variables, naming=naming)
     state = arrays_of(theirs)
     if rewritten is not None:
         for alias, usual in ALIASES.items():
             state = {key.replace(alias, usual): state[key] for key in state}
+    ignored = [key for key in state if key.endswith("conv_attn.bias")]
+    state |= {key: np.zeros_like(state[key]) for key in ignored}
+    # timm's two global contexts have the same variables.
+    back = convert.to_torch(variables, naming=naming, like=state if ignored else None)
     assert_same(back, state)
     tensors = {key: torch.from_numpy(array) for key, array in back.items()}
     (rewritten or theirs).load_state_dict(tensors, strict=True)
@@ -108,6 +112,23 @@ def test_live_pooled_shortcuts_of_odd_maps(timm):
     check(theirs, ours, cases.normal((2, 33, 33, 3), 0), "timm")
 
 
+@pytest.mark.parametrize(
+    "name, attention",
+    [("gca", presets.timm_gca), ("coord", presets.timm_coordinate(train=False))],
+)
+def test_live_attention_in_a_network(timm, name, attention):
+    from timm.models import resnet
+
+    options = {"stem_width": 4, "stem_type": "deep", "avg_down": True}
+    options |= {"channels": (8, 16, 32, 64), "num_classes": 10}
+    options |= {"block_args": {"attn_layer": name}}
+    stages = (1, 1, 1, 1)
+    theirs = randomize(resnet.ResNet(resnet.BasicBlock, stages, **options))
+    fields = {"num_classes": 10, "width": 8, "attention": attention, **D_VARIANT}
+    ours = ResNet(stages, block=BasicBlock, **fields)
+    check(theirs, ours, cases.normal((1, 32, 32, 3), 0), "timm")
+
+
 def test_live_networks_of_torchvision(timm):
     from torchvision import ops
     from torchvision.models import resnet
@@ -124,8 +145,19 @@ def test_live_blocks_of_timm(timm):
     import torch
     from timm.layers import EcaModule, EffectiveSEModule, SEModule
     from timm.layers.cbam import CbamModule, ChannelAttn, LightCbamModule, SpatialAttn
+    from timm.layers.coord_attn import CoordAttn
+    from timm.layers.global_context import GlobalContext
+
+    from tests.parity import timm_layers
 
     se = {"rd_ratio": 0.3, "rd_divisor": 4, "norm_layer": torch.nn.BatchNorm2d}
+    add = {"fuse_add": True, "fuse_scale": False}
+    # Its constructor would name them so, but fails.
+    gathering = timm_layers.gather_excite(64, extent=4, extra_params=True, hidden=4)
+    names = ("conv1", "norm1", "act1", "conv2", "norm2")
+    layers = zip(names, gathering.gather, strict=True)
+    gathering.gather = torch.nn.Sequential(OrderedDict(layers))
+    gather = partial(flax_attn.GatherExcite, extent=4, use_mlp=True, use_bias=True)
 
     pairs = [
         (SEModule(64), presets.timm_se()),
@@ -140,6 +172,10 @@ def test_live_blocks_of_timm(timm):
         (ChannelAttn(64), flax_attn.ChannelAttention(hidden_features=4)),
         (SpatialAttn(5), flax_attn.SpatialAttention(kernel_size=5, norm=NORM)),
         (CbamModule(64, mlp_bias=True), timm_cbam(use_bias=True)),
+        (GlobalContext(64), presets.timm_gc()),
+        (GlobalContext(64, **add), presets.timm_gca()),
+        (CoordAttn(64), presets.timm_coordinate(train=False)()),
+        (gathering, gather(extra_params=True, hidden_norm=NORM)),
     ]
     for i, (theirs, ours) in enumerate(pairs):
         x = cases.normal((2, 6, 5, 64), i)
