@@ -264,20 +264,21 @@ def _one_reading(
     """Of ``rules`` those for one new module, or an error that names all of them."""
     target: Side = "flax" if source == "torch" else "torch"
     places = {
-        join_key(target, block, getattr(rule, target), new_leaf): rule
+        join_key(target, block, getattr(rule, target), new_leaf): (rule, key)
         for rule in rules
-        for leaf in keys
+        for leaf, key in keys.items()
         if (new_leaf := rule.kind.targets(source).get(leaf))
     }
-    wanted = [rule for place, rule in places.items() if place in template]
-    for candidates in (list(places.values()), wanted):
+    possible = [rule for rule, _ in places.values()]
+    wanted = [rule for place, (rule, _) in places.items() if place in template]
+    for candidates in (possible, wanted):
         if len({getattr(rule, target) for rule in candidates}) == 1:
             return candidates
-    # Other names for the same are no other reading.
+    # Without a mark these are aliases, and the first is written.
     if not places or (source == "flax" and rules[0].mark is None):
         return rules[:1]
-    key = next(iter(keys.values()))
-    readings = " or ".join(f"`{place}`" for place in places)
+    key = next(key for _, key in places.values())
+    readings = " or ".join(f"`{p}`" for p, (_, old) in places.items() if old == key)
     raise ConversionError(
         Report(
             f"`{key}` {state[key].shape} may be {readings} (naming {naming!r}); pass "

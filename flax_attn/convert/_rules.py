@@ -221,8 +221,8 @@ _MONAI = _mlp("fc.0", "fc.2", _DENSE)
 _CA = (*_SE, *_mlp("fc.0", "fc.2", _DENSE_AS_CONV))
 _SA = (Rule("conv1", "conv", _MEAN_MAX),)
 _CA_SA = (*_under("ca.", "channel/", _CA), *_under("sa.", "spatial/", _SA))
-# Of rules with the same Flax name and no mark, the first is written unless ``like``
-# has another; all are read. Of rules with a mark, ``like`` has to tell.
+# All are read. Of rules with the same Flax name, the one that ``like`` has is written,
+# else the first; those with the same mark are different blocks, and raise instead.
 BLOCK_RULES: dict[Naming, tuple[Rule, ...]] = {
     "timm": (
         *_SE,

@@ -231,7 +231,8 @@ def test_the_two_global_contexts_of_timm(torch, flax, name):
     # The softmax cancels the bias, so its value is lost.
     written = state | {key: np.zeros_like(array) for key, array in bias.items()}
     assert_same(convert.to_torch(variables, like=written), written)
-    message = f"may be `{torch}mlp_scale.* or `{torch}mlp_add.*; pass `like`"
+    readings = rf"`{torch}mlp_scale\.fc[12]\.(\w+)` or `{torch}mlp_add\.fc[12]\.\1`"
+    message = rf"may be {readings} \(naming 'timm'\); pass `like`"
     for strict in (True, False):
         with pytest.raises(convert.ConversionError, match=message):
             convert.to_torch(variables, strict=strict)
