@@ -25,6 +25,7 @@ Path = tuple[str, ...]
 # A scope's flags are inherited by all scopes below it and are part of nn.jit's cache
 # key.
 _HOOKS = "flax_attn.hooks"
+_PLACE = "flax_attn.place"
 _SITE = "flax_attn.site"
 
 
@@ -89,9 +90,8 @@ def intercepting(watcher: Watcher) -> Iterator[None]:
         # Transformations check setup in a scope of its own, without a place.
         if scope is None or isinstance(scope.root, linen_module.TestScope):
             return run()
-        # Before a transformation in the call copies the paths of scopes.
-        _correct_paths(context.module)
-        return watcher(Call(context.module, context.method_name, args), run)
+        with _placed(context.module):
+            return watcher(Call(context.module, context.method_name, args), run)
 
     with nn.intercept_methods(interceptor):
         yield
@@ -335,6 +335,34 @@ def _flagged(model: nn.Module, token: str) -> Iterator[None]:
         scope.flags = _scope(model).flags = flags
 
 
+@contextmanager
+def _placed(module: nn.Module) -> Iterator[None]:
+    """Corrects paths and sets flags in ``module`` before transformations copy them.
+
+    nn.jit needs the flags of all: fields are bound before the hooks are known, and
+    modules with equal fields and flags share a program wherever they are.
+    """
+    hooks = _scope(module).flags.get(_HOOKS, ())
+    before = []
+
+    def place(inside: nn.Module) -> None:
+        scope = _scope(inside)
+        before.append((inside, scope, scope.flags))
+        own = {_HOOKS: hooks, _PLACE: path_of(inside)}
+        scope.flags = freeze({**scope.flags, **own})
+        for child in inside._state.children.values():
+            if isinstance(child, nn.Module) and child.scope is not None:
+                place(child)
+
+    place(module)
+    try:
+        yield
+    finally:
+        for inside, scope, flags in reversed(before):
+            # A compact method leaves its module with another scope.
+            scope.flags = _scope(inside).flags = flags
+
+
 def _scope(module: nn.Module) -> Scope:
     if module.scope is None:
         raise ValueError(
@@ -358,13 +386,6 @@ def _correct_path(scope: Scope) -> Path:
         assert scope.name is not None
         scope.path = (*_correct_path(scope.parent), scope.name)
     return scope.path
-
-
-def _correct_paths(module: nn.Module) -> None:
-    path_of(module)
-    for child in module._state.children.values():
-        if isinstance(child, nn.Module) and child.scope is not None:
-            _correct_paths(child)
 
 
 def innermost(model: nn.Module) -> nn.Module:

@@ -201,6 +201,23 @@ def test_nn_jit_caches_each_insertion_apart():
         assert gates == tuple(f"chain/{name}/attention" for name in attend)
 
 
+def test_nn_jit_keeps_fields_that_are_alike_apart():
+    lifted = nn.jit(Chain)
+    plain = nn.Sequential([lifted(), lifted()])
+    model = flax_attn.insert(plain, SE(), "layers_1/first")
+    variables = variables_for(model, X)
+    first, second = (variables["params"][f"layers_{i}"] for i in range(2))
+    for attend, applied in ((), plain), (("first",), model), ((), plain):
+        expected = by_hand(second, by_hand(first, X, attend=()), attend=attend)
+        np.testing.assert_allclose(applied.apply(variables, X), expected, atol=1e-5)
+    gates = flax_attn.assert_active(model, variables, X)
+    assert gates == ("layers_1/first/attention",)
+    block = nn.jit(flax_attn.SE)(reduction=2)
+    both = nn.Sequential([block, block.clone()])
+    variables = variables_for(both, X)
+    assert flax_attn.assert_active(both, variables, X) == ("layers_0", "layers_1")
+
+
 def test_nn_jit_compiles_once():
     traces = []
 

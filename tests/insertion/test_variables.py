@@ -113,7 +113,11 @@ class Remat(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("wrapper", [flax_attn.ChannelsFirst, Remat])
+def jitted(chain):
+    return flax_attn.ChannelsFirst(nn.jit(nn.Sequential)(chain.layers))
+
+
+@pytest.mark.parametrize("wrapper", [flax_attn.ChannelsFirst, Remat, jitted])
 def test_paths_under_share_scope_are_those_of_the_variables(wrapper):
     # Linen's own paths start with the name of the field, module/layers_0.
     model = wrapper(nn.Sequential([nn.Conv(3, (1, 1)), CBAM()]))
