@@ -180,7 +180,7 @@ def test_initializers_and_their_dtype():
         (BAM(reduction=0), "`reduction` must be an integer of at least 1"),
         (SE(hidden_features=0), "`hidden_features` .* got 0"),
         (SE(pool="mean"), "`pool` must be \"avg\" or .* got 'mean'"),
-        (SE(pool=lambda x, **_: x), r"`pool` .* got shape \(1, 4, 4, 64\) for"),
+        (SE(pool=lambda x, **_: x), r"`pool` .* got shape \(1, 4, 4, 64\) inst"),
         (CBAM(pool="avg"), '`pool` must be "both" or "avg\\+max", got \'avg\''),
         (SpatialAttention(pool="avg"), '`pool` must be "both" or'),
         (

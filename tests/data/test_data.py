@@ -176,10 +176,10 @@ def test_a_download_that_fails(tiny, tmp_path, server):
     with pytest.raises(data.DataError) as error:
         data.load("tiny", tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} holds neither tiny-bin/ nor tiny.tar.gz, and the download failed: "
-        f"{address}/half (its SHA-256 is not the published {archive.sha256}); "
+        f"{tmp_path} contains neither tiny-bin/ nor tiny.tar.gz, and the download "
+        f"failed: {address}/half (its SHA-256 is not the published {archive.sha256}); "
         f"{address}/absent (HTTP status 404). Pass --data-url, --data-dir, or "
-        "--dataset digits, which needs no network."
+        "--dataset digits, which needs no download."
     )
     assert not list(tmp_path.iterdir())
 

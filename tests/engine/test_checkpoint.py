@@ -143,8 +143,9 @@ def test_a_save_that_cannot_fit_on_the_disk_is_not_tried(tmp_path, monkeypatch):
     checkpoints.save(2, TREE, {"step": 2})
     checkpoints.close()
     assert logged == [
-        f"The checkpoint of step 2 could not be written to {tmp_path} (it needs 1.1 MB "
-        "and the disk has 0.9 MB left); that of step 1 is kept and training continues."
+        f"The checkpoint of step 2 could not be written to {tmp_path} (it needs 1.1 "
+        "MB, but the disk has only 0.9 MB left); that of step 1 is kept and training "
+        "continues."
     ]
 
 

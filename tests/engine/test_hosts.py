@@ -83,7 +83,7 @@ def test_a_process_that_dies_ends_the_other(dies, environment, tmp_path):
     # Either the run or JAX's own heartbeat notices first. That aborts, or, with jax
     # 0.7.2, exits as if by an error, but for what it says.
     said = {
-        3: "another process of the run is gone",
+        3: "another process of the run died",
         1: "Terminating process because the JAX distributed service detected fatal",
         -signal.SIGABRT: "UNAVAILABLE",
     }
@@ -101,7 +101,7 @@ def test_a_coordinator_that_does_not_listen():
     config = Config(
         coordinator="127.0.0.1:1", num_processes=2, process_id=1, peer_timeout=1
     )
-    message = "`coordinator` must be HOST:PORT of process 0, got 127.0.0.1:1, where"
+    message = "`coordinator` must be HOST:PORT of process 0, got 127.0.0.1:1, which"
     with pytest.raises(ValueError, match=message) as error:
         devices.join(config)
     assert "\n" not in str(error.value)

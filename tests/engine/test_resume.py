@@ -195,7 +195,7 @@ def test_a_finished_run_is_only_read(uninterrupted):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"seed": 1}, r"another configuration: seed 0 \(now 1\); pass another"),
+        ({"seed": 1}, r"a different configuration: seed 0 \(now 1\); pass an"),
         (
             {"depth": 14, "learning_rate": 0.2},
             r"depth 8 \(now 14\), learning_rate 0.1 \(now 0.2\)",

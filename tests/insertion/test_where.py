@@ -166,7 +166,7 @@ def test_another_name():
         ),
         ({"init": "id"}, "`init` must be 'identity' or None, got 'id'"),
         ({"init": True}, "got True; leave it out"),
-        ({"init": "identity", "attention": Halves()}, "an attention with a field"),
+        ({"init": "identity", "attention": Halves()}, "a block with a field"),
     ],
 )
 def test_invalid_arguments_raise(changed, message):

@@ -247,7 +247,7 @@ def test_live_code_in_a_file_is_not_run(tmp_path, monkeypatch, capsys):
     torch.save({"a": Evil(), "fc1.weight": torch.ones(1, 4, 1, 1)}, "evil.pt")
     assert convert.main(["evil.pt", "out.safetensors", "--to", "flax"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: evil.pt is damaged, or holds more than arrays")
+    assert error.startswith("error: evil.pt is damaged, or contains more than arrays")
     assert error.count("\n") == 1 and "weights_only" not in error
     Path("evil.pth").rename("evil.safetensors")
     with pytest.raises(ValueError, match="is not a safetensors file"):

@@ -24,7 +24,7 @@ def test_maps_stand_alone_and_beside_the_image_under_them():
     gates = {"a": rng.uniform(0.2, 0.6, (2, 4, 4)), "b": rng.uniform(size=(2, 4, 4, 1))}
     cams = {"c": rng.uniform(0, 3e-3, (2, 4, 4, 1))}
     panels, bars = panels_of(plot(images, gates, cams=cams), 2, 3)
-    under = "image under it"
+    under = "overlay"
     titles = [axis.get_title() for axis in panels[0]]
     assert titles == ["image", "a\n4×4", under, "b\n4×4", under, "c\n4×4", under]
     maps = [gates["a"], gates["b"][..., 0], cams["c"][..., 0]]
