@@ -397,7 +397,7 @@ def article_errors(case, implementation, expected):
     variables, x, cotangent = case.arrays()
     module = case.module(implementation=implementation)
     y, d_variables, d_x = cases.forward_and_gradients(
-        module, variables, x, cotangent, jit_as_users_do
+        module, variables, x, cotangent, jit=jit_as_users_do
     )
     actual = {"y": y, "x": d_x, **named(d_variables["params"])}
     return errors(actual, expected)
