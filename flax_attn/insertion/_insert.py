@@ -17,10 +17,10 @@ from flax_attn.insertion._linen import (
     field_names,
     innermost,
     intercepting,
-    path_of,
     recorded_once,
     with_hook,
 )
+from flax_attn.insertion._scopes import path_of
 from flax_attn.insertion.selection import (
     Select,
     Where,

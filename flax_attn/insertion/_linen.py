@@ -1,4 +1,4 @@
-"""Everything that insertion does with Linen's internals: scopes, flags, interceptors.
+"""What insertion does with Linen's internals: hooks and interceptors.
 
 ``Intercepted`` runs a model's methods with a ``Hook``, which sees each call of a
 submodule as a ``Call``. ``watch`` does so for an observer; ``attached`` binds an
@@ -15,18 +15,14 @@ from typing import Any
 
 from flax import linen as nn
 from flax.core import freeze
-from flax.core.scope import Scope
 from flax.linen import module as linen_module
 
 from flax_attn.blocks import Attention
+from flax_attn.insertion._scopes import Path as Path
+from flax_attn.insertion._scopes import flagged, path_of, placed, scope_of
 
-Path = tuple[str, ...]
-
-# A scope's flags are inherited by all scopes below it and are part of nn.jit's cache
-# key.
-_HOOKS = "flax_attn.hooks"
-_PLACE = "flax_attn.place"
 _SITE = "flax_attn.site"
+"""The flag of scopes of inserted attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Call:
     @property
     def in_attention(self) -> bool:
         """Whether the module is an inserted attention or inside one."""
-        return _scope(self.module).has_flag(_SITE)
+        return scope_of(self.module).has_flag(_SITE)
 
     @property
     def site(self) -> str | None:
@@ -66,7 +62,7 @@ class Call:
 
         None for all other calls, including those inside inserted attention.
         """
-        scope = _scope(self.module)
+        scope = scope_of(self.module)
         if self.method != "__call__" or not scope.has_flag(_SITE):
             return None
         if scope.parent is None or scope.parent.has_flag(_SITE):
@@ -90,7 +86,7 @@ def intercepting(watcher: Watcher) -> Iterator[None]:
         # Transformations check setup in a scope of its own, without a place.
         if scope is None or isinstance(scope.root, linen_module.TestScope):
             return run()
-        with _placed(context.module):
+        with placed(context.module):
             return watcher(Call(context.module, context.method_name, args), run)
 
     with nn.intercept_methods(interceptor):
@@ -120,7 +116,7 @@ def attached(
     It has a scope and is no submodule, which Linen forbids outside compact methods.
     ``token`` tells a second call of the module from a name that the module uses itself.
     """
-    scope = _scope(module)
+    scope = scope_of(module)
     taken = scope.reservations.get(name, set())
     if taken and token not in taken:
         return None
@@ -252,7 +248,7 @@ class Intercepted(nn.Module):
             call = types.MethodType(model._hooked(method), model)
         else:
             call = types.MethodType(method, model)
-        with _flagged(model, self.hook.token):
+        with flagged(model, self.hook.token):
             return self.hook.run(model, name, functools.partial(call, *args, **kwargs))
 
 
@@ -320,72 +316,6 @@ def watch(model: nn.Module, watcher: Watcher) -> Intercepted:
       A Linen module with the same interface and variables as ``model``.
     """
     return with_hook(_Watched, _Watch(model, watcher), parent=None)
-
-
-@contextmanager
-def _flagged(model: nn.Module, token: str) -> Iterator[None]:
-    """Keeps what nn.jit compiles in here apart from what it compiles elsewhere."""
-    scope = _scope(model)
-    flags = scope.flags
-    scope.flags = freeze({**flags, _HOOKS: (*flags.get(_HOOKS, ()), token)})
-    try:
-        yield
-    finally:
-        # A compact method leaves its module with another scope, of the same flags.
-        scope.flags = _scope(model).flags = flags
-
-
-@contextmanager
-def _placed(module: nn.Module) -> Iterator[None]:
-    """Corrects paths and sets flags in ``module`` before transformations copy them.
-
-    nn.jit needs the flags of all: fields are bound before the hooks are known, and
-    modules with equal fields and flags share a program wherever they are.
-    """
-    hooks = _scope(module).flags.get(_HOOKS, ())
-    before = []
-
-    def place(inside: nn.Module) -> None:
-        scope = _scope(inside)
-        before.append((inside, scope, scope.flags))
-        own = {_HOOKS: hooks, _PLACE: path_of(inside)}
-        scope.flags = freeze({**scope.flags, **own})
-        for child in inside._state.children.values():
-            if isinstance(child, nn.Module) and child.scope is not None:
-                place(child)
-
-    place(module)
-    try:
-        yield
-    finally:
-        for inside, scope, flags in reversed(before):
-            # A compact method leaves its module with another scope.
-            scope.flags = _scope(inside).flags = flags
-
-
-def _scope(module: nn.Module) -> Scope:
-    if module.scope is None:
-        raise ValueError(
-            f"`model` must be bound, but {type(module).__name__} in it is not; call it "
-            "in init or apply."
-        )
-    return module.scope
-
-
-def path_of(module: nn.Module) -> Path:
-    """Where the variables of a bound module lie, unlike ``module.path``.
-
-    nn.share_scope gives scopes another parent and leaves them their old paths.
-    """
-    return _correct_path(_scope(module))
-
-
-def _correct_path(scope: Scope) -> Path:
-    # Without a parent, it is that of the model or a copy that a transformation made.
-    if scope.parent is not None:
-        assert scope.name is not None
-        scope.path = (*_correct_path(scope.parent), scope.name)
-    return scope.path
 
 
 def innermost(model: nn.Module) -> nn.Module:
