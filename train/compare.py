@@ -91,7 +91,7 @@ def _train(options: Options) -> bool:
     logs.check_same_recipe(options.workdir, configs)
     images = setup.load(recipe)
     setup.check_batch(recipe, images)
-    for config in tasks:
+    for config in {config.block: config for config in tasks}.values():
         attention.check_block(config)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)

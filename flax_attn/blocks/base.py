@@ -133,7 +133,7 @@ class Attention(nn.Module, kw_only=True):
     @property
     def spatial_axes(self) -> tuple[int, ...]:
         """The spatial axes of a map, counted from its last."""
-        return tuple(range(-1 - self.spatial_dims, -1))
+        return functional.spatial_axes(self.spatial_dims)
 
     def shared_fields(self, kind: type["Attention"]) -> dict[str, Any]:
         """The fields that a block of the class ``kind`` has too, for one inside."""

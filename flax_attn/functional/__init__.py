@@ -90,7 +90,7 @@ def squeeze_spatial(
         squeeze, pool=pool, spatial_dims=spatial_dims, implementation=implementation
     )
     masks = () if mask is None else (mask,)
-    return _run(run, lambda x, *_: _reduced(x, spatial_dims, None), x, *masks)
+    return _run(run, lambda x, *_: reduced(x, spatial_dims, None), x, *masks)
 
 
 def _squeeze_spatial(
@@ -102,13 +102,14 @@ def _squeeze_spatial(
     implementation: Implementation,
 ) -> Array:
     if mask is not None:
-        # For a maximum the lowest number: infinity would be stored for the gradient.
+        # For a maximum the lowest number, which no valid one but infinity is below:
+        # infinity would be stored for the gradient.
         fill = 0 if pool == "avg" else jnp.finfo(x.dtype).min
         x = jnp.where(mask, x, jnp.asarray(fill, x.dtype))
     folded = _fold(x, spatial_dims)
     forms = _reductions if implementation == "fast" else _plain
     y = (forms.mean if pool == "avg" else forms.maximum)(folded, SPATIAL)
-    y = y.reshape(_reduced(x.shape, spatial_dims, 1))
+    y = y.reshape(reduced(x.shape, spatial_dims, 1))
     return y if mask is None else _over_valid(y, mask, pool, spatial_dims)
 
 
@@ -145,10 +146,10 @@ def squeeze_spatial_by_both(
 
     def run(x: Array) -> tuple[Array, Array]:
         mean, m = _reductions.mean_and_maximum(_fold(x, spatial_dims), SPATIAL)
-        shape = _reduced(x.shape, spatial_dims, 1)
+        shape = reduced(x.shape, spatial_dims, 1)
         return mean.reshape(shape), m.reshape(shape)
 
-    return _run(run, lambda x: (_reduced(x, spatial_dims, None),) * 2, x)
+    return _run(run, lambda x: (reduced(x, spatial_dims, None),) * 2, x)
 
 
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
@@ -354,14 +355,19 @@ def _fold(x: Array, spatial_dims: int) -> Array:
     return x.reshape(*batch, math.prod(spatial[:-1]), spatial[-1], x.shape[-1])
 
 
-def _reduced(dims: Sequence[Any], spatial_dims: int, fill: Any) -> list[Any]:
+def spatial_axes(spatial_dims: int) -> tuple[int, ...]:
+    """The spatial axes of a map, counted from its last."""
+    return tuple(range(-1 - spatial_dims, -1))
+
+
+def reduced(dims: Sequence[Any], spatial_dims: int, fill: Any) -> list[Any]:
     """``dims`` of a shape or a partition, with ``fill`` in the place of H and W."""
     return [*dims[: -1 - spatial_dims], *(fill,) * spatial_dims, dims[-1]]
 
 
 def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
     """Corrects what was squeezed over a whole map, of which only ``mask`` counts."""
-    axes = tuple(range(-1 - spatial_dims, -1))
+    axes = spatial_axes(spatial_dims)
     valid = mask.sum(axes, keepdims=True)
     if pool == "max":
         return jnp.where(valid > 0, y, 0)

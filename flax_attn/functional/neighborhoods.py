@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from flax_attn.functional import Array, accumulator
+from flax_attn.functional import Array, accumulator, reduced, spatial_axes
 from flax_attn.functional._meshes import on_auto_axes
 
 
@@ -42,14 +42,14 @@ def local_mean(
         return sums(x) / sums(valid).clip(1)
 
     masks = () if mask is None else (mask,)
-    return on_auto_axes(mean, lambda x, *_: _without_space(x, dims), x, *masks)
+    return on_auto_axes(mean, lambda x, *_: reduced(x, dims, None), x, *masks)
 
 
 def align(x: Array, mask: Array, *, spatial_dims: int = 2) -> tuple[Array, Array]:
     """``x`` and ``mask`` with the valid part at the start of each spatial axis."""
 
     def aligned(x: Array, mask: Array) -> tuple[Array, Array]:
-        for axis in _spatial_axes(spatial_dims):
+        for axis in spatial_axes(spatial_dims):
             start, _ = _valid_range(mask, axis, spatial_dims)
             at = (_positions(x, axis) + start) % x.shape[axis]
             x, mask = (jnp.take_along_axis(a, at, axis, mode="clip") for a in (x, mask))
@@ -68,7 +68,7 @@ def resize_nearest(
     """
 
     def resized(y: Array, like: Array, *masks: Array) -> Array:
-        for axis in _spatial_axes(spatial_dims):
+        for axis in spatial_axes(spatial_dims):
             at = _positions(like, axis)
             if masks:
                 start, size = _valid_range(masks[0], axis, spatial_dims)
@@ -86,16 +86,12 @@ def every_second(mask: Array, spatial_dims: int) -> Array:
     """The mask of a map of which ``conv_depthwise`` keeps every second position."""
 
     def halved(mask: Array) -> Array:
-        for axis in _spatial_axes(spatial_dims):
+        for axis in spatial_axes(spatial_dims):
             # Not `mask[::2]`: an equal size, but not in an export's symbols.
             mask = lax.slice_in_dim(mask, 0, mask.shape[axis], 2, axis)
         return mask
 
-    return on_auto_axes(halved, lambda mask: _without_space(mask, spatial_dims), mask)
-
-
-def _spatial_axes(spatial_dims: int) -> range:
-    return range(-1 - spatial_dims, -1)
+    return on_auto_axes(halved, lambda mask: reduced(mask, spatial_dims, None), mask)
 
 
 def _positions(x: Array, axis: int) -> Array:
@@ -107,7 +103,7 @@ def _positions(x: Array, axis: int) -> Array:
 
 def _valid_range(mask: Array, axis: int, spatial_dims: int) -> tuple[Array, Array]:
     """Where the valid part starts along ``axis``, and its size, at least 1."""
-    others = tuple(a for a in _spatial_axes(spatial_dims) if a != axis)
+    others = tuple(a for a in spatial_axes(spatial_dims) if a != axis)
     valid, to = mask.any(others, keepdims=True), _positions(mask, axis)
     start = jnp.where(valid, to, mask.shape[axis] - 1).min(axis, keepdims=True)
     end = jnp.where(valid, to + 1, 0).max(axis, keepdims=True)
@@ -143,9 +139,4 @@ def conv_depthwise(
         weights = jnp.expand_dims(weights, tuple(range(dims, windows.ndim - 1)))
         return (windows * weights).sum(axes).astype(x.dtype)
 
-    return on_auto_axes(conv, lambda x, _: _without_space(x, dims), x, kernel)
-
-
-def _without_space(partition: Sequence[Any], spatial_dims: int) -> list[Any]:
-    """The partition of a map whose spatial axes became smaller."""
-    return [*partition[: -1 - spatial_dims], *(None,) * spatial_dims, partition[-1]]
+    return on_auto_axes(conv, lambda x, _: reduced(x, dims, None), x, kernel)

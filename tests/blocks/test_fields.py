@@ -106,6 +106,11 @@ def test_kernel_widths_of_20_channels():
     assert tree(ECA(gamma=1, b=3), 20) == {"conv": {"kernel": (7, 1, 1)}}
 
 
+def test_an_extent_may_be_an_integer_of_numpy():
+    block = GatherExcite(extent=np.int64(4), extra_params=True)
+    assert list(tree(block, 20)) == ["gather1", "gather2"]
+
+
 def test_fields_reach_the_computation():
     """No option is ignored: each changes the output."""
     x = normal((2, 6, 5, 64), 0)

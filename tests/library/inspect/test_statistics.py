@@ -2,11 +2,14 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from flax_attn.inspect import statistics
+import flax_attn
+from flax_attn.inspect import attention_maps, statistics
 
 
 def entropy(g):
@@ -34,6 +37,15 @@ def test_values_on_a_limit_are_not_counted():
 def test_many_half_precision_elements_do_not_stall_the_mean():
     (row,) = statistics(jnp.full((300, 300), 0.75, jnp.bfloat16))
     assert row.mean == 0.75 and row.entropy == pytest.approx(entropy(0.75), 1e-12)
+
+
+def test_what_a_block_adds_is_left_out():
+    x = jnp.linspace(-4, 4, 32).reshape(1, 2, 2, 8)
+    model = nn.Sequential([flax_attn.SE(), flax_attn.GlobalContext()])
+    gates = attention_maps(model, model.init(jax.random.key(0), x), x)
+    assert list(gates) == ["layers_0/channel_gate", "layers_1/channel_shift"]
+    assert [row.path for row in statistics(gates)] == ["layers_0/channel_gate"]
+    assert not statistics({"channel_shift/0": np.array([-3.0])})
 
 
 def test_statistics_print_as_a_table():
