@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from flax.typing import Dtype
 
 from flax_attn import convert
 from flax_attn.resnet._network import ResNet
-from flax_attn.resnet._timm import fields_of
+from flax_attn.resnet._timm import fields_of, group
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -257,14 +257,41 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    given = dict(config.get("pretrained_cfg") or config)
+    given = dict(group(config, "pretrained_cfg") or config)
     for suffix in ("input_size", "crop_pct"):
         if given.get(suffix) and not given.get(f"test_{suffix}"):
             given[f"test_{suffix}"] = given[suffix]
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     values = {name: given[name] for name in names if given.get(name) is not None}
     for name, value in values.items():
-        if isinstance(value, list):
+        rule = _RULES[type(getattr(Preprocessing, name))]
+        if not rule.accepts(value):
+            raise ValueError(
+                f"`{name}` of timm must be {rule.text}, got {value!r}; correct it in "
+                f"{CONFIG}."
+            )
+        if isinstance(value, list | tuple):
             # The channels come first.
             values[name] = tuple(value[1:] if name.endswith("input_size") else value)
     return Preprocessing(**values)
+
+
+class _Rule(NamedTuple):
+    text: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_number, value))
+
+
+# Of each field of `Preprocessing`, by the type of its default.
+_RULES = {
+    tuple: _Rule("a list of numbers", _are_numbers),
+    float: _Rule("a number", _is_number),
+    str: _Rule("a string", lambda value: isinstance(value, str)),
+}

@@ -127,9 +127,9 @@ def fields_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     Raises:
       ValueError: ``ResNet`` does not cover the network.
     """
-    pretrained = config.get("pretrained_cfg", config)
+    pretrained = group(config, "pretrained_cfg") or config
     classes = config.get("num_classes", pretrained.get("num_classes"))
-    changed = config.get("model_args") or {}
+    changed = group(config, "model_args")
     arguments = {
         **_DEFAULTS,
         **({} if classes is None else {"num_classes": classes}),
@@ -141,8 +141,7 @@ def fields_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         if not known and value not in _FIXED.get(name, ()):
             rule = " or ".join(map(repr, _FIXED.get(name, ()))) or "left out"
             raise _misfit(name, rule, value)
-    if arguments["num_classes"] < 1:
-        raise _misfit("num_classes", "at least 1", arguments["num_classes"])
+    _check_types(arguments)
     width = arguments["channels"][0]
     stages = tuple(arguments["layers"])
     if tuple(arguments["channels"]) != tuple(width * 2**i for i in range(len(stages))):
@@ -157,12 +156,40 @@ def fields_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         "block": _block(arguments, anti_alias),
         "num_classes": arguments["num_classes"],
         "width": width,
-        "attention": _attention(arguments["block_args"] or {}),
+        "attention": _attention(group(arguments, "block_args")),
         **_stem(arguments),
         "pooled_shortcut": arguments["avg_down"],
         "stem_pool": pool,
     }
     return fields, arguments["in_chans"]
+
+
+def group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry of ``config`` that is an object, empty if it is left out."""
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise _misfit(name, "an object", value)
+    return value
+
+
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for numbers and flags of another type than timm's."""
+    for name in ("channels", "layers"):
+        values = arguments[name]
+        is_list = isinstance(values, list | tuple)
+        if not is_list or not values or not all(map(_counts, values)):
+            raise _misfit(name, "a list of integers of at least 1", values)
+    for name, default in _DEFAULTS.items():
+        value = arguments[name]
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise _misfit(name, "true or false", value)
+        elif isinstance(default, int) and not _counts(value):
+            raise _misfit(name, "an integer of at least 1", value)
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _attention(block_args: Mapping[str, Any]) -> Any:

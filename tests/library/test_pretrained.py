@@ -63,6 +63,23 @@ def test_the_configuration_may_be_one_dict(tmp_path):
     assert preprocessing == resnet.Preprocessing(crop_pct=0.95, test_crop_pct=0.95)
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ("mean", "`pretrained_cfg` of timm must be an object"),
+        ({"mean": 0.5}, "`mean` of timm must be a list of numbers, got 0.5"),
+        ({"std": [0.5, "0.5", 0.5]}, "`std` of timm must be a list of numbers"),
+        ({"crop_pct": "0.9"}, "`crop_pct` of timm must be a number, got '0.9'"),
+        ({"interpolation": 3}, "`interpolation` of timm must be a string, got 3"),
+    ],
+)
+def test_a_configuration_of_wrong_types(tmp_path, changed, message):
+    tiny_hub.write(tmp_path)
+    config = tiny_hub.CONFIG | {"pretrained_cfg": changed}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert message in error_of(tmp_path)
+
+
 def test_normalize():
     constants = resnet.Preprocessing(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
     images = np.ones((2, 4, 4, 3), np.float32)
@@ -227,7 +244,12 @@ def test_blocks_of_architectures():
         ("resnet33", {}, "which is none of them"),
         ("resnet18", {"global_pool": "max"}, "`global_pool` of timm must be 'avg'"),
         ("resnet18", {"img_size": 5}, "`img_size` of timm must be left out"),
-        ("resnet18", {"num_classes": 0}, "`num_classes` of timm must be at least 1"),
+        ("resnet18", {"num_classes": 0}, "`num_classes` of timm .* of at least 1"),
+        ("resnet18", {"num_classes": "10"}, "`num_classes` .* of at least 1.* '10'"),
+        ("resnet18", {"layers": 2}, "`layers` of timm must be a list of integers"),
+        ("resnet18", {"avg_down": "no"}, "`avg_down` of timm must be true or false"),
+        ("resnet18", {"block_args": ["se"]}, "`block_args` of timm must be an object"),
+        ("resnet18", ["se"], "`model_args` of timm must be an object"),
         ("resnet18", {"stem_type": "thin"}, "`stem_type` of timm"),
         ("resnet18", {"channels": (8, 8, 8, 8)}, "each twice the last"),
         ("resnet18", {"block_args": {"attn_layer": "ge"}}, "'eca' or 'ceca' or 'cbam'"),
