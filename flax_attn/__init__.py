@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from flax_attn import blocks, presets
 from flax_attn import inspect as inspect
 from flax_attn.blocks import *  # noqa: F403  (what its own list names)
-from flax_attn.cost import cost
+from flax_attn.cost import Cost, cost
 from flax_attn.functional import eca_kernel_size
 from flax_attn.insertion import assert_active, insert, merge, parameter_labels, sites
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "assert_active",
     "cost",
     "eca_kernel_size",

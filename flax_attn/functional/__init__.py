@@ -356,12 +356,28 @@ def _fold(x: Array, spatial_dims: int) -> Array:
 
 
 def spatial_axes(spatial_dims: int) -> tuple[int, ...]:
-    """The spatial axes of a map, counted from its last."""
+    """The spatial axes of a map, counted from its last.
+
+      >>> spatial_axes(2)
+      (-3, -2)
+
+    Args:
+      spatial_dims: 1, 2 or 3.
+    """
     return tuple(range(-1 - spatial_dims, -1))
 
 
 def reduced(dims: Sequence[Any], spatial_dims: int, fill: Any) -> list[Any]:
-    """``dims`` of a shape or a partition, with ``fill`` in the place of H and W."""
+    """``dims`` with ``fill`` instead of the spatial dimensions.
+
+      >>> reduced((8, 32, 32, 64), 2, 1)
+      [8, 1, 1, 64]
+
+    Args:
+      dims: a shape, or the axes of a ``PartitionSpec``, for each dimension of a map.
+      spatial_dims: 1, 2 or 3.
+      fill: the size or axis of the squeezed dimensions.
+    """
     return [*dims[: -1 - spatial_dims], *(fill,) * spatial_dims, dims[-1]]
 
 

@@ -21,8 +21,9 @@ from flax_attn.resnet._blocks import (
 
 StemPool = Literal["max", "mean", "blur", "conv"]
 
-# The choices of `--attention`; a view, so that a later entry in BLOCKS is one too.
+# A view, so that it has later entries in BLOCKS too.
 ATTENTIONS: Mapping[str, ModuleDef | None] = ChainMap(cast(Any, BLOCKS), {"none": None})
+"""``flax_attn.BLOCKS``, and ``"none"`` for no attention."""
 
 IMAGENET_STAGES = {
     18: (2, 2, 2, 2),

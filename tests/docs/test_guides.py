@@ -1,12 +1,20 @@
 """The guides run from top to bottom, and the reference has every public name."""
 
 import re
+from types import FunctionType
 
 import pytest
 
 import flax_attn
+from flax_attn import convert, functional, insertion, inspect, nnx, presets, resnet
 from tests.docs import markdown
 
+# What `functional` imports is for the blocks.
+DEFINED_THERE = {
+    name
+    for name, value in vars(functional).items()
+    if getattr(value, "__module__", "") == functional.__name__ and name[0] != "_"
+}
 REFERENCE = markdown.ROOT / ".github" / "docs" / "reference"
 
 
@@ -40,3 +48,11 @@ def test_the_reference_has_every_public_name():
     text = "\n".join(page.read_text() for page in REFERENCE.glob("*.md"))
     documented = set(re.findall(r"auto\w+:: (flax_attn[\w.]*)", text))
     assert {f"flax_attn.{name}" for name in flax_attn.__all__} <= documented
+    missing = {
+        f"{module.__name__}.{value.__name__}"
+        for module in (convert, functional, insertion, inspect, nnx, presets, resnet)
+        for name, value in vars(module).items()
+        if name in getattr(module, "__all__", DEFINED_THERE)
+        if isinstance(value, type | FunctionType) and name not in flax_attn.__all__
+    }
+    assert missing - documented == set()
