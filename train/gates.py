@@ -4,15 +4,18 @@ RUN is a workdir of ``train.cifar`` whose block has a spatial gate. The picture 
 test images and, beside them, the spatial gates of each stage's last block and Grad-CAM
 of the true class, from the last checkpoint: alone, and over the image.
 
+``python -m train.gates RUN [RUN ...] --steps 60`` trains each run again, up to this
+step, and plots how far its gates are open over the steps.
+
 Exit codes: 0 drawn, 2 invalid command line, data or workdir.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -21,6 +24,10 @@ from train.engine.config import Config, Resolved, check_count, resolve
 from train.engine.options import parse
 from train.engine.workdir import RUN
 from train.study import gates as study
+from train.study.logs import labels_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROG = "train.gates"
 TRUE_CLASS = "Grad-CAM, true class"
@@ -30,8 +37,12 @@ TRUE_CLASS = "Grad-CAM, true class"
 class Options:
     """Plot the spatial gates of a trained network next to test images."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Workdir of train.cifar."""
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint=""),
+    ] = ()
+    """Workdir of train.cifar; with --steps, one or more."""
     out: Annotated[Path, tyro.conf.arg(metavar="PICTURE")] = Path("gates.png")
     """Output image; its suffix selects the format."""
     data_dir: Path = Config.data_dir
@@ -43,6 +54,9 @@ class Options:
     ] = None
     """Gate values of the darkest and the lightest color; default: the minimum and the
     maximum of each block."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="COUNT")] = None
+    """Instead of images, plot how far all gates are open over this number of first
+    training steps, for which each run is trained again."""
 
 
 def draw(options: Options) -> None:
@@ -54,7 +68,25 @@ def draw(options: Options) -> None:
             f"`limits` must be two numbers, the lower one first, got {limits[0]} "
             f"{limits[1]}; a sigmoid has 0 1."
         )
-    config = read_config(options.run, options.data_dir)
+    if options.steps is not None:
+        check_count("steps", options.steps)
+    if not options.runs or (options.steps is None and len(options.runs) > 1):
+        raise ValueError(
+            "`runs` must be one workdir of train.cifar, or several with --steps, got "
+            f"{len(options.runs)}."
+        )
+    configs = {run: read_config(run, options.data_dir) for run in options.runs}
+    if options.steps is None:
+        ((run, config),) = configs.items()
+        figure = images_of(run, config, options)
+    else:
+        figure = steps_of(configs, options.steps)
+    figure.savefig(options.out, dpi=130)
+    print(f"Wrote {options.out}.")
+
+
+def images_of(run: Path, config: Resolved, options: Options) -> "Figure":
+    """Test images beside the spatial gates and Grad-CAM of a run."""
     # Only now, so that a mistyped path answers at once.
     from flax_attn import inspect
     from flax_attn.blocks import BLOCKS
@@ -62,19 +94,32 @@ def draw(options: Options) -> None:
 
     inputs = setup.make_inputs(config, setup.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
-        model, variables = saved.last_saved(config, inputs, options.run)
+        model, variables = saved.last_saved(config, inputs, run)
         trained = model, variables, inputs
         shown, gates = study.spatial_gates(*trained, count=options.images)
         if not gates:
             names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
             raise ValueError(
-                f"`run` must have a spatial gate, got attention {config.block}; train "
-                f"with --attention one of {names}."
+                f"`runs` must have a spatial gate, got attention {config.block}; train "
+                f"with --attention one of {names}, or pass --steps."
             )
         cam = study.grad_cam(*trained, count=options.images)
-    figure = inspect.plot(shown, gates, cams={TRUE_CLASS: cam}, limits=limits)
-    figure.savefig(options.out, dpi=130)
-    print(f"Wrote {options.out}.")
+    return inspect.plot(shown, gates, cams={TRUE_CLASS: cam}, limits=options.limits)
+
+
+def steps_of(configs: Mapping[Path, Resolved], steps: int) -> "Figure":
+    """How far the gates of each run are open over its first ``steps`` steps."""
+    from train.engine import setup
+    from train.study.plots import plot_steps
+
+    for run, config in configs.items():
+        if config.block == "none":
+            raise ValueError(f"`runs` must have attention, got {run}, which has none.")
+    gates = [
+        study.gates_over_steps(config, setup.load(config), steps)
+        for config in configs.values()
+    ]
+    return plot_steps(dict(zip(labels_of(list(configs)), gates, strict=True)))
 
 
 def read_config(run: Path, data_dir: Path) -> Resolved:
@@ -88,7 +133,7 @@ def read_config(run: Path, data_dir: Path) -> Resolved:
         return resolve(Config(**recipe, data_dir=data_dir))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"`run` must be a workdir of train.cifar, got {run} ({error})."
+            f"`runs` must be workdirs of train.cifar, got {run} ({error})."
         ) from error
 
 

@@ -13,16 +13,10 @@ import tyro
 
 from train.engine.command import exit_codes
 from train.engine.workdir import METRICS
-from train.study.logs import read_lines
+from train.study.logs import labels_of, read_lines
 from train.study.plots import plot_curves
 
 DRAWN = {"epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy"}
-
-
-def name_of(run: Path) -> str:
-    """The label of a run: the name of its folder."""
-    run = run.resolve()
-    return run.name if run.is_dir() else run.parent.name
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -66,10 +60,7 @@ def draw(
             "`runs` must be at least one workdir of train.cifar, got none; pass one, "
             "such as runs/first."
         )
-    names = [name_of(run) for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    histories = dict(zip(names, map(read, runs), strict=True))
+    histories = dict(zip(labels_of(runs), map(read, runs), strict=True))
     plot_curves(histories).savefig(out, dpi=150)
     print(f"Wrote {out}.")
 

@@ -13,8 +13,9 @@ from tests import tiny_run
 from tests.cases import variables_for
 from train.data.cifar import ImageSet
 from train.data.inputs import DeviceInputs
-from train.engine import devices
+from train.engine import devices, loop, model, setup
 from train.engine.config import Config
+from train.engine.model import variables_of
 from train.study import gates as study
 
 
@@ -101,3 +102,30 @@ def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatc
     assert len(made) == 1
     with np.load(tmp_path / "gates.npz") as arrays:
         assert set(arrays) == {"images", "stage1_block1"}
+
+
+def test_gates_over_steps_are_those_of_the_run(monkeypatch):
+    """Before the first step those of its initial variables, at the end the trained."""
+    monkeypatch.setattr(model, "cifar_resnet", tiny_run.network)
+    config = Config(attention="cbam", depth=8, batch_size=8, epochs=1, devices=1)
+    config, images = setup.validate(config), tiny_run.images()
+    found = study.gates_over_steps(config, images, steps=100)
+    assert {path: values.shape for path, values in found.items()} == {
+        f"stage1_block1/attention/{kind}/{kind}_gate": (6, 3)
+        for kind in ("channel", "spatial")
+    }
+    trained = loop.train(config, images)
+    inputs = setup.make_inputs(config, images, devices.make_mesh(1))
+    item, _ = next(inputs.test_batches())
+    shown, _ = inputs.test_batch(inputs.test_data, item)
+    initial = loop.Training(config, inputs).progress.state
+    for step, variables in ((0, variables_of(initial)), (5, trained.variables)):
+        _, sown = trained.model.apply(
+            variables, shown, train=True, mutable=["intermediates", "batch_stats"]
+        )
+        attention = sown["intermediates"]["stage1_block1"]["attention"]
+        for kind in ("channel", "spatial"):
+            (gate,) = attention[kind][f"{kind}_gate"]
+            expected = np.quantile(gate, [0.05, 0.5, 0.95])
+            actual = found[f"stage1_block1/attention/{kind}/{kind}_gate"][step]
+            np.testing.assert_allclose(actual, expected, atol=1e-5)

@@ -101,3 +101,25 @@ def test_the_last_third_has_at_least_three_epochs(epochs, views):
     assert len(figure.axes) == views
     if views == 2:
         assert len(figure.axes[1].lines[0].get_xdata()) == 3
+
+
+def test_steps_have_a_row_for_each_run_and_a_column_for_each_block():
+    gates = {
+        "stage2_block1/attention/spatial/spatial_gate": np.eye(4, 3) + 1,
+        "stage1_block1/attention/channel/channel_gate": np.arange(6).reshape(2, 3),
+        "stage1_block1/attention/spatial/spatial_gate": np.ones((2, 3)),
+    }
+    few = {path: values for path, values in gates.items() if "spatial_gate" in path}
+    figure = plots.plot_steps({"cbam": gates, "spatial": few})
+    axes = np.reshape(figure.axes, (2, 2))
+    assert [axis.get_title() for axis in axes[0]] == ["stage1_block1", "stage2_block1"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cbam", "spatial"]
+    channel, spatial = axes[0, 0].lines
+    np.testing.assert_array_equal(channel.get_xydata(), [[0, 1], [1, 4]])
+    assert channel.get_color() != spatial.get_color() == axes[1, 0].lines[0].get_color()
+    band = axes[0, 0].collections[0].get_datalim(axes[0, 0].transData)
+    np.testing.assert_allclose([band.y0, band.y1], [0, 5])
+    np.testing.assert_array_equal(axes[1, 1].lines[0].get_ydata(), [1, 2, 1, 1])
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["spatial gate", "channel gate"]

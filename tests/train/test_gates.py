@@ -66,9 +66,36 @@ def test_the_last_checkpoint_is_drawn_and_nothing_written(run, tmp_path, monkeyp
     assert files_of(folder) == before
 
 
+def test_the_steps_of_runs_are_drawn_and_nothing_written(run, tmp_path, monkeypatch):
+    folder, _ = run
+    before = files_of(folder)
+
+    def gates_over_steps(config, images, steps):
+        assert config.attention == "cbam" and len(images.train_images) == 40
+        return {"stage1_block1/attention/channel_gate": np.ones((steps + 1, 3))}
+
+    monkeypatch.setattr(setup, "load", tiny_run.images)
+    monkeypatch.setattr(study, "gates_over_steps", gates_over_steps)
+    out = tmp_path / "out.png"
+    gates.main([str(folder), "--steps", "4", "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert files_of(folder) == before
+
+
 def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     folder, *_ = run
-    assert "`run` must be a workdir of train.cifar, got" in refused(gates, tmp_path)
+    says = "`runs` must be workdirs of train.cifar, got"
+    assert says in refused(gates, tmp_path)
+    says = "`runs` must be one workdir of train.cifar, or several with --steps, got"
+    assert f"{says} 0." in refused(gates)
+    assert f"{says} 2." in refused(gates, folder, folder)
+    assert "`steps` must be at least 1" in refused(gates, folder, "--steps", 0)
+    without = tmp_path / "without"
+    without.mkdir()
+    config = config_lib.resolve(Config())
+    workdir.write(without / workdir.RUN, workdir.describe(config, 1, 0, "an abacus"))
+    says = f"`runs` must have attention, got {without}, which has none."
+    assert says in refused(gates, folder, without, "--steps", 3)
     for images in (0, -3):
         says = f"`images` must be at least 1, got {images}."
         assert says in refused(gates, folder, "--images", images)
@@ -78,4 +105,4 @@ def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(setup, "load", tiny_run.images)
     assert "holds no checkpoint; train there first." in refused(gates, tmp_path)
     monkeypatch.setattr(study, "spatial_gates", lambda *_, count: (None, {}))
-    assert "`run` must have a spatial gate" in refused(gates, folder)
+    assert "`runs` must have a spatial gate" in refused(gates, folder)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from train import report
+from train.study.logs import labels_of
 
 PARTS = ("test", "training")
 LINE = {"train_loss": 1.0, "test_loss": 2.0}
@@ -18,13 +19,14 @@ def write(folder):
 
 def test_curves_show_every_run(tmp_path):
     runs = [write(tmp_path / name) for name in ("a/first", "b/second")]
-    figure = report.plot_curves({report.name_of(run): report.read(run) for run in runs})
+    lines = map(report.read, runs)
+    figure = report.plot_curves(dict(zip(labels_of(runs), lines, strict=True)))
     loss, accuracy = figure.axes
     labels = [line.get_label() for line in loss.lines]
     assert labels == [f"{n}, {p}" for n in ("first", "second") for p in PARTS]
     assert list(loss.lines[0].get_ydata()) == [2, 2]
     assert list(accuracy.lines[0].get_ydata()) == [25, 25]
-    assert report.name_of(runs[0] / "metrics.jsonl") == "first"
+    assert labels_of([runs[0] / "metrics.jsonl"]) == ["first"]
 
 
 def test_command(tmp_path, capsys):

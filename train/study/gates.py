@@ -4,6 +4,7 @@ jax is imported inside the functions, so that commands start fast.
 """
 
 import contextlib
+import itertools
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from flax import linen as nn
 
     from train.data.inputs import Inputs
+    from train.engine.config import Resolved
     from train.engine.progress import Run
     from train.engine.setup import Images
 
 SHOWN_IMAGES = 8
 SPATIAL_GATE = "spatial_gate"
+QUANTILES = (0.05, 0.5, 0.95)
 
 
 @cache
@@ -102,6 +105,71 @@ def grad_cam(
     read = jax.jit(partial(inspect.grad_cam, model, layer=layer))
     cam = read(devices.to_host(variables), normalized, label=labels)
     return np.asarray(cam[..., 0], np.float32)
+
+
+def gates_over_steps(
+    config: "Resolved", images: "Images", steps: int
+) -> dict[str, "np.ndarray"]:
+    """How far the gates are open before each of a run's first steps, and after them.
+
+    Trains the run again, which is deterministic, and writes nothing. The gates are
+    those of each stage's last block over a batch of test images, normalized as in
+    training, by the statistics of the batch.
+
+    Args:
+      config: of the run.
+      images: that it was trained on.
+      steps: how many steps; at most those of the run.
+
+    Returns:
+      By the path of a gate, such as ``stage1_block1/attention/spatial_gate``, its
+      ``QUANTILES``, ``(steps + 1, 3)`` float32; without attention there are none.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax.traverse_util import flatten_dict
+    from tqdm.auto import tqdm
+
+    from train.engine import devices, loop, setup
+    from train.engine.model import TrainState, variables_of
+
+    inputs = setup.make_inputs(config, images, devices.make_mesh(1))
+    with contextlib.closing(inputs):
+        training = loop.Training(config, inputs)
+        last = {
+            f"stage{i}_block{blocks}"
+            for i, blocks in enumerate(training.model.stages, 1)
+        }
+        shown, _ = _first_images(inputs, config.batch_size)
+
+        @jax.jit
+        def read(state: TrainState) -> dict[str, jax.Array]:
+            mutable = ["intermediates", "batch_stats"]
+            _, sown = state.apply_fn(
+                variables_of(state), shown, train=True, mutable=mutable
+            )
+            gates = flatten_dict(sown.get("intermediates", {}), sep="/")
+            return {
+                path: jnp.quantile(gate.astype(jnp.float32), jnp.array(QUANTILES))
+                for path, (gate,) in gates.items()
+                if path.split("/")[0] in last
+            }
+
+        batches = (
+            item
+            for epoch in range(1, config.epochs + 1)
+            for item in inputs.train_batches(epoch, 0, 1)
+        )
+        state = training.progress.state
+        rows = [read(state)]
+        steps = min(steps, training.total)
+        for item in tqdm(itertools.islice(batches, steps), total=steps, unit="step"):
+            state, _ = training.train_steps(
+                state, inputs.data, training.augment_key, item
+            )
+            rows.append(read(state))
+        return {path: np.stack([row[path] for row in rows]) for path in rows[0]}
 
 
 def _first_images(inputs: "Inputs", count: int) -> tuple["jax.Array", "jax.Array"]:

@@ -78,6 +78,13 @@ def name_of(attention: str, seed: int) -> str:
     return f"{attention}-seed{seed}"
 
 
+def labels_of(runs: Sequence[Path]) -> list[str]:
+    """The names of the runs' folders; if some are equal, the paths."""
+    folders = [run if run.is_dir() else run.parent for run in map(Path.resolve, runs)]
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one line of JSON for each."""
     return [json.loads(line) for line in path.read_text().splitlines()]

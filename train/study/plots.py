@@ -142,6 +142,43 @@ def plot_bands(
     return figure
 
 
+def plot_steps(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
+    """Draws how far gates are open over the first steps: a row for each run.
+
+    A column is a residual block, a line the median of one of its gates, in a band that
+    holds 90% of its values.
+
+    Args:
+      runs: by the name of a run, the result of ``gates.gates_over_steps``.
+    """
+    paths = [path.split("/") for run in runs.values() for path in run]
+    blocks = sorted({path[0] for path in paths})
+    kinds = sorted({path[-1] for path in paths})
+    figure = new_figure(2 + 3 * len(blocks), 0.6 + 2 * len(runs))
+    shared: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": True}
+    grid = figure.subplots(len(runs), len(blocks), **shared)
+    handles: dict[str, Any] = {}
+    for (name, run), row in zip(runs.items(), grid, strict=True):
+        row[0].set_ylabel(name)
+        for path, values in run.items():
+            block, *_, kind = path.split("/")
+            axis, color = row[blocks.index(block)], f"C{kinds.index(kind)}"
+            low, median, high = values.T
+            steps = np.arange(len(values))
+            (handles[kind],) = axis.plot(steps, median, color=color)
+            axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    for axis in grid.flat:
+        axis.grid(alpha=0.3)
+    for axis, block in zip(grid[0], blocks, strict=True):
+        axis.set_title(block)
+    for axis in grid[-1]:
+        axis.set_xlabel("step")
+    grid[0, 0].set_ylim(bottom=0)
+    kinds = [kind.replace("_", " ") for kind in handles]
+    figure.legend(handles.values(), kinds, loc="outside right center")
+    return figure
+
+
 def _label_epochs(axis: "Axes") -> None:
     """Integer ticks, also for a single epoch."""
     from matplotlib.ticker import MaxNLocator
