@@ -154,12 +154,12 @@ def plot_steps(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
     paths = [path.split("/") for run in runs.values() for path in run]
     blocks = sorted({path[0] for path in paths})
     kinds = sorted({path[-1] for path in paths})
-    figure = new_figure(2 + 3 * len(blocks), 0.6 + 2 * len(runs))
+    figure = new_figure(2 + 2.8 * len(blocks), 0.6 + 2 * len(runs))
     shared: dict[str, Any] = {"squeeze": False, "sharex": True, "sharey": True}
     grid = figure.subplots(len(runs), len(blocks), **shared)
     handles: dict[str, Any] = {}
     for (name, run), row in zip(runs.items(), grid, strict=True):
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(name, fontsize=8)
         for path, values in run.items():
             block, *_, kind = path.split("/")
             axis, color = row[blocks.index(block)], f"C{kinds.index(kind)}"
@@ -174,6 +174,7 @@ def plot_steps(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
     for axis in grid[-1]:
         axis.set_xlabel("step")
     grid[0, 0].set_ylim(bottom=0)
+    figure.supylabel("gate: median and 90% of its values", fontsize=9)
     kinds = [kind.replace("_", " ") for kind in handles]
     figure.legend(handles.values(), kinds, loc="outside right center")
     return figure
