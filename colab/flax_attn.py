@@ -68,8 +68,8 @@ if jax.default_backend() == "cpu":
         "TPU or GPU runtime, or train on the digits."
     )
 
-# %% ## Every block keeps the shape of its input [markdown]
-#
+# %% [markdown]
+# ## Every block keeps the shape of its input
 
 # %%
 x = jax.random.normal(jax.random.key(0), (8, 32, 32, 64))  # (batch, H, W, C)
@@ -80,8 +80,9 @@ for name in flax_attn.BLOCKS:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
     print(f"{name:13} {x.shape} -> {y.shape}  {parameters:5} parameters")
 
-# %% ## The same blocks for Flax NNX They have the same variables, so weights [markdown]
-# can be moved between the two APIs unchanged.
+# %% [markdown]
+# ## The same blocks for Flax NNX
+# They have the same variables, so weights can be moved between the two APIs unchanged.
 
 # %%
 from flax import nnx
@@ -118,18 +119,20 @@ import tarfile
 
 import numpy as np
 import pooch
+import requests
 from sklearn.datasets import load_digits
 
 TORONTO = "https://www.cs.toronto.edu/~kriz/"
-CIFAR = {  # Archive, its SHA-256, bytes before the pixels, classes.
+MIRROR = "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"
+CIFAR = {  # Addresses, the SHA-256, bytes before the pixels, classes.
     "cifar10": (
-        "cifar-10-binary.tar.gz",
+        [MIRROR + "cifar-10-binary.tar.gz", TORONTO + "cifar-10-binary.tar.gz"],
         "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         1,
         10,
     ),
     "cifar100": (
-        "cifar-100-binary.tar.gz",
+        [TORONTO + "cifar-100-binary.tar.gz"],
         "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         2,
         100,
@@ -147,10 +150,20 @@ def digits():
     return [(pixels[part], labels[part]) for part in parts], 10
 
 
+def download(addresses, sha256):
+    """From the first address that sends a file with this hash."""
+    for address in addresses:
+        try:
+            return pooch.retrieve(address, f"sha256:{sha256}", progressbar=True)
+        except (requests.RequestException, ValueError) as error:
+            print(f"{address}: {error}")
+    raise OSError("No address sent the archive.")
+
+
 def cifar(name):
     """Reads the binary files: label bytes, then the red, green and blue planes."""
-    archive, sha256, label_bytes, classes = CIFAR[name]
-    path = pooch.retrieve(TORONTO + archive, f"sha256:{sha256}", progressbar=True)
+    addresses, sha256, label_bytes, classes = CIFAR[name]
+    path = download(addresses, sha256)
     parts = {"train": [], "test": []}
     with tarfile.open(path) as tar:
         for file in sorted(n for n in tar.getnames() if n.endswith(".bin")):

@@ -64,5 +64,8 @@ def test_the_pair_is_in_step_and_has_no_outputs():
     notebook = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4)
     assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
     assert not any(cell.get("outputs") for cell in notebook.cells)
+    # A heading on the line of a cell's marker would be its title, and not shown.
+    assert all(cell.source for cell in notebook.cells)
+    assert not any("title" in cell.metadata for cell in notebook.cells)
     # No address of a repository: none is known to exist.
     assert not any("github" in cell.source for cell in notebook.cells)
