@@ -218,7 +218,7 @@ optimizer = optax.chain(
 )
 variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 state = jax.device_put((variables, optimizer.init(variables["params"])), whole)
-parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
+parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 print(f"ResNet-{depth}, attention {attention}, {parameters:,} parameters")
 print(f"batches of {batch_size} on {mesh.size} × {jax.default_backend()}")
 

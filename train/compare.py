@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _train(options: Options) -> bool:
     """Trains what is missing; returns whether the loss of every run stayed finite."""
-    # Only now, so that --help, a mistyped option and a report need no jax.
+    # Only now, so that --help and a mistyped option need no jax.
     from tqdm.auto import tqdm
 
     from train.engine import attention, interrupt, loop, setup

@@ -35,7 +35,7 @@ TRUE_CLASS = "Grad-CAM, true class"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Plot the spatial gates of a trained network next to test images."""
+    """Plot spatial gates over test images, or, with --steps, how far gates are open."""
 
     runs: Annotated[
         tuple[Path, ...],
@@ -66,7 +66,7 @@ def draw(options: Options) -> None:
     if limits is not None and not limits[0] < limits[1]:
         raise ValueError(
             f"`limits` must be two numbers, the lower one first, got {limits[0]} "
-            f"{limits[1]}; a sigmoid has 0 1."
+            f"{limits[1]}; for a sigmoid, pass 0 1."
         )
     if options.steps is not None:
         check_count("steps", options.steps)

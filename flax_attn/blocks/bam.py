@@ -36,8 +36,9 @@ class BAM(Attention, kw_only=True):
       spatial_reduce (1, 1, 64, 4)
 
     Maps ``(..., H, W, C)`` to the same shape. The gate, ``(..., H, W, C)``, is sown as
-    ``intermediates/element_gate``; the output is ``x * (1 + gate)``. Use it between the
-    stages of a network, not in residual branches.
+    ``intermediates/element_gate``; the output is ``x * (1 + gate)``, or ``x * gate``
+    with ``identity_init``. Use it between the stages of a network, not in residual
+    branches.
 
     All fields are keyword-only. In addition to those of ``Attention``:
 
@@ -80,7 +81,10 @@ class BAM(Attention, kw_only=True):
     use_bias: bool = True
 
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
-        """Returns the factor by which the block multiplies ``x``, ``1 + gate``."""
+        """Returns the factor by which the block multiplies ``x``.
+
+        It is ``1 + gate``, or with ``identity_init`` the gate.
+        """
         gate = self.element_gate(x, mask)
         return gate if self.identity_init else 1 + gate
 

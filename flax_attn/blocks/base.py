@@ -210,9 +210,9 @@ class Attention(nn.Module, kw_only=True):
         """Applies the module ``norm`` to ``x`` where ``mask`` is True."""
         if mask is None:
             return norm(x)
-        # What has nothing valid is normalized as it is, since the mean of nothing is
-        # NaN: with statistics of the batch the whole of it, else what the norm reduces,
-        # such as the channels of a padded position.
+        # Without any valid position the mask is ignored, since the mean of nothing is
+        # NaN: for the whole batch if the norm shares statistics over it, otherwise for
+        # each group that the norm reduces, such as the channels of a padded position.
         axes = getattr(norm, "reduction_axes", None) or self.spatial_axes
         shared = hasattr(norm, "use_running_average")
         valid = mask.any(None if shared else axes, keepdims=True)
@@ -221,9 +221,11 @@ class Attention(nn.Module, kw_only=True):
 
     def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
         if isinstance(norm, nn.Module) or not callable(norm):
+            names = (n for n in vars(self) if "norm" in n and getattr(self, n) is norm)
+            field = next(names, "norm")
             raise ValueError(
-                "`norm` must make a module, such as nn.BatchNorm or a "
-                f"functools.partial of it, got {norm!r}; pass "
+                f"`{field}` of {type(self).__name__} must make a module, such as "
+                f"nn.BatchNorm or a functools.partial of it, got {norm!r}; pass "
                 "partial(nn.BatchNorm, use_running_average=not train)."
             )
         if not (self.identity_init and is_last):
@@ -254,7 +256,7 @@ def _comparable(made: partial[Any]) -> partial[Any]:
     same = _Partial(made.func, *made.args, **made.keywords)
     try:
         hash(same)
-    except TypeError:  # An argument that is no value, such as an array.
+    except TypeError:  # An argument that is not hashable, such as an array.
         return made
     return same
 

@@ -42,7 +42,8 @@ class CBAM(Attention, kw_only=True):
         both halves (default: "both").
       spatial_kernel_size: k of the spatial convolution, any odd size (default: 7).
       excite: the channel half's ``"mlp"`` or ``"conv"`` (default: "mlp").
-      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
+      hidden_features: the hidden width itself, see ``SE.hidden_features`` (default:
+        None).
       kernel_size: of the channel convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor in the formula for that size, not 0 (default: 2).
       b: offset in the formula for that size (default: 1).

@@ -167,8 +167,9 @@ class ChannelAttention(ChannelBlock, kw_only=True):
       pool: ``"both"`` as in the paper, or ``"avg+max"``, which excites (mean + maximum)
         / 2 instead (default: "both").
       excite: ``"mlp"`` as in the paper or ``"conv"`` as in ECA (default: "mlp").
-      hidden_features: that width itself, see ``SE.hidden_features`` (default: None).
-      kernel_size: of the convolution, see ``ECA.kernel_size`` (default: None).
+      hidden_features: the hidden width itself, see ``SE.hidden_features`` (default:
+        None).
+      kernel_size: k of the convolution, see ``ECA.kernel_size`` (default: None).
       gamma: slope divisor in the formula for k, not 0 (default: 2).
       b: offset in the formula for k (default: 1).
       padding: of the convolution, see ``ECA.padding`` (default: "zeros").
@@ -254,7 +255,7 @@ def _squeeze_by(
 ) -> Array:
     where = {}
     if mask is not None:
-        # What has nothing valid is squeezed as it is, which is zero.
+        # A map without valid positions is squeezed as it is, all zeros.
         where["where"] = mask | ~mask.any(axes, keepdims=True)
     y = pool(functional.apply_mask(x, mask), axis=axes, keepdims=True, **where)
     expected = (*x.shape[: axes[0]], *(1 for _ in axes), x.shape[-1])

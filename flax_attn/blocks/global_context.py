@@ -140,7 +140,7 @@ class GlobalContext(Attention, kw_only=True):
 
 
 class _LayerNorm(nn.Module):
-    """In float32 or wider whatever its parameters, as strict promotion wants it."""
+    """LayerNorm in float32 or wider, with casts that strict promotion accepts."""
 
     epsilon: float
     param_dtype: Dtype

@@ -32,7 +32,7 @@ class LightCBAM(CBAM, kw_only=True):
     use ``gate``. For timm's widths, norm and initializers, see
     ``flax_attn.presets.timm_lcbam``.
 
-    References: Wightman. PyTorch Image Models, ``timm.layers.LightCbamModule``.
+    References: Wightman. PyTorch Image Models, ``timm.layers.cbam.LightCbamModule``.
     https://github.com/huggingface/pytorch-image-models, 2020.
     """
 

@@ -77,9 +77,10 @@ class scSE(sSE, kw_only=True):
     def multiplier(self, x: Array, mask: Array | None = None) -> Array:
         """Returns the factor by which the block multiplies ``x``, ``(..., H, W, C)``.
 
-        It is the sum of the gates. With ``combine="max"`` it is the larger gate where
-        ``x`` is positive and the smaller one where ``x`` is negative, so that its
-        product with ``x`` is the larger of the two products.
+        It is the sum of the gates, or with ``identity_init`` their mean. With
+        ``combine="max"`` it is the larger gate where ``x`` is positive and the smaller
+        one where ``x`` is negative, so that its product with ``x`` is the larger of the
+        two products.
         """
         x, channel, spatial = self._promoted(x, mask)
         if self.combine == "add":

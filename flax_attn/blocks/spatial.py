@@ -38,9 +38,9 @@ class SpatialAttention(Attention, kw_only=True):
         like Flax's norm layers, with ``mask=`` if the block gets a mask (default:
         None).
 
-    Deviations: the web article allows only the sizes 3, 5 and 7. timm stacks [mean,
-    max]. If elements tie for the maximum, the first one gets the gradient, as with
-    ``torch.max(x, dim)``; ``torch.amax`` splits it evenly.
+    Deviations: the article (see ``flax_attn.presets``) allows only the sizes 3, 5 and
+    7. timm stacks [mean, max]. If elements tie for the maximum, the first one gets the
+    gradient, as with ``torch.max(x, dim)``; ``torch.amax`` splits it evenly.
 
     References: Woo, Park, Lee, Kweon. CBAM: Convolutional Block Attention Module.
     https://arxiv.org/abs/1807.06521, 2018.

@@ -14,7 +14,7 @@ PREFIXES = ("module.", "_orig_mod.")
 def unwrap(label: str, state: Any) -> Any:
     """The weights in ``state``, which may be a checkpoint; prints what it unwraps.
 
-    A dict that holds arrays beside is returned as it is: they may be weights too.
+    A dict that also holds arrays is returned as it is: they may be weights too.
 
     Raises:
       ValueError: ``state`` holds two dicts that may be the weights.

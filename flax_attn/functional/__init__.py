@@ -13,8 +13,8 @@ the map, forward and backward, but supports only reverse mode: ``jax.jvp``,
 ``jax.jacfwd`` and ``jax.hessian`` need ``"plain"``. In both, the gradient of a maximum
 goes to the first maximal element, whose index is stored: see ``_maxima``.
 
-An invalid option raises ``ValueError``; arrays are checked only by the modules, with
-``checks``.
+An invalid ``pool``, ``padding`` or ``implementation`` raises ``ValueError``; arrays and
+``spatial_dims`` are checked only by the modules, with ``checks``.
 """
 
 import math
@@ -102,8 +102,8 @@ def _squeeze_spatial(
     implementation: Implementation,
 ) -> Array:
     if mask is not None:
-        # For a maximum the lowest number, which no valid one but infinity is below:
-        # infinity would be stored for the gradient.
+        # For a maximum, the lowest finite number, which only -infinity is below; an
+        # infinity here would be stored for the gradient.
         fill = 0 if pool == "avg" else jnp.finfo(x.dtype).min
         x = jnp.where(mask, x, jnp.asarray(fill, x.dtype))
     folded = _fold(x, spatial_dims)
@@ -155,8 +155,9 @@ def squeeze_spatial_by_both(
 def squeeze_channels(x: Array, *, implementation: Implementation = "fast") -> Array:
     """Reduces C by maximum and mean: ``(..., H, W, C)`` to ``(..., H, W, 2)``.
 
-    The order is ``[max, mean]``, as in the article and the official code (timm uses the
-    reverse). Computed and returned in float32 or wider.
+    The order is ``[max, mean]``, as in the official code and in the article that
+    ``flax_attn.presets`` names (timm uses the reverse). Computed and returned in
+    float32 or wider.
 
       >>> squeeze_channels(jnp.array([[[1.0, 2.0, 6.0]]])).tolist()
       [[[6.0, 3.0]]]
@@ -382,7 +383,7 @@ def reduced(dims: Sequence[Any], spatial_dims: int, fill: Any) -> list[Any]:
 
 
 def _over_valid(y: Array, mask: Array, pool: Pool, spatial_dims: int) -> Array:
-    """Corrects what was squeezed over a whole map, of which only ``mask`` counts."""
+    """Corrects a squeeze over the whole map, of which only ``mask`` counts."""
     axes = spatial_axes(spatial_dims)
     valid = mask.sum(axes, keepdims=True)
     if pool == "max":

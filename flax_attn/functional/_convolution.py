@@ -84,7 +84,7 @@ def _bwd_by_windows(
 ) -> tuple[Array, Array]:
     """With the taps along H in the windows of ``ct`` too, which both gradients share.
 
-    A CPU makes fewer passes so; a TPU would pad the windows to its tiles.
+    On CPU this takes fewer passes; a TPU would pad the windows to its tiles.
     """
     h, w, m = maps.shape[-3:]
     kh, kw, _, o = kernel.shape
@@ -154,7 +154,7 @@ CONVS: dict[int, Callable[..., Array]] = {1: _conv_1d, 2: conv, 3: _conv_3d}
 
 @jax.custom_batching.custom_vmap
 def _is_finite(*arrays: Array) -> Array:
-    """Whether all sums of ``arrays`` are; under ``vmap``, of all samples at once.
+    """Whether the sum of each array is finite; under ``vmap``, of all samples at once.
 
     A sum is finite only if each of its terms is.
     """

@@ -37,8 +37,8 @@ def decide(
 ) -> Array:
     """``function(*arrays)``, computed once, from one copy of the arrays.
 
-    ``otherwise`` is the same function in other operations, for arrays whose sum is NaN:
-    to the compiler, which of the two runs is open until the program does.
+    ``otherwise`` is the same function in other operations, for arrays whose sum is NaN,
+    so that the compiler cannot know which of the two will run.
     """
 
     @jax.custom_batching.custom_vmap
@@ -73,9 +73,10 @@ def squeezes_of(
 ) -> Callable[..., tuple[Array, ...]]:
     """Maps ``(..., H, W, C)`` to ``function``'s sum over ``axes`` and its maximum.
 
-    Both come in ``accumulator``, and ``axes`` stay with size 1. With ``with_index``,
-    the maximum's position follows, which counts rows of pixels, or channels. Under
-    ``vmap`` the new axis is one more leading axis: a branch must not become a select.
+    Both are in the dtype of ``accumulator``, and ``axes`` stay with size 1. With
+    ``with_index``, the position of the maximum follows: that of a pixel, counted row by
+    row, or of a channel. Under ``vmap`` the new axis is one more leading axis, since a
+    branch must not become a select.
     """
 
     @jax.custom_batching.custom_vmap
@@ -135,9 +136,10 @@ def _squeezes_by_branch(
 ) -> tuple[Array, ...]:
     """The sum, the maximum, then the first element equal to it, from stored maps.
 
-    ``function`` is a copy or one product: rounded alike wherever it is computed. XLA's
-    CPU backend is slow at a maximum of what it computes, loses NaN in one, and may not
-    compile a reduction of several arrays (jax 0.12.0.1: results of different layouts).
+    ``function`` is the identity or one product, which is rounded the same wherever it
+    is computed. XLA's CPU backend is slow at a maximum of values that it computes, may
+    lose NaN in it, and may fail to compile a reduction of several arrays (jax 0.12.0.1:
+    results of different layouts).
     """
     shape = jnp.broadcast_shapes(*(a.shape for a in maps))
     size = size_of(shape, axes)
@@ -209,7 +211,7 @@ def at_peak(shape: tuple[int, ...], axes: Axes, index: Array, ct: Array) -> Arra
 
 
 def found(index: Array, size: int, ct: Array) -> tuple[Array, Array]:
-    """``index`` and ``ct``; should an index be beyond the end, then one seen as NaN."""
+    """``index`` and ``ct``; for an index beyond the end, the last one, and NaN."""
     return jnp.minimum(index, size - 1), jnp.where(index < size, ct, jnp.nan)
 
 

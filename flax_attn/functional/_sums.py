@@ -19,8 +19,8 @@ Axes = tuple[int, ...]
 SPATIAL: Axes = (-3, -2)
 CHANNEL: Axes = (-1,)
 
-# Slices that a reduction is cut into on CPU. From 15 on, XLA no longer computes an
-# operand of theirs in the loop but stores it first.
+# Slices that a reduction is cut into on CPU. From 15 on, XLA stores their operand first
+# instead of computing it in the loop.
 SLICES = 8
 # Channels that a slice has at least: a loop over fewer is not vectorized.
 LANES = 8
@@ -28,7 +28,8 @@ LANES = 8
 CHAIN = 128
 # Elements of a sample below which XLA's CPU backend sums faster than a product.
 SMALL = 2**15
-# Whether XLA's CPU backend reduces a stored map fast; before, it takes ten copies.
+# Whether XLA's CPU backend reduces a stored map fast; older ones take as long as ten
+# copies.
 FAST_REDUCTIONS = jax.__version_info__ >= (0, 10, 2)
 
 
@@ -56,7 +57,7 @@ def sum_over(x: Array, axes: Axes) -> Array:
 def _sum_of_stored(x: Array) -> Array:
     """The sum over H and W of what lies in memory, which a product reads in place.
 
-    Equally spaced pixels are summed by a product, then, again so, what is left of them.
+    A product sums equally spaced pixels; the sums that it leaves are summed likewise.
     """
 
     def by_products(x: Array) -> Array:

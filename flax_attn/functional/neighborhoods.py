@@ -1,6 +1,7 @@
 """Means, convolutions and resizing around every position, as Gather-Excite has them.
 
-All map ``(..., H, W, C)``, or what ``spatial_dims`` says, channel by channel.
+All functions take maps ``(..., H, W, C)``, or other axes as ``spatial_dims`` says, and
+treat each channel on its own.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from flax_attn.functional._meshes import on_auto_axes
 def local_mean(
     x: Array, extent: int, *, mask: Array | None = None, spatial_dims: int = 2
 ) -> Array:
-    """Means of the valid positions nearer than ``extent`` to every such position.
+    """Means of valid positions less than ``extent`` away, at every ``extent``-th one.
 
     Returns ``(..., ceil(H / extent), ceil(W / extent), C)`` in float32 or wider, zero
     where no position is valid. What the mask excludes must be zero in ``x``.

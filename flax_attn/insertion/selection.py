@@ -61,7 +61,7 @@ def check_map(value: Any, site: str) -> None:
 
 
 def most_axes(tree: Any) -> int:
-    """The number of axes of the array in ``tree`` that has most."""
+    """The largest number of axes among the arrays in ``tree``."""
     return max((getattr(leaf, "ndim", 0) for leaf in jax.tree.leaves(tree)), default=0)
 
 

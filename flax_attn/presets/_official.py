@@ -44,7 +44,8 @@ def official_eca(widths: Mapping[int, int]) -> partial[ECA]:
       numbers of channels.
 
     Raises:
-      ValueError: there are no widths, or one is not odd.
+      ValueError: ``widths`` is not a dict or is empty, a number of channels is not
+        positive, or a kernel size is not odd.
     """
     if not isinstance(widths, Mapping):
         raise ValueError(
@@ -73,9 +74,9 @@ def _width_of(stages: tuple[tuple[int, int], ...], features: int) -> int:
     if features not in widths:
         raise ValueError(
             f"`x` must have {' or '.join(map(str, widths))} channels, for which this "
-            f"ECA-Net has fixed widths, got {features}; pass those of your network to "
+            f"ECA-Net has kernel sizes, got {features}; pass those of your network to "
             "`flax_attn.presets.official_eca`, or use `flax_attn.ECA`, which has a "
-            "width for any number."
+            "kernel size for any number."
         )
     return widths[features]
 

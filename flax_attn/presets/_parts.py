@@ -28,7 +28,7 @@ def batch_norm(*, train: bool, momentum: float) -> partial[nn.BatchNorm]:
         use_running_average=not train,
         momentum=momentum,
         epsilon=1e-5,
-        # As PyTorch: the logits are one channel, so a second pass costs nothing, and
-        # where they are nearly equal the difference of two squares is mostly rounding.
+        # As in PyTorch. For nearly equal values, the difference of two squares is
+        # mostly rounding, and a second pass over arrays this small costs little.
         use_fast_variance=False,
     )

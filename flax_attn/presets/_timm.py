@@ -56,7 +56,10 @@ timm_eca: partial[ECA] = documented(
         use_bias=False,
         kernel_init=TORCH_UNIFORM,
     ),
-    """timm's ``eca``, ``timm.layers.EcaModule``: width by the formula, at least 3.""",
+    """timm's ``eca``, ``timm.layers.EcaModule``.
+
+    The kernel size follows the formula, but is at least 3.
+    """,
 )
 
 timm_ceca: partial[ECA] = documented(
@@ -99,7 +102,7 @@ def _timm_coordinate_width(features: int) -> int:
 
 
 def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
-    """timm's ``coord``, ``timm.layers.CoordAttn``.
+    """timm's ``coord``, ``timm.layers.coord_attn.CoordAttn``.
 
     The hidden width is C / 24 rounded to a multiple of 8, at least 8; a BatchNorm
     follows the first layer, and no layer has a bias::
@@ -125,7 +128,7 @@ def timm_coordinate(*, train: bool) -> partial[CoordinateAttention]:
 
 
 def timm_cbam(*, train: bool) -> partial[CBAM]:
-    """timm's ``cbam``, ``timm.layers.CbamModule``.
+    """timm's ``cbam``, ``timm.layers.cbam.CbamModule``.
 
     The MLP has no biases, and a hidden width of C / 16 rounded to the nearest integer,
     at least 1. BatchNorm follows the 7x7 convolution, with momentum 0.9 (0.1 in

@@ -64,7 +64,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "act_layer": (None, "relu"),
     "norm_layer": (None, "batchnorm", "batchnorm2d"),
 }
-# These act on the start and in timm's training alone.
+# These affect only initialization and timm's training.
 _IGNORED = ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate")
 _ATTENTIONS: Mapping[str | None, Any] = {
     None: None,
@@ -79,10 +79,11 @@ _POOLINGS = {None: None, "": None, "avg": "mean", "blur": "blur"}
 
 
 def arguments_of(architecture: str) -> dict[str, Any]:
-    """The arguments that timm makes ``architecture`` from, as far as not the default.
+    """The arguments of timm's ``architecture`` that differ from the defaults.
 
-    As timm's, but ``block`` is its expansion, ``aa_layer`` is ``"avg"`` or ``"blur"``,
-    and ``rd_ratio``, which timm binds to the attention of ResNet-RS, is beside it.
+    As in timm, except that ``block`` is the block's expansion, ``aa_layer`` is
+    ``"avg"`` or ``"blur"``, and ``rd_ratio``, which timm binds to the attention of
+    ResNet-RS, is a separate entry of ``block_args``.
 
     Raises:
       ValueError: it is not one of timm's ResNets, or ``ResNet`` does not cover it.
@@ -199,7 +200,7 @@ def _attention(block_args: Mapping[str, Any]) -> Any:
     if "rd_ratio" not in block_args:
         return attention
     if (block_args["attn_layer"], block_args["rd_ratio"]) != ("se", 0.25):
-        raise _misfit("rd_ratio", "0.25, and of se", block_args["rd_ratio"])
+        raise _misfit("rd_ratio", "0.25 and used with se", block_args["rd_ratio"])
     return partial(attention, reduction=4)
 
 

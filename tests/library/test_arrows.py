@@ -1,4 +1,4 @@
-"""The rooms of the house: who may import whom, by the syntax trees of all modules."""
+"""The layers of the packages: which module may import which, by their syntax trees."""
 
 import ast
 import subprocess
@@ -32,7 +32,7 @@ FLOORS = (
     ("train.study",),
     ("train",),
 )
-# Within one floor: inspection and cost look at what insertion has put in, and it names
+# Within one floor: inspection looks at what insertion has put in, and it names
 # submodules in one way for both of Flax's APIs; a pretrained network has the attention
 # of a preset and converted weights.
 BESIDE = {
@@ -40,7 +40,6 @@ BESIDE = {
     ("flax_attn.resnet", "flax_attn.convert"),
     ("flax_attn.nnx", "flax_attn.insertion"),
     ("flax_attn.inspect", "flax_attn.insertion"),
-    ("flax_attn.cost", "flax_attn.insertion"),
 }
 
 

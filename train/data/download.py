@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 TIMEOUT_SECONDS = (10.0, 30.0)
-"""To connect, and of silence while the file comes."""
+"""To connect, and without any data during the download."""
 MIN_BYTES_PER_SECOND = 200_000
-"""An address that sends less is left while there is another one to try."""
+"""An address that sends less is dropped while there is another one to try."""
 WINDOW_SECONDS = 10.0
-"""Over which that is measured, again and again."""
+"""Length of each of the consecutive windows in which the speed is measured."""
 # So small that even a slow address completes several of them in a window.
 CHUNK_BYTES = 1 << 13
 

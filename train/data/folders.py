@@ -266,8 +266,8 @@ def evaluation_batches(
     is cropped. The last batch is padded with black images of weight 0, so that all
     batches have the same shape and all processes have the same number of batches.
 
-    The arguments are those of ``train_batches``, and so are the dicts, which also hold
-    ``"weight": (B,) float32``: 1 for an image, 0 for padding.
+    The arguments are those of ``train_batches`` without ``seed``. The dicts have the
+    same entries and ``"weight": (B,) float32``: 1 for an image, 0 for padding.
     """
     batches = -(-len(images.test) // batch_size)
     return _iterator(

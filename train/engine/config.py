@@ -44,7 +44,7 @@ class Config:
     """Attention block in every residual branch."""
     init: Literal["default", "identity"] = "default"
     """Initialization of the block: default, or identity, with which every gate is
-    initially 1, so that the network behaves as if it had no attention."""
+    initially 1, so that the network starts as if it had no attention."""
     preset: str | None = None
     """Published variant from flax_attn.presets, instead of --attention."""
     attention_lr_scale: float = 1.0
@@ -123,7 +123,7 @@ class Config:
 
     @property
     def block(self) -> str:
-        """The attention and its start in one name, such as ``se+identity``."""
+        """The name of the attention with its options, such as ``se+identity``."""
         return block_name(vars(self))
 
 

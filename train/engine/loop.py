@@ -62,7 +62,7 @@ def train(config: Config, images: Images, folder: Path | None = None) -> Run:
       ValueError: the configuration cannot be trained, or ``folder`` holds another run.
       CheckpointError: all checkpoints in the folder are damaged.
       FloatingPointError: the loss, a parameter or a batch statistic is not finite.
-      Interrupted: a signal stopped the run, whose state is saved.
+      Interrupted: a signal stopped the run; ``saved`` says whether it can be resumed.
     """
     config = validate(config)
     check_batch(config, images)

@@ -51,7 +51,7 @@ def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
 
 
 def make_schedule(config: Config, steps_per_epoch: int, total: int) -> optax.Schedule:
-    """A linear warm-up, then half a cosine down to 0 at step ``total``."""
+    """A linear warmup, then half a cosine down to 0 at step ``total``."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,

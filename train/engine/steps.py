@@ -36,7 +36,7 @@ class Metrics(NamedTuple):
 
 @contextlib.contextmanager
 def searching() -> Iterator[None]:
-    """Keeps on JAX's search for NaN and infinities, where JAX_DEBUG_NANS started it.
+    """Keeps JAX's search for NaN and infinities on, if JAX's debug flags are set.
 
     In jax 0.10 to 0.12 a context inside JAX, such as ``debug_nans(False)`` around a
     constant, otherwise ends it for the whole thread.

@@ -30,7 +30,7 @@ class Log:
 
     @property
     def attention(self) -> str:
-        """The block and its start, such as ``se+identity``."""
+        """The name of the attention with its options, such as ``se+identity``."""
         return config_lib.block_name(self.config)
 
     @property

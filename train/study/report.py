@@ -1,6 +1,7 @@
 """The report of ``train.compare`` from its logs: text, tables and figures.
 
-It needs jax only to decide whether a block without a gates picture should have one.
+It needs jax only for the pictures of gates, and to decide whether a block without one
+should have one.
 """
 
 import json

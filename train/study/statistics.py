@@ -15,8 +15,8 @@ NO_SPREAD = 1e-9
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of a mean by Student's t, or None without any spread.
 
-    That is for one value, and for equal ones, as accuracies over few test images may
-    be: an interval of width 0 would claim certainty.
+    That is, for a single value, and for equal ones, which accuracies over few test
+    images may be: an interval of width 0 would claim certainty.
     """
     if len(values) < 2 or max(values) - min(values) < NO_SPREAD:
         return None

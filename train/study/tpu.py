@@ -60,7 +60,7 @@ def open_topology(name: str) -> jax.Device:
 def compile_block(
     block: str, shape: Shape, dtype: str, contenders: Sequence[str], device: jax.Device
 ) -> Iterator[dict[str, Any]]:
-    """Compiles forward and forward + backward; bytes are in those of a copy.
+    """Compiles forward and forward + backward; bytes are relative to those of a copy.
 
     The gradient of the plain CBAM takes minutes at a batch of 128.
     """

@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 def by_hand(variables, x, labels, scale):
-    """In float64, equations 1 and 2 of the article."""
+    """In float64, equations 1 and 2 of the paper."""
     params = jax.tree.map(partial(np.asarray, dtype=np.float64), variables["params"])
     kernel, head = params["conv"]["kernel"][0, 0], params["head"]["kernel"]
     maps = np.asarray(x, np.float64) @ kernel + params["conv"]["bias"]
