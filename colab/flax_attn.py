@@ -99,15 +99,18 @@ print("largest difference from Linen:", abs(block(x) - same).max())
 # %% [markdown]
 # ## Train a ResNet with a block in every residual branch
 # The digits are 1,797 scanned digits that ship with scikit-learn; CIFAR is downloaded. By
-# default a gate is initially near 0.5; with `init = "identity"` it is initially 1. On the
-# digits, ResNet-8 with CBAM reached 97.4% after 15 epochs with default initialization and
-# 95.4% with identity initialization (two seeds each).
+# default a gate is initially near 0.5; with `init = "identity"` it is initially 1. Spatial
+# attention then needs a smaller learning rate than the network, or its gates may close in
+# the first steps. In `python -m train.compare --dataset digits --depth 8 --epochs 10`, four
+# seeds reached 97.8% on average with these settings, 95.3% with CBAM's default
+# initialization and the network's learning rate, and 96.5% without attention.
 
 # %%
 # @title What to train { display-mode: "form" }
 dataset = "digits"  # @param ["digits", "cifar10", "cifar100"]
 attention = "cbam"  # @param ["none", "se", "se-max", "eca", "ese", "channel", "channel-conv", "spatial", "cbam", "cbam-conv", "lcbam", "bam", "sse", "scse", "scse-max", "simam", "coordinate", "gc", "ge", "ge-plus"]
-init = "default"  # @param ["default", "identity"]
+init = "identity"  # @param ["identity", "default"]
+attention_lr_scale = 0.1  # @param {type:"number"}
 depth = 8  # @param [8, 20, 32, 44, 56] {type:"raw"}
 epochs = 10  # @param {type:"integer"}
 
@@ -216,6 +219,11 @@ optimizer = optax.chain(
     optax.add_decayed_weights(5e-4, mask=partial(jax.tree.map, lambda p: p.ndim > 1)),
     optax.sgd(schedule, momentum=0.9, nesterov=True),
 )
+if make_attention and attention_lr_scale != 1:
+    labels = flax_attn.parameter_labels(model, jnp.zeros((1, 32, 32, 3)))
+    is_attention = jax.tree.map(lambda label: label != "backbone", labels)
+    smaller = optax.masked(optax.scale(attention_lr_scale), is_attention)
+    optimizer = optax.chain(optimizer, smaller)
 variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 state = jax.device_put((variables, optimizer.init(variables["params"])), whole)
 parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
