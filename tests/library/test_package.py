@@ -16,6 +16,7 @@ MODULES = [
     value
     for name in flax_attn.__all__
     if inspect.isclass(value := getattr(flax_attn, name))
+    and issubclass(value, nn.Module)
 ]
 TAIL = ["dtype", "param_dtype", "precision", "kernel_init", "bias_init"]
 CBAM = (
