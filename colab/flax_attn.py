@@ -101,9 +101,9 @@ print("largest difference from Linen:", abs(block(x) - same).max())
 # The digits are 1,797 scanned digits that ship with scikit-learn; CIFAR is downloaded. By
 # default a gate is initially near 0.5; with `init = "identity"` it is initially 1. Spatial
 # attention then needs a smaller learning rate than the network, or its gates may close in
-# the first steps. In `python -m train.compare --dataset digits --depth 8 --epochs 10`, four
-# seeds reached 97.8% on average with these settings, 95.3% with CBAM's default
-# initialization and the network's learning rate, and 96.5% without attention.
+# the first steps. With `train.compare` in a checkout, ResNet-8 on the digits reached, after
+# 10 epochs and on average over four seeds, 97.8% with these settings, 95.3% with CBAM's
+# default initialization and the network's learning rate, and 96.5% without attention.
 
 # %%
 # @title What to train { display-mode: "form" }
@@ -206,10 +206,15 @@ wanted = 64 if dataset == "digits" else 128
 batch_size = max(1, wanted // mesh.size) * mesh.size
 steps = len(train_images) // batch_size
 
-make_attention = None
+make_attention, identity = None, False
 if attention != "none":
     make = flax_attn.BLOCKS[attention]
-    make_attention = partial(make, identity_init=init == "identity")
+    parameters = jax.eval_shape(
+        lambda: make().init(jax.random.key(0), jnp.zeros((1, 8, 8, 64)))
+    )
+    # SimAM and Gather-Excite have no parameters to initialize.
+    identity = init == "identity" and "params" in parameters
+    make_attention = partial(make, identity_init=identity)
 model = cifar_resnet(depth, num_classes=classes, attention=make_attention)
 
 schedule = optax.warmup_cosine_decay_schedule(
@@ -343,7 +348,7 @@ if attention != "none":
 display(inspect.plot(shown, gates, cams=cams))
 if gates:
     # With identity initialization, gates are within [0, 2].
-    most = 2 if init == "identity" else 1
+    most = 2 if identity else 1
     print(inspect.statistics({name: gate / most for name, gate in gates.items()}))
 else:
     print(f"`{attention}` has no spatial gate.")

@@ -78,7 +78,7 @@ def _resolve(options: Options) -> Options:
     """
     # Only now, so that --help and a mistyped option answer at once.
     from flax_attn.blocks import BLOCKS
-    from train.study import torch_blocks
+    from train.study import plots, torch_blocks
 
     for block in options.blocks:
         check_choice("blocks", block, BLOCKS)
@@ -88,6 +88,10 @@ def _resolve(options: Options) -> Options:
         if min(shape) < 1:
             raise ValueError(f"`shapes` must have axes of at least 1, got {shape}.")
     check_count("rounds", options.rounds)
+    if options.json:
+        plots.check_folder("json", options.json)
+    if options.plot:
+        plots.check_picture("plot", options.plot)
     other = "network" if options.network else "compile_for"
     if options.network or options.compile_for:
         if options.inside:

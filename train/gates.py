@@ -25,6 +25,7 @@ from train.engine.options import parse
 from train.engine.workdir import RUN
 from train.study import gates as study
 from train.study.logs import labels_of
+from train.study.plots import check_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +56,8 @@ class Options:
     """Gate values of the darkest and the lightest color; default: the minimum and the
     maximum of each block."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="COUNT")] = None
-    """Instead of images, plot how far all gates are open over this number of first
-    training steps, for which each run is trained again."""
+    """Instead of images, plot how far the gates of each stage's last block are open
+    over this number of first training steps, for which each run is trained again."""
 
 
 def draw(options: Options) -> None:
@@ -75,6 +76,7 @@ def draw(options: Options) -> None:
             "`runs` must be one workdir of train.cifar, or several with --steps, got "
             f"{len(options.runs)}."
         )
+    check_picture("out", options.out)
     configs = {run: read_config(run, options.data_dir) for run in options.runs}
     if options.steps is None:
         ((run, config),) = configs.items()
@@ -92,6 +94,7 @@ def images_of(run: Path, config: Resolved, options: Options) -> "Figure":
     from flax_attn.blocks import BLOCKS
     from train.engine import devices, saved, setup
 
+    setup.validate(config)
     inputs = setup.make_inputs(config, setup.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
         model, variables = saved.last_saved(config, inputs, run)
@@ -113,12 +116,17 @@ def steps_of(configs: Mapping[Path, Resolved], steps: int) -> "Figure":
     from train.study.plots import plot_steps
 
     for run, config in configs.items():
-        if config.block == "none":
-            raise ValueError(f"`runs` must have attention, got {run}, which has none.")
-    gates = [
-        study.gates_over_steps(config, setup.load(config), steps)
-        for config in configs.values()
-    ]
+        setup.validate(config)
+        if not study.gates_of(config.block):
+            raise ValueError(
+                f"`runs` must have gates, got {run} with attention {config.block}, "
+                "which has none; leave it out."
+            )
+    gates = []
+    for config in configs.values():
+        images = setup.load(config)
+        setup.check_batch(config, images)
+        gates.append(study.gates_over_steps(config, images, steps))
     return plot_steps(dict(zip(labels_of(list(configs)), gates, strict=True)))
 
 

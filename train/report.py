@@ -14,7 +14,7 @@ import tyro
 from train.engine.command import exit_codes
 from train.engine.workdir import METRICS
 from train.study.logs import labels_of, read_lines
-from train.study.plots import plot_curves
+from train.study.plots import check_picture, plot_curves
 
 DRAWN = {"epoch", "train_loss", "test_loss", "train_accuracy", "test_accuracy"}
 
@@ -60,6 +60,7 @@ def draw(
             "`runs` must be at least one workdir of train.cifar, got none; pass one, "
             "such as runs/first."
         )
+    check_picture("out", out)
     histories = dict(zip(labels_of(runs), map(read, runs), strict=True))
     plot_curves(histories).savefig(out, dpi=150)
     print(f"Wrote {out}.")

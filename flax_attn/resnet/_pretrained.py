@@ -15,7 +15,7 @@ from flax.typing import Dtype
 
 from flax_attn import convert
 from flax_attn.resnet._network import ResNet
-from flax_attn.resnet._timm import fields_of, group
+from flax_attn.resnet._timm import fields_of, group, is_count
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -264,7 +264,8 @@ def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     values = {name: given[name] for name in names if given.get(name) is not None}
     for name, value in values.items():
-        rule = _RULES[type(getattr(Preprocessing, name))]
+        kind = type(getattr(Preprocessing, name))
+        rule = _SIZE if name.endswith("input_size") else _RULES[kind]
         if not rule.accepts(value):
             raise ValueError(
                 f"`{name}` of timm must be {rule.text}, got {value!r}; correct it in "
@@ -286,10 +287,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_number, value))
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return is_list and all(map(_is_number, value))
 
 
-# Of each field of `Preprocessing`, by the type of its default.
+def _is_size(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) == 3
+    return is_list and all(map(is_count, value))
+
+
+_SIZE = _Rule("a list of channels, height and width", _is_size)
+# Of the other fields of `Preprocessing`, by the type of the default.
 _RULES = {
     tuple: _Rule("a list of numbers", _are_numbers),
     float: _Rule("a number", _is_number),

@@ -64,8 +64,11 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "act_layer": (None, "relu"),
     "norm_layer": (None, "batchnorm", "batchnorm2d"),
 }
-# These affect only initialization and timm's training.
-_IGNORED = ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate")
+# These affect only initialization and timm's loading and training.
+_IGNORED = (
+    *("pretrained_strict", "zero_init_last"),
+    *("drop_rate", "drop_path_rate", "drop_block_rate"),
+)
 _ATTENTIONS: Mapping[str | None, Any] = {
     None: None,
     "": None,
@@ -178,18 +181,19 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
     for name in ("channels", "layers"):
         values = arguments[name]
         is_list = isinstance(values, list | tuple)
-        if not is_list or not values or not all(map(_counts, values)):
+        if not is_list or not values or not all(map(is_count, values)):
             raise _misfit(name, "a list of integers of at least 1", values)
     for name, default in _DEFAULTS.items():
         value = arguments[name]
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise _misfit(name, "true or false", value)
-        elif isinstance(default, int) and not _counts(value):
+        elif isinstance(default, int) and not is_count(value):
             raise _misfit(name, "an integer of at least 1", value)
 
 
-def _counts(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is an integer of at least 1."""
     return type(value) is int and value >= 1
 
 
@@ -199,7 +203,7 @@ def _attention(block_args: Mapping[str, Any]) -> Any:
     attention = _chosen(block_args, "attn_layer", _ATTENTIONS)
     if "rd_ratio" not in block_args:
         return attention
-    if (block_args["attn_layer"], block_args["rd_ratio"]) != ("se", 0.25):
+    if (block_args.get("attn_layer"), block_args["rd_ratio"]) != ("se", 0.25):
         raise _misfit("rd_ratio", "0.25 and used with se", block_args["rd_ratio"])
     return partial(attention, reduction=4)
 

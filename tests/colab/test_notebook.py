@@ -4,8 +4,11 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import jupytext
 import nbformat
+import numpy as np
 from nbclient import NotebookClient
 
 import flax_attn
@@ -57,6 +60,22 @@ def test_the_form_offers_every_block():
     text = (COLAB / "flax_attn.py").read_text()
     (choices,) = re.findall(r"^attention = .*@param (\[.*\])$", text, re.MULTILINE)
     assert json.loads(choices) == ["none", *flax_attn.BLOCKS]
+
+
+def test_every_choice_of_the_form_makes_a_network():
+    cells = nbformat.read(COLAB / "flax_attn.ipynb", as_version=4).cells
+    (form,) = (cell.source for cell in cells if "attention = " in cell.source[:200])
+    (network,) = (cell.source for cell in cells if "make_attention, " in cell.source)
+    network = network[: network.index("variables = jax.jit(model.init)")]
+    for attention in ["none", *flax_attn.BLOCKS]:
+        for init in ("identity", "default"):
+            chosen = f'attention, init = "{attention}", "{init}"'
+            namespace = {"jax": jax, "np": np, "flax_attn": flax_attn, "classes": 10}
+            namespace["train_images"] = np.zeros((640, 32, 32, 3), np.uint8)
+            exec("\n".join((form, chosen, network)), namespace)
+            images = jnp.zeros((1, 32, 32, 3))
+            shapes = jax.eval_shape(namespace["model"].init, jax.random.key(0), images)
+            jax.eval_shape(namespace["optimizer"].init, shapes["params"])
 
 
 def test_the_pair_is_in_step_and_has_no_outputs():

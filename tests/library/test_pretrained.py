@@ -69,6 +69,9 @@ def test_the_configuration_may_be_one_dict(tmp_path):
         ("mean", "`pretrained_cfg` of timm must be an object"),
         ({"mean": 0.5}, "`mean` of timm must be a list of numbers, got 0.5"),
         ({"std": [0.5, "0.5", 0.5]}, "`std` of timm must be a list of numbers"),
+        ({"mean": []}, "`mean` of timm must be a list of numbers, got []"),
+        ({"input_size": [224, 224]}, "must be a list of channels, height and width"),
+        ({"input_size": [3, 224.0, 224]}, "`input_size` of timm must be a list of"),
         ({"crop_pct": "0.9"}, "`crop_pct` of timm must be a number, got '0.9'"),
         ({"interpolation": 3}, "`interpolation` of timm must be a string, got 3"),
     ],
@@ -254,6 +257,7 @@ def test_blocks_of_architectures():
         ("resnet18", {"channels": (8, 8, 8, 8)}, "each twice the last"),
         ("resnet18", {"block_args": {"attn_layer": "ge"}}, "'eca' or 'ceca' or 'cbam'"),
         ("resnet18", {"block_args": {"attn_kwargs": 1}}, "an `attn_layer` alone"),
+        ("resnet18", {"block_args": {"rd_ratio": 0.25}}, "`rd_ratio` .* used with se"),
         ("resnetrs50", {"aa_layer": "avg"}, "`replace_stem_pool` of timm"),
     ],
 )
@@ -263,7 +267,12 @@ def test_networks_that_are_not_covered(name, changed, message):
 
 
 def test_arguments_without_effect_and_attention_by_argument():
-    changed = {"drop_rate": 0.1, "global_pool": "avg", "in_chans": 1}
+    changed = {
+        "drop_rate": 0.1,
+        "pretrained_strict": True,
+        "global_pool": "avg",
+        "in_chans": 1,
+    }
     changed |= {"block_args": {"attn_layer": "ese"}}
     fields, channels = fields_of({"architecture": "resnet18", "model_args": changed})
     assert channels == 1

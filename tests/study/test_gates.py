@@ -79,6 +79,9 @@ def test_the_blocks_with_spatial_gates():
     expected = {"spatial", "cbam", "cbam-conv", "lcbam", "sse", "scse", "scse-max"}
     assert set(filter(study.has_spatial_gate, ATTENTIONS)) == expected
     assert not study.has_spatial_gate("a block of another version")
+    # The global context is added to the map.
+    assert {n for n in ATTENTIONS if not study.gates_of(n)} == {"none", "gc"}
+    assert study.gates_of("timm_cbam") == {"channel_gate", "spatial_gate"}
 
 
 def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatch):

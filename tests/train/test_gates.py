@@ -94,8 +94,13 @@ def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     without.mkdir()
     config = config_lib.resolve(Config())
     workdir.write(without / workdir.RUN, workdir.describe(config, 1, 0, "an abacus"))
-    says = f"`runs` must have attention, got {without}, which has none."
+    says = f"`runs` must have gates, got {without} with attention none, which has none"
     assert says in refused(gates, folder, without, "--steps", 3)
+    (without / workdir.RUN).write_text('{"config": {"attention": "nope"}}')
+    for options in ((), ("--steps", 3)):
+        assert "`attention` must be one of" in refused(gates, without, *options)
+    says = "`out` must be a picture"
+    assert says in refused(gates, folder, "--steps", 3, "--out", tmp_path / "a.b")
     for images in (0, -3):
         says = f"`images` must be at least 1, got {images}."
         assert says in refused(gates, folder, "--images", images)

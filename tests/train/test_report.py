@@ -64,5 +64,7 @@ def test_no_run_and_a_wrong_path(tmp_path, refused, monkeypatch):
 
 def test_a_picture_that_cannot_be_written(tmp_path, refused):
     run = write(tmp_path / "run")
-    assert "'nonsense'" in refused(report, run, "--out", tmp_path / "a.nonsense")
-    assert "No such file" in refused(report, run, "--out", tmp_path / "no" / "a.png")
+    says = f"`out` must be a picture, got {tmp_path / 'a.nonsense'}; end its name with"
+    assert says in refused(report, run, "--out", tmp_path / "a.nonsense")
+    says = "`out` must be in a folder that exists"
+    assert says in refused(report, run, "--out", tmp_path / "no" / "a.png")

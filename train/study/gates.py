@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from train.engine.setup import Images
 
 SHOWN_IMAGES = 8
-SPATIAL_GATE = "spatial_gate"
+GATE = "_gate"
+"""The end of a gate's name; what a block adds to the map is none."""
+SPATIAL_GATE = f"spatial{GATE}"
 QUANTILES = (0.05, 0.5, 0.95)
 
 
 @cache
-def has_spatial_gate(name: str) -> bool:
-    """Whether a block, named as ``Config.block`` does, sows a spatial gate."""
+def gates_of(name: str) -> frozenset[str]:
+    """The kinds of gates that a block, named as ``Config.block`` does, sows."""
     import jax
     import jax.numpy as jnp
+    from flax.traverse_util import flatten_dict
 
     from train.engine.attention import attention_fields, check_attention, make_attention
     from train.engine.config import Config
@@ -39,14 +42,19 @@ def has_spatial_gate(name: str) -> bool:
     try:
         check_attention(config)
     except ValueError:  # A block of another version.
-        return False
+        return frozenset()
     make = make_attention(config, train=False)
     if make is None:
-        return False
+        return frozenset()
     init = partial(make().init, mutable=True)
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 4, 16)))
-    paths, _ = jax.tree_util.tree_flatten_with_path(variables.get("intermediates", {}))
-    return any(jax.tree_util.DictKey(SPATIAL_GATE) in path for path, _ in paths)
+    sown = flatten_dict(variables.get("intermediates", {}))
+    return frozenset(path[-1] for path in sown if path[-1].endswith(GATE))
+
+
+def has_spatial_gate(name: str) -> bool:
+    """Whether a block, named as ``Config.block`` does, sows a spatial gate."""
+    return SPATIAL_GATE in gates_of(name)
 
 
 def spatial_gates(
@@ -110,7 +118,7 @@ def grad_cam(
 def gates_over_steps(
     config: "Resolved", images: "Images", steps: int
 ) -> dict[str, "np.ndarray"]:
-    """How far the gates are open before each of a run's first steps, and after them.
+    """How far gates are open before each of a run's first steps, and after the last.
 
     Trains the run again, which is deterministic, and writes nothing. The gates are
     those of each stage's last block over a batch of test images, normalized as in
@@ -141,7 +149,9 @@ def gates_over_steps(
             f"stage{i}_block{blocks}"
             for i, blocks in enumerate(training.model.stages, 1)
         }
-        shown, _ = _first_images(inputs, config.batch_size)
+        # A batch that is padded would have other statistics.
+        count = min(config.batch_size, inputs.test_size)
+        shown, _ = _first_images(inputs, count)
 
         @jax.jit
         def read(state: TrainState) -> dict[str, jax.Array]:
@@ -153,7 +163,7 @@ def gates_over_steps(
             return {
                 path: jnp.quantile(gate.astype(jnp.float32), jnp.array(QUANTILES))
                 for path, (gate,) in gates.items()
-                if path.split("/")[0] in last
+                if path.split("/")[0] in last and path.endswith(GATE)
             }
 
         batches = (

@@ -5,6 +5,7 @@ Pyplot would replace a notebook's backend. matplotlib is imported on first use.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,29 @@ WORST_LOSS = 10.0
 LEAST_EPOCHS = 3
 # Blocks differ in more than color, of which there are ten.
 MARKERS = "osD^vP*X<>"
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raises ``ValueError`` if the folder of ``path``, an option, does not exist."""
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"`{name}` must be in a folder that exists, got {path}; create "
+            f"{path.parent} first."
+        )
+
+
+def check_picture(name: str, path: Path) -> None:
+    """Raises ``ValueError`` unless ``path``, an option, can be written as a picture.
+
+    To call before anything is computed.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lower()[1:] not in known:
+        raise ValueError(
+            f"`{name}` must be a picture, got {path}; end its name with one of "
+            f"{', '.join(f'.{suffix}' for suffix in sorted(known))}."
+        )
+    check_folder(name, path)
 
 
 def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
