@@ -78,6 +78,11 @@ def draw(options: Options) -> None:
         )
     check_picture("out", options.out)
     configs = {run: read_config(run, options.data_dir) for run in options.runs}
+    # Only now, so that a mistyped path answers at once.
+    from train.engine import setup
+
+    for config in configs.values():
+        setup.validate(config)
     if options.steps is None:
         ((run, config),) = configs.items()
         figure = images_of(run, config, options)
@@ -89,12 +94,10 @@ def draw(options: Options) -> None:
 
 def images_of(run: Path, config: Resolved, options: Options) -> "Figure":
     """Test images beside the spatial gates and Grad-CAM of a run."""
-    # Only now, so that a mistyped path answers at once.
     from flax_attn import inspect
     from flax_attn.blocks import BLOCKS
     from train.engine import devices, saved, setup
 
-    setup.validate(config)
     inputs = setup.make_inputs(config, setup.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
         model, variables = saved.last_saved(config, inputs, run)
@@ -116,7 +119,6 @@ def steps_of(configs: Mapping[Path, Resolved], steps: int) -> "Figure":
     from train.study.plots import plot_steps
 
     for run, config in configs.items():
-        setup.validate(config)
         if not study.gates_of(config.block):
             raise ValueError(
                 f"`runs` must have gates, got {run} with attention {config.block}, "

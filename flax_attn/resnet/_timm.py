@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from flax_attn import presets
+from flax_attn.functional.checks import is_int
 from flax_attn.resnet._blocks import BasicBlock, BottleneckBlock
 from flax_attn.resnet._network import IMAGENET_STAGES
 
@@ -66,8 +67,11 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 # These affect only initialization and timm's loading and training.
 _IGNORED = (
-    *("pretrained_strict", "zero_init_last"),
-    *("drop_rate", "drop_path_rate", "drop_block_rate"),
+    "pretrained_strict",
+    "zero_init_last",
+    "drop_rate",
+    "drop_path_rate",
+    "drop_block_rate",
 )
 _ATTENTIONS: Mapping[str | None, Any] = {
     None: None,
@@ -194,7 +198,7 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
 
 def is_count(value: Any) -> bool:
     """Whether ``value`` is an integer of at least 1."""
-    return type(value) is int and value >= 1
+    return is_int(value) and value >= 1
 
 
 def _attention(block_args: Mapping[str, Any]) -> Any:

@@ -110,19 +110,20 @@ def test_gates_are_saved_once_and_only_where_there_are_some(tmp_path, monkeypatc
 def test_gates_over_steps_are_those_of_the_run(monkeypatch):
     """Before the first step those of its initial variables, at the end the trained."""
     monkeypatch.setattr(model, "cifar_resnet", tiny_run.network)
-    config = Config(attention="cbam", depth=8, batch_size=8, epochs=1, devices=1)
+    # Three steps, of batches that the test part does not fill.
+    config = Config(attention="cbam", depth=8, batch_size=24, epochs=3, devices=1)
     config, images = setup.validate(config), tiny_run.images()
     found = study.gates_over_steps(config, images, steps=100)
     assert {path: values.shape for path, values in found.items()} == {
-        f"stage1_block1/attention/{kind}/{kind}_gate": (6, 3)
+        f"stage1_block1/attention/{kind}/{kind}_gate": (4, 3)
         for kind in ("channel", "spatial")
     }
     trained = loop.train(config, images)
     inputs = setup.make_inputs(config, images, devices.make_mesh(1))
     item, _ = next(inputs.test_batches())
-    shown, _ = inputs.test_batch(inputs.test_data, item)
+    shown = inputs.test_batch(inputs.test_data, item)[0][: inputs.test_size]
     initial = loop.Training(config, inputs).progress.state
-    for step, variables in ((0, variables_of(initial)), (5, trained.variables)):
+    for step, variables in ((0, variables_of(initial)), (3, trained.variables)):
         _, sown = trained.model.apply(
             variables, shown, train=True, mutable=["intermediates", "batch_stats"]
         )
