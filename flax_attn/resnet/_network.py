@@ -62,7 +62,8 @@ class ResNet(nn.Module):
         W.
       block: ``BasicBlock``, ``BottleneckBlock``, or a ``functools.partial`` of one with
         further fields.
-      num_classes: number of logits.
+      num_classes: number of logits; 0 for a network without the head, which returns
+        the pooled features ``(N, C)``.
       width: filters of the first stage; each stage doubles them (default: 64).
       imagenet_stem: start with a 7x7 convolution with stride 2 and 3x3 max pooling with
         stride 2, instead of one 3x3 convolution (default: True).
@@ -101,15 +102,20 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:
         """Names the head, so that ``features`` does without its parameters."""
-        self.head = nn.Dense(self.num_classes, dtype=self.dtype)
+        if not checks.is_int(self.num_classes) or self.num_classes < 0:
+            raise ValueError(
+                "`num_classes` must be an integer of at least 0, got "
+                f"{self.num_classes!r}; 0 leaves out the head."
+            )
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, dtype=self.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the logits; ``train`` selects batch statistics for normalization."""
         x = self.features(images, train=train)[-1]
         # Summing thousands of half-precision values needs a float32 accumulator.
-        return self.head(
-            x.mean((-3, -2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        )
+        x = x.mean((-3, -2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return self.head(x) if self.num_classes else x.astype(self.dtype)
 
     @nn.compact
     def features(

@@ -192,8 +192,10 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
         if isinstance(default, bool):
             if not isinstance(value, bool):
                 raise _misfit(name, "true or false", value)
-        elif isinstance(default, int) and not is_count(value):
-            raise _misfit(name, "an integer of at least 1", value)
+        elif isinstance(default, int):
+            least = 0 if name == "num_classes" else 1
+            if not is_int(value) or value < least:
+                raise _misfit(name, f"an integer of at least {least}", value)
 
 
 def is_count(value: Any) -> bool:

@@ -121,6 +121,21 @@ def test_bfloat16(make, depth):
     assert dtypes == {jnp.dtype("float32")}
 
 
+def test_no_classes_leave_the_pooled_features():
+    model = cifar_resnet(8, num_classes=10, dtype=jnp.bfloat16)
+    x = normal((2, 16, 16, 3), 0)
+    variables = variables_for(model, x)
+    pooled = model.apply(variables, x, method="features")[-1].mean((1, 2))
+    del variables["params"]["head"]
+    headless = model.clone(num_classes=0)
+    y = headless.apply(variables, x)
+    assert y.shape == (2, 64) and y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, pooled)
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(
+        np.shape, variables_for(headless, x)
+    )
+
+
 def test_attention_stands_between_the_last_norm_and_the_addition():
     """With a gate of zero, only the shortcut is left."""
     zero = partial(flax_attn.SE, gate=jnp.zeros_like)
@@ -198,6 +213,11 @@ def test_features_inside_a_detector():
         ({"stem_pool": "sum"}, '`stem_pool` must be "max" or "mean"'),
         ({"stem_pool": "mean", "imagenet_stem": False}, "needs `imagenet_stem`"),
         ({"deep_stem": True, "imagenet_stem": False}, "`deep_stem` needs `imagenet_s"),
+        ({"num_classes": -1}, "`num_classes` must be an integer of at least 0, got -1"),
+        (
+            {"num_classes": "2"},
+            "`num_classes` must be an integer of at least 0, got '2'",
+        ),
         (
             {"block": partial(BasicBlock, anti_alias="max")},
             "`anti_alias` must be None, 'mean' or 'blur', got 'max'",
@@ -205,6 +225,6 @@ def test_features_inside_a_detector():
     ],
 )
 def test_fields_out_of_range(fields, message):
-    model = imagenet_resnet(18, width=8, num_classes=3, **fields)
+    model = imagenet_resnet(18, **{"width": 8, "num_classes": 3} | fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

@@ -34,7 +34,7 @@ NETWORKS = {
     "resnet50s": (64, SMALL | {"block_args": {"attn_layer": "ceca"}}),
     "wide_resnet50_2": (64, SMALL | {"in_chans": 1}),
     "resnetblur18": (49, SMALL | {"block_args": {"attn_layer": "ese"}}),
-    "resnetblur50d": (64, SMALL),
+    "resnetblur50d": (64, SMALL | {"num_classes": 0}),
     "resnetaa34d": (64, SMALL),
     "seresnextaa101d_32x8d": (64, SMALL),
 }
