@@ -96,7 +96,7 @@ class BAM(Attention, kw_only=True):
         rows = None if valid is None else valid.any(self.spatial_axes, keepdims=True)
         excite = normalized_mlp(self, x, mask)
         channel = channel_logits(self, x, mask, pools=("avg",), excite=excite)
-        channel = self.normalized(self.norm, channel, rows, name="channel_norm")
+        channel = self.normalized("norm", channel, rows, name="channel_norm")
         spatial = self._spatial_logits(x, valid)
         logits = channel + spatial if self.combine == "add" else channel * spatial
         gate = functional.apply_mask(self.gate_from(logits), valid)
@@ -117,10 +117,10 @@ class BAM(Attention, kw_only=True):
             # see.
             y = layer(name=name)(functional.apply_mask(y, mask))
             y = self.normalized(
-                self.hidden_norm, y, mask, name=f"{name}_norm", is_last=False
+                "hidden_norm", y, mask, name=f"{name}_norm", is_last=False
             )
             y = y if self.spatial_act is None else self.spatial_act(y)
         is_last = self.combine == "add"
         expand = self.make_layer(nn.Conv, is_last=is_last)
         y = expand(1, ones, name="spatial_expand")(y)
-        return self.normalized(self.norm, y, mask, name="spatial_norm", is_last=is_last)
+        return self.normalized("norm", y, mask, name="spatial_norm", is_last=is_last)

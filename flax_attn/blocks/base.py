@@ -190,20 +190,22 @@ class Attention(nn.Module, kw_only=True):
 
     def normalized(
         self,
-        norm: ModuleDef | None,
+        field: str,
         x: Array,
         mask: Array | None,
         *,
         name: str,
         is_last: bool = True,
     ) -> Array:
-        """Applies ``norm``, if any, to ``x`` over the positions where ``mask`` is True.
+        """Applies the norm in ``field``, if any, to ``x`` where ``mask`` is True.
 
         ``is_last``: its output is the logits, so with ``identity_init`` its scale and
         bias are initialized to zero.
         """
+        norm = getattr(self, field)
         if norm is None:
             return x
+        check_norm(field, norm)
         return self.over_valid(self._make_norm(norm, name, is_last), x, mask)
 
     def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
@@ -220,14 +222,6 @@ class Attention(nn.Module, kw_only=True):
         return norm(x, mask=jnp.broadcast_to(mask | ~valid, x.shape))
 
     def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
-        if isinstance(norm, nn.Module) or not callable(norm):
-            names = (n for n in vars(self) if "norm" in n and getattr(self, n) is norm)
-            field = next(names, "norm")
-            raise ValueError(
-                f"`{field}` of {type(self).__name__} must make a module, such as "
-                f"nn.BatchNorm or a functools.partial of it, got {norm!r}; pass "
-                "partial(nn.BatchNorm, use_running_average=not train)."
-            )
         if not (self.identity_init and is_last):
             return norm(name=name)
         try:
@@ -237,6 +231,16 @@ class Attention(nn.Module, kw_only=True):
         if not getattr(module, "use_scale", True):
             raise ValueError(_NO_SCALE.format(norm))
         return module
+
+
+def check_norm(field: str, norm: Any) -> None:
+    """Raises ``ValueError`` unless ``norm`` can be called to make a module."""
+    if isinstance(norm, nn.Module) or not callable(norm):
+        raise ValueError(
+            f"`{field}` must make a module, such as nn.BatchNorm or a "
+            f"functools.partial of it, got {norm!r}; pass partial(nn.BatchNorm, "
+            "use_running_average=not train)."
+        )
 
 
 class _Partial(partial[Any]):

@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, ModuleDef, Width
+from flax_attn.blocks.base import Attention, ModuleDef, Width, check_norm
 from flax_attn.blocks.channel import ChannelAttention, Pools
 from flax_attn.blocks.spatial import SpatialAttention
 from flax_attn.functional import Array, Excite, checks
@@ -82,8 +82,10 @@ class CBAM(Attention, kw_only=True):
     @nn.compact
     def _halves(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
         """``x`` times its channel gate, that gate, and the spatial gate."""
-        # Also checked here, so that the message has this block's field name.
+        # Also checked here, so that a message has this block's field name.
         checks.check_odd("spatial_kernel_size", self.spatial_kernel_size)
+        if self.spatial_norm is not None:
+            check_norm("spatial_norm", self.spatial_norm)
         channel = ChannelAttention(
             **self.shared_fields(ChannelAttention), name="channel"
         )

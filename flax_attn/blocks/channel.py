@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_attn import functional
-from flax_attn.blocks.base import Attention, Conv, ModuleDef, Width, width_of
+from flax_attn.blocks.base import (
+    Attention,
+    Conv,
+    ModuleDef,
+    Width,
+    check_norm,
+    width_of,
+)
 from flax_attn.functional import Array, Excite, Padding, checks
 
 PoolDef = Literal["avg", "max", "avg+max"] | Callable[..., Array]
@@ -317,6 +324,7 @@ def normalized_mlp(
         return mlp
     x, valid = module.validated(x, mask)
     rows = None if valid is None else valid.any(module.spatial_axes, keepdims=True)
+    check_norm("hidden_norm", module.hidden_norm)
     norm = module._make_norm(module.hidden_norm, "reduce_norm", is_last=False)
 
     def act(s: Array) -> Array:

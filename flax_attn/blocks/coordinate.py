@@ -109,7 +109,7 @@ class CoordinateAttention(Attention, kw_only=True):
             return jnp.concatenate(list(whole), first)
 
         joined = self.normalized(
-            self.hidden_norm,
+            "hidden_norm",
             join(hiddens),
             join(valid) if valid else None,
             name="hidden_norm",

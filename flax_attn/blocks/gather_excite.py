@@ -137,7 +137,7 @@ class GatherExcite(Attention, kw_only=True):
             if mask is not None:
                 mask = neighborhoods.every_second(mask, self.spatial_dims)
             x = self.normalized(
-                self.hidden_norm, x, mask, name=f"gather{i}_norm", is_last=is_last
+                "hidden_norm", x, mask, name=f"gather{i}_norm", is_last=is_last
             )
             x = x if i == count else self.act(x)
         return x

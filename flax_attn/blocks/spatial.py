@@ -78,7 +78,7 @@ class SpatialAttention(Attention, kw_only=True):
             name="conv",
         )(maps)
         mask = checks.check_mask(mask, maps)
-        logits = self.normalized(self.norm, logits, mask, name="norm")
+        logits = self.normalized("norm", logits, mask, name="norm")
         gate = functional.apply_mask(self.gate_from(logits), mask)
         self.sow("intermediates", "spatial_gate", gate)
         return gate

@@ -212,11 +212,11 @@ def test_initializers_and_their_dtype():
         # Functions by name, and modules made already.
         (CBAM(gate="sigmoid"), "`gate` must"),
         (CBAM(act="relu"), "`act` must"),
-        (CBAM(spatial_norm=nn.BatchNorm(True)), "`norm` of SpatialAttention must"),
-        (
-            CoordinateAttention(hidden_norm="bn"),
-            "`hidden_norm` of .* must make a module",
-        ),
+        (CBAM(spatial_norm=nn.BatchNorm(True)), "`spatial_norm` must make"),
+        (SpatialAttention(norm=nn.BatchNorm(True)), "`norm` must make a module"),
+        (BAM(hidden_norm="bn"), "`hidden_norm` must make a module"),
+        (SE(hidden_norm=0), "`hidden_norm` must make a module"),
+        (CoordinateAttention(hidden_norm="bn"), "`hidden_norm` must make a module"),
         (SimAM(lam=0), "`lam` must be a positive number, got 0"),
         (SimAM(lam="1e-4"), "`lam` must be a positive number, got '1e-4'"),
         (SimAM(ddof=2), "`ddof` must be 0 or 1, got 2"),
