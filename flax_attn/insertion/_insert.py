@@ -1,7 +1,7 @@
 """``insert``: its arguments, and what runs after the submodules that it selects."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -235,7 +235,7 @@ class _Insertion(Hook):
 
         with intercepting(watcher), recorded_once(model):
             result = call()
-        if not selected and not self.may_meet_no_site(model):
+        if not selected and not self.may_meet_no_site(model, seen):
             raise ValueError(
                 "`where` must select a submodule that "
                 f"{type(innermost(model)).__name__}.{method} calls, got "
@@ -244,12 +244,13 @@ class _Insertion(Hook):
             )
         return result
 
-    def may_meet_no_site(self, model: nn.Module) -> bool:
-        """Whether a call without a site is valid.
+    def may_meet_no_site(self, model: nn.Module, seen: Iterable[str]) -> bool:
+        """Whether a call without a site is valid that called the submodules ``seen``.
 
         A program that nn.jit compiled runs without calls, and a method may use a part
         of the model without sites. The variables decide where they can, as this object
-        may be new and its history empty.
+        may be new and its history empty: there is attention after a submodule that was
+        not called.
         """
         if self.ran_without_params:
             return True
@@ -260,7 +261,13 @@ class _Insertion(Hook):
             return any(
                 path[: len(site)] == site for path in paths for site in self.found
             )
-        return any(self.name in path for path in paths)
+        owners = {
+            "/".join(path[:i])
+            for path in paths
+            for i, name in enumerate(path)
+            if i > 0 and name == self.name
+        }
+        return not owners <= set(seen)
 
     def attend(self, module: nn.Module, path: str, y: Any, axes: int) -> Any:
         """Returns ``y``, the output of ``module``, after an attention of its own.

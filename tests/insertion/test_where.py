@@ -197,6 +197,31 @@ def test_a_name_of_the_model_does_not_hide_that_nothing_is_selected():
         jax.eval_shape(model.init, KEY, X)
 
 
+class Auxiliary(nn.Module):
+    """A head that only training calls."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        y = nn.Conv(4, (1, 1), name="body")(x)
+        return y, nn.Conv(4, (1, 1), name="head")(y) if train else None
+
+
+@pytest.mark.parametrize("wrong", ["bdoy", nn.Dense, lambda module, path: False])
+def test_attention_after_a_called_submodule_is_not_dropped_in_silence(wrong):
+    trained = variables_for(flax_attn.insert(Auxiliary(), SE(), nn.Conv), X)
+    with pytest.raises(ValueError, match="selects none of"):
+        flax_attn.insert(Auxiliary(), SE(), wrong).apply(trained, X)
+
+
+def test_attention_after_a_submodule_that_is_not_called_is_no_error():
+    trained = variables_for(flax_attn.insert(Auxiliary(), SE(), "head"), X)
+    attentive = flax_attn.insert(Auxiliary(), SE(), "head")
+    y, none = attentive.apply(trained, X, train=False)
+    expected, _ = Auxiliary().apply(trained, X, train=False)
+    np.testing.assert_array_equal(y, expected)
+    assert none is None
+
+
 class Result(NamedTuple):
     features: jax.Array
     extra: jax.Array
