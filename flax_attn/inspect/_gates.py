@@ -59,24 +59,26 @@ def attention_maps(
         )
     # Gates of an earlier call among the variables would come before those of this one.
     known = {name: value for name, value in variables.items() if name != COLLECTION}
-    made: set[str] = set()
-    lost: set[str] = set()
+    # Dicts for the order: transformations return their collections sorted.
+    made: dict[str, None] = {}
+    lost: dict[str, None] = {}
 
     def watcher(call: Call, run: Callable[[], Any]) -> Any:
         if call.gate is not None:
             path = "/".join((*call.path, call.gate))
             stored = call.module.is_mutable_collection(COLLECTION)
-            (made if stored else lost).add(path)
+            (made if stored else lost)[path] = None
         return run()
 
     watched = watch(model, watcher)
     _, state = watched.apply(known, x, *args, mutable=[COLLECTION], **kwargs)
+    sown = flatten_dict(state.get(COLLECTION, {}), sep="/")
     gates = {
-        path if len(values) == 1 else f"{path}/{i}": gate
-        for path, values in flatten_dict(state.get(COLLECTION, {}), sep="/").items()
-        if path in made
-        for i, gate in enumerate(values)
+        path if len(sown[path]) == 1 else f"{path}/{i}": gate
+        for path in made
+        for i, gate in enumerate(sown.get(path, ()))
     }
+    lost |= {path: None for path in made if path not in sown}
     if not gates or lost:
         got = f"no gate at {', '.join(sorted(lost))}" if lost else "no gate"
         raise ValueError(

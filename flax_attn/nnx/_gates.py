@@ -35,7 +35,8 @@ def attention_maps(
       **kwargs: its keyword arguments.
 
     Returns:
-      A dict from path to gate, as for ``flax_attn.inspect.attention_maps``.
+      A dict from path to gate, as for ``flax_attn.inspect.attention_maps``, but in the
+      order of the paths.
 
     Raises:
       ValueError: no block is called.

@@ -1,7 +1,7 @@
 """Attention in an NNX model that somebody else wrote, without changing its code."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from flax_attn.insertion import Site, Sites
 from flax_attn.insertion.selection import (
     check_batch_axis,
     check_map,
+    described,
     listed,
     most_axes,
     selector,
@@ -75,10 +76,14 @@ def insert(
 
     Raises:
       ValueError: an argument is out of range, ``where`` selects no submodule that is
-        called, or a selected submodule returns no map with at least 3 axes, is inside
-        ``nnx.scan`` or ``nnx.vmap``, or already has ``name``. The model is then not
-        changed.
+        called, a selected submodule returns no map with at least 3 axes, is inside
+        ``nnx.scan`` or ``nnx.vmap``, or already has ``name``, or ``attention`` changes
+        the shape. The model is then not changed.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"`model` must be an NNX module, got {model!r}; pass e.g. Model(rngs)."
+        )
     if init not in (None, "identity"):
         raise ValueError(f"`init` must be 'identity' or None, got {init!r}.")
     if not isinstance(name, str) or not name.isidentifier():
@@ -107,16 +112,48 @@ def insert(
                 f"`name` must be unused in {site}, which already has {name!r}; pass "
                 "another name."
             )
-        block = attention(y.shape[-1], rngs=rngs, **fields)
+        block = _made(attention, y.shape[-1], rngs=rngs, **fields)
         dims = block.linen.spatial_dims if isinstance(block, Attention) else None
         check_batch_axis(dims, y.shape, axes, site)
         size = sum(a.size for a in jax.tree.leaves(nnx.state(block, nnx.Param)))
         made[path] = block, Site(joined(path), type(module).__name__, y.shape, size)
-    for path, (block, _) in made.items():
-        module = inside[path]
-        setattr(module, name, block)
-        become(module, _attended(type(module), name))
+    blocks = {path: block for path, (block, _) in made.items()}
+    probe = nnx.clone(model)
+    _attach(modules(probe), nnx.clone(blocks), name)
+    try:
+        _trace(probe, args, kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"`attention` cannot run after {listed(map(joined, blocks))} "
+            f"({type(error).__name__}: {error}); inside nnx.scan and nnx.vmap, add the "
+            "block in the model's code."
+        ) from error
+    _attach(inside, blocks, name)
     return Sites(site for _, site in made.values())
+
+
+def _attach(inside: Any, blocks: Mapping[Place, nnx.Module], name: str) -> None:
+    for path, block in blocks.items():
+        kind: Any = type(inside[path])
+        setattr(inside[path], name, block)
+        become(inside[path], _attended(kind, name))
+
+
+def _made(attention: Any, features: int, **fields: Any) -> nnx.Module:
+    try:
+        block = attention(features, **fields)
+    except TypeError as error:
+        names = ", ".join(f"{field}=..." for field in fields)
+        raise ValueError(
+            f"`attention` must be callable as attention({features}, {names}), got "
+            f"{attention!r}, which raises {error}; pass e.g. flax_attn.nnx.SE."
+        ) from error
+    if not isinstance(block, nnx.Module):
+        raise ValueError(
+            f"`attention` must return an NNX module, got {attention!r}, which returns "
+            f"{block!r}; pass e.g. flax_attn.nnx.SE."
+        )
+    return block
 
 
 def attention_params(model: nnx.Module) -> Any:
@@ -182,14 +219,19 @@ def _outputs(model: nnx.Module, chosen: set[Place], args: Any, kwargs: Any) -> A
     for path, module in modules(probe).items():
         if path in chosen:
             become(module, _recording(type(module), path, _shapes(module), outputs))
+    _trace(probe, args, kwargs)
+    return outputs
+
+
+def _trace(model: nnx.Module, args: Any, kwargs: Any) -> None:
+    """Calls ``model`` without computing anything."""
     arrays, arguments = separate_arrays(args, kwargs)
 
     def call(model: Any, arrays: list[Any]) -> Any:
         args, kwargs = arguments(arrays)
         return model(*args, **kwargs)
 
-    nnx.eval_shape(call, probe, arrays)
-    return outputs
+    nnx.eval_shape(call, model, arrays)
 
 
 def _recording(
@@ -220,10 +262,9 @@ def _attended(kind: Any, name: str) -> type:
 
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         y = kind.__call__(self, *args, **kwargs)
-        block = getattr(self, name)
         if not isinstance(y, tuple):
-            return block(y).astype(y.dtype)
-        first = block(y[0]).astype(y[0].dtype)
+            return _attend(getattr(self, name), y)
+        first = _attend(getattr(self, name), y[0])
         make = type(y)._make if hasattr(y, "_make") else type(y)
         return make((first, *y[1:]))
 
@@ -232,8 +273,9 @@ def _attended(kind: Any, name: str) -> type:
     # one class in a model inherits from another.
     methods = {
         method: function
-        for method, function in inspect.getmembers(kind, inspect.isfunction)
+        for method in dir(kind)
         if not method.startswith("_")
+        and inspect.isfunction(function := inspect.getattr_static(kind, method))
     }
     members = {
         "__call__": call,
@@ -242,6 +284,16 @@ def _attended(kind: Any, name: str) -> type:
         "_attention_names": names,
     }
     return type(kind.__name__, (kind,), methods | members)
+
+
+def _attend(block: Any, y: Any) -> Any:
+    out = block(y)
+    if getattr(out, "shape", None) != y.shape:
+        raise ValueError(
+            f"`attention` must keep the shape {y.shape} of its input, but "
+            f"{type(block).__name__} returns {described(out)}."
+        )
+    return out.astype(y.dtype)
 
 
 def _shapes(module: nnx.Module) -> list[tuple[int, ...]]:

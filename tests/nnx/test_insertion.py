@@ -160,6 +160,10 @@ class Scanned(nnx.Module):
         return scan(self.layers, x)
 
 
+def narrow(features, *, rngs):
+    return nnx.Conv(features, 1, (1, 1), rngs=rngs)
+
+
 @pytest.mark.parametrize(
     ("where", "fields", "message"),
     [
@@ -170,6 +174,9 @@ class Scanned(nnx.Module):
         (nnx.Conv, {"init": "zeros"}, "`init` must be 'identity' or None"),
         (nnx.Conv, {"name": "a/b"}, "`name` must be the name of an attribute"),
         (Stage, {"name": "conv"}, "`name` must be unused in stage1"),
+        (Stage, {"attention": narrow}, "stage1, stage2 .* must keep the shape"),
+        (Stage, {"attention": flax_attn.SE}, "`attention` must be callable as"),
+        (Stage, {"attention": lambda *_, **__: 1}, "`attention` must return an NNX"),
     ],
 )
 def test_errors_leave_the_model_alone(where, fields, message):
@@ -186,6 +193,59 @@ def test_stacked_layers_are_refused():
         insert(model, nnx.Conv)
     with pytest.raises(ValueError, match="`model` must contain attention"):
         flax_attn.nnx.attention_params(model)
+
+
+class Activated(Scanned):
+    """Stacked layers with a submodule of which nothing is stacked."""
+
+    class Activation(nnx.Module):
+        def __call__(self, x):
+            return nnx.relu(x)
+
+    class Layer(nnx.Module):
+        def __init__(self, *, rngs):
+            self.conv = nnx.Conv(3, 3, (3, 3), rngs=rngs)
+            self.act = Activated.Activation()
+
+        def __call__(self, x):
+            return self.act(self.conv(x))
+
+    def __init__(self, *, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make(rngs):
+            return self.Layer(rngs=rngs)
+
+        self.layers = make(rngs)
+
+
+def test_a_submodule_without_parameters_in_stacked_layers_is_refused():
+    model = Activated(rngs=nnx.Rngs(0))
+    expected = model(X)
+    with pytest.raises(ValueError, match="after layers/act .* nnx.scan and nnx.vmap"):
+        insert(model, "layers/act")
+    np.testing.assert_array_equal(model(X), expected)
+
+
+def test_a_model_class_is_refused():
+    with pytest.raises(ValueError, match="`model` must be an NNX module"):
+        insert(Model, "stage1")
+
+
+class Static(Stage):
+    @staticmethod
+    def scaled(x):
+        return 2 * x
+
+    def __call__(self, x):
+        return self.scaled(super().__call__(x))
+
+
+def test_static_methods_stay_static():
+    model = nnx.Sequential(Static(3, 8, rngs=nnx.Rngs(0)))
+    expected = model(X)
+    insert(model, Static, init="identity")
+    np.testing.assert_array_equal(model(X), expected)
 
 
 class Tokens(nnx.Module):

@@ -47,13 +47,23 @@ def test_every_gate_of_both_families_by_path(family, sides, block):
         assert gate.shape == (channels if "channel_gate" in path else map_of_gate)
 
 
+class Backwards(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return flax_attn.ECA(name="a")(flax_attn.SE(name="b")(x))
+
+
 def test_the_order_is_that_of_the_calls():
     """And not that of the names, in which 10 comes before 2."""
     x = normal((2, 4, 4, 8), 1)
-    model = nn.Sequential([flax_attn.CBAM(reduction=4) for _ in range(11)])
+    layers = [lambda x: x] * 12
+    layers[2], layers[10] = Backwards(), nn.remat(Backwards)()
+    layers[11] = nn.jit(Backwards)()
+    model = nn.Sequential(layers)
     variables = variables_for(model, x)
     gates = attention_maps(model, variables, x)
-    assert list(gates) == [f"layers_{i}/{path}" for i in range(11) for path in ATTEND]
+    paths = [f"layers_{i}/{name}/channel_gate" for i in (2, 10, 11) for name in "ba"]
+    assert list(gates) == paths
     product = x
     for gate in gates.values():
         product = product * gate
@@ -171,6 +181,22 @@ class Two(nn.Module):
     def __call__(self, x):
         x = flax_attn.CBAM(reduction=4, name="kept")(x)
         return JitLayers(self.axes, name="layers")(x)
+
+
+class Nested(nn.Module):
+    """Applies a block by itself, whose gates the model does not return."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = flax_attn.SE(reduction=4)(x)
+        return flax_attn.SimAM(parent=None).apply({}, x, mutable=["intermediates"])[0]
+
+
+def test_a_gate_of_a_nested_apply_is_named():
+    x = normal((2, 4, 4, 8), 1)
+    variables = variables_for(Nested(), x)
+    with pytest.raises(ValueError, match="got no gate at element_gate from Nested"):
+        attention_maps(Nested(), variables, x)
 
 
 def test_a_lost_gate_beside_others_is_named():
