@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from flax_attn.blocks import ChannelsFirst
 from flax_attn.functional import Array
 from flax_attn.insertion import Call, watch
 from flax_attn.insertion.selection import is_map, listed
@@ -54,7 +55,8 @@ def grad_cam(
       x: its input, such as images ``(N, H, W, 3)``.
       layer: path of a submodule whose output is a map ``(..., h, w, C)``, names joined
         by slashes as in ``attention_maps``; usually the last one. Attention inserted
-        after it by ``insert`` counts as part of it.
+        after it by ``insert`` counts as part of it. Of a ``ChannelsFirst`` it is the
+        module inside.
       label: the class, from 0 to K - 1: an integer, or an integer array ``(...)``, one
         for each input. Not checked if it is traced.
       *args: further arguments of the call.
@@ -79,14 +81,22 @@ def grad_cam(
             "updated; call model.apply for other collections."
         )
     called: dict[str, list[Any]] = {}
+    running: set[str] = set()
     lost = False
 
     def watcher(call: Call, run: Callable[[], Any]) -> Any:
         nonlocal lost
-        y = run()
-        if call.method != "__call__":
-            return y
         path = "/".join(call.path)
+        # A module that calls super().__call__ is called once; what ChannelsFirst
+        # returns is no map (..., h, w, C), but the module inside returns one.
+        inside = path in running or isinstance(call.module, ChannelsFirst)
+        if call.method != "__call__" or inside:
+            return run()
+        running.add(path)
+        try:
+            y = run()
+        finally:
+            running.discard(path)
         called.setdefault(path, []).append(y)
         if path != layer or not is_map(y):
             return y

@@ -82,6 +82,38 @@ def test_half_precision_is_averaged_in_single():
     assert cam.dtype == jnp.float32
 
 
+class Squashed(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tanh(super().__call__(x))
+
+
+def test_modules_at_one_path_are_one_layer():
+    """A subclass that calls its base, and a block inside ``ChannelsFirst``."""
+
+    class Model(nn.Module):
+        channels_first: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = Squashed(4, name="squashed")(x)
+            block = flax_attn.SE(reduction=2, name="attention")
+            if self.channels_first:
+                x = flax_attn.ChannelsFirst(block)(jnp.moveaxis(x, -1, 1))
+                x = jnp.moveaxis(x, 1, -1)
+            else:
+                x = block(x)
+            return nn.Dense(3, name="head")(jnp.tanh(x).mean((1, 2)))
+
+    x = normal((1, 5, 3, 2), 0)
+    variables = variables_for(Model(False), x)
+    for layer in ("squashed", "attention"):
+        cam = grad_cam(Model(True), variables, x, layer, 1)
+        assert cam.shape == (1, 5, 3, 1) and (cam > 0).any()
+        expected = grad_cam(Model(False), variables, x, layer, 1)
+        np.testing.assert_array_equal(cam, expected)
+
+
 class Step(nn.Module):
     @nn.compact
     def __call__(self, x, _):
