@@ -30,17 +30,40 @@ def leaves_of(field: str, tree: Mapping[str, Any]) -> dict[str, Any]:
             f"`{field}` must have strings for keys, got {other[0]!r}; pass the state "
             "dict or the variables alone."
         )
-    # Partitioned parameters are boxed.
-    return {"/".join(path): meta.unbox(value) for path, value in leaves.items()}
+    joined: dict[str, Any] = {}
+    for path, value in leaves.items():
+        key = "/".join(path)
+        if key in joined:
+            raise ValueError(
+                f"`{field}` must have one leaf at {key!r}, got two, one of them by a "
+                "key with a slash; leave one out."
+            )
+        joined[key] = meta.unbox(value)  # Partitioned parameters are boxed.
+    return joined
+
+
+def check_nested(field: str, tree: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for a key with a slash that is not at the top level."""
+    nested = (key for path in flatten_dict(dict(tree)) if path[1:] for key in path)
+    if slashed := [key for key in nested if "/" in key]:
+        raise ValueError(
+            f"`{field}` must have keys without slashes inside a tree, since they are "
+            f"joined by slashes, got {slashed[0]!r}; rename it, or leave it out."
+        )
 
 
 def to_numpy(key: str, value: Any) -> np.ndarray:
     """``value`` as a NumPy array, bit for bit."""
     if hasattr(value, "detach"):
         return _array_of_tensor(key, value)
+    if isinstance(value, list | tuple):
+        raise ValueError(
+            f"`{key}` must be an array, got {type(value).__name__}; pass a dict of its "
+            "arrays, or np.asarray of its numbers."
+        )
     try:
         array = np.asarray(value)
-    # For random keys, deleted JAX arrays, those of other hosts, and ragged lists.
+    # For random keys, deleted JAX arrays, and those of other hosts.
     except (TypeError, RuntimeError, ValueError) as error:
         got = getattr(value, "dtype", type(value).__name__)
         raise ValueError(

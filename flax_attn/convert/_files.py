@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flax_attn.convert._arrays import Arrays, flat_arrays, to_numpy
+from flax_attn.convert._arrays import Arrays, check_nested, flat_arrays, to_numpy
 from flax_attn.convert._unwrap import unwrap
 
 TORCH_SUFFIXES = (".pth", ".pt", ".pth.tar", ".bin", ".ckpt")
@@ -40,11 +40,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"`path` must be a file, got {path}.")
     # So that a missing file raises OSError, whatever the libraries raise.
     with path.open("rb"):
-        is_torch = path.name.endswith(TORCH_SUFFIXES)
-        arrays = _load_torch(path) if is_torch else _load_safetensors(path)
-    trees = {key[: slash.start()] for key in arrays for slash in re.finditer("/", key)}
-    if clash := sorted(trees & arrays.keys()):
-        raise ValueError(f"{path} holds {clash[0]!r} both as an array and as a tree.")
+        arrays = _load_torch(path) if _is_torch(path) else _load_safetensors(path)
+    _check_keys(str(path), arrays)
     return unflatten_dict(arrays, sep="/")
 
 
@@ -62,7 +59,8 @@ def save(
       overwrite: whether to replace an existing file (default: False).
 
     Raises:
-      ValueError: the file has a PyTorch suffix, or ``load`` could not read the dtype.
+      ValueError: the file has a PyTorch suffix, or ``load`` could not read a dtype, or
+        would return another tree.
       FileExistsError: the file exists and ``overwrite`` is False.
       OSError: the file cannot be written.
       ImportError: safetensors is not installed.
@@ -74,6 +72,8 @@ def save(
     flat = {
         key: np.array(x, order="C") for key, x in flat_arrays("state", state).items()
     }
+    check_nested("state", state)
+    _check_keys("`state`", flat)
     for key, array in flat.items():
         # safetensors writes these, but cannot read them into NumPy.
         if array.dtype.name.startswith(("float8", "float4")):
@@ -96,15 +96,29 @@ def save(
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raises what ``save`` does for ``path``, before the work."""
-    if path.name.endswith(TORCH_SUFFIXES):
+    if _is_torch(path):
         raise ValueError(
             f"`path` must not have a PyTorch suffix ({', '.join(TORCH_SUFFIXES)}), got "
             f"{path}; the output format is safetensors, so name it *.safetensors."
         )
+    if path.is_dir():
+        raise IsADirectoryError(f"`path` must be a file, got the folder {path}.")
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path} exists; `overwrite=True` (--overwrite) replaces it."
         )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}.")
+
+
+def _is_torch(path: Path) -> bool:
+    return path.name.lower().endswith(TORCH_SUFFIXES)
+
+
+def _check_keys(source: str, arrays: Arrays) -> None:
+    trees = {key[: slash.start()] for key in arrays for slash in re.finditer("/", key)}
+    if clash := sorted(trees & arrays.keys()):
+        raise ValueError(f"{source} holds {clash[0]!r} both as an array and as a tree.")
 
 
 def _load_safetensors(path: Path) -> Arrays:

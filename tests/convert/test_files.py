@@ -39,6 +39,31 @@ def test_what_is_no_file_of_arrays(tmp_path):
         convert.load(path)
 
 
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"a/b": numbers(1), "a": {"b": numbers(1)}}, "one leaf at 'a/b', got two"),
+        ({"stats": {"Conv_0/kernel/sigma": numbers(1)}}, "got 'Conv_0/kernel/sigma'"),
+        ({"a/b": numbers(1), "a": numbers(1)}, "'a' both as an array and as a tree"),
+        ({"w": [numbers(1), numbers(1)]}, "`w` must be an array, got list"),
+    ],
+)
+def test_a_tree_that_would_be_read_as_another_is_not_written(state, message, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match=message):
+        convert.save(path, state)
+    assert not path.exists()
+
+
+def test_where_no_file_can_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no folder .*none for a"):
+        convert.save(tmp_path / "none" / "a.safetensors", SE_STATE)
+    with pytest.raises(IsADirectoryError, match="`path` must be a file, got the"):
+        convert.save(tmp_path, SE_STATE, overwrite=True)
+    with pytest.raises(ValueError, match="must not have a PyTorch suffix"):
+        convert.save(tmp_path / "A.PTH", SE_STATE)
+
+
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 def test_a_file_of_dtypes_that_numpy_lacks(dtype, command):
     entry = {"dtype": dtype, "shape": [2], "data_offsets": [0, 2]}
