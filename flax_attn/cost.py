@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from flax_attn.blocks import Attention
 
 # One operation for each element. A logistic is 1 / (1 + exp(-z)).
 _SINGLE = frozenset(
-    "abs add add_any and ceil clamp div eq floor ge gt integer_pow is_finite le lt max "
+    "abs add add_any and ceil clamp div eq floor ge gt is_finite le lt max "
     "min mul ne neg not or rem round select_n sign square sub xor".split()
 )
 _TRANSCENDENTAL = frozenset(
@@ -40,6 +41,7 @@ _FREE = frozenset(
     "unstack".split()
 )
 _CONVERSION = "convert_element_type"
+_POWER = "integer_pow"
 # These leave the bytes and their order unchanged.
 _VIEWS = frozenset(
     "copy copy_p device_put expand_dims reshape squeeze stop_gradient".split()
@@ -107,8 +109,10 @@ def cost(
     of two maps that is used twice, as after a residual addition, is also written.
 
     ``flops`` is XLA's count for the lowered program (``jax.jit(f).lower(...)``'s
-    ``cost_analysis()``). A compiled program can cost more: it may recompute the product
-    of a map and a gate instead of storing it, and read a map once for each squeeze.
+    ``cost_analysis()``); a few functions that no block uses by default, such as
+    ``nn.softplus`` and ``argmax``, are lowered to another number of operations. A
+    compiled program can cost more: it may recompute the product of a map and a gate
+    instead of storing it, and read a map once for each squeeze.
 
     Args:
       module: an attention block, or any module of convolutions, products, reductions
@@ -144,9 +148,15 @@ def cost(
             lambda x: module.init(jax.random.key(0), x, **kwargs), x
         )
         state = [name for name in variables if name != "params"]
-        traced = jax.make_jaxpr(
-            lambda variables, x: module.apply(variables, x, mutable=state, **kwargs)
-        )(variables, x)
+        try:
+            traced = jax.make_jaxpr(
+                lambda variables, x: module.apply(variables, x, mutable=state, **kwargs)
+            )(variables, x)
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                "`module` must use operations that can be counted, got a random draw "
+                f"({error}); leave it out, e.g. with train=False."
+            ) from error
     counted = _Count()
     counted.program(traced)
     return Cost(
@@ -247,12 +257,14 @@ class _Count:
             self.multiply_adds += multiply_adds
             self.operations += operations
             return [self.store(_bytes(v), operands) for v in eqn.outvars]
-        if name not in _SINGLE | _TRANSCENDENTAL | _FREE | {_CONVERSION}:
+        if name not in _SINGLE | _TRANSCENDENTAL | _FREE | {_CONVERSION, _POWER}:
             return self.walk(_called(eqn), operands)
         size = sum(_size(v) for v in eqn.outvars)
         if name in _TRANSCENDENTAL:
             self.transcendentals += size
             self.operations += 3 * size if name == "logistic" else 0
+        elif name == _POWER:
+            self.operations += size * _products(eqn.params["y"])
         elif name in _SINGLE or (
             name == _CONVERSION and _converts(eqn.invars[0], eqn.outvars[0])
         ):
@@ -292,6 +304,12 @@ def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 def _converts(old: Any, new: Any) -> bool:
     """Whether a conversion counts: one that changes only the weak type does not."""
     return old.aval.dtype != new.aval.dtype
+
+
+def _products(exponent: int) -> int:
+    """The operations of an integer power by repeated squaring."""
+    bits = f"{abs(exponent):b}"
+    return max(len(bits) + bits.count("1") - 2, 0) + (exponent < 0)
 
 
 def _product(eqn: core.JaxprEqn) -> tuple[int, int]:

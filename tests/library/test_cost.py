@@ -108,6 +108,15 @@ def test_counts_by_hand():
     assert k3.multiply_adds == n * 2 * (2 + 3 + 2) * (2 + 3 + 3 + 2)
 
 
+@pytest.mark.parametrize("exponent", [-3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 10, 15])
+def test_powers_equal_xla(exponent):
+    module = nn.Sequential([partial(jax.lax.integer_pow, y=exponent)])
+    x = jnp.ones((4, 4, 8))
+    lowered = jax.jit(partial(module.apply, {})).lower(x)
+    expected = lowered.cost_analysis().get("flops", 0)
+    assert flax_attn.cost(module, x.shape).flops == expected
+
+
 def test_shared_modules_are_counted_once():
     def chain(se):
         return nn.Sequential([nn.Conv(16, (1, 1)), se, nn.relu, nn.Sequential([se])])
@@ -286,6 +295,7 @@ class Draw(nn.Module):
         (Fast(), (1, 64, 64, 8), 'pass implementation="plain" to functions'),
         (Loop(), (1, 4, 4, 8), "`module` must .* got `scan`"),
         (Draw(), (4, 4), "`module` must .* got `random_"),
+        (nn.Dropout(0.5, deterministic=False), (4, 4), "`module` must .* a random dr"),
     ],
 )
 def test_cost_raises(module, shape, says):
