@@ -1,5 +1,6 @@
 """The network and its two families."""
 
+import inspect
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -102,6 +103,9 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:
         """Names the head, so that ``features`` does without its parameters."""
+        _check_counts("stages", self.stages)
+        checks.check_positive("width", self.width)
+        _check_attention(self.attention)
         if not checks.is_int(self.num_classes) or self.num_classes < 0:
             raise ValueError(
                 "`num_classes` must be an integer of at least 0, got "
@@ -171,11 +175,12 @@ class ResNet(nn.Module):
             )
         width = self.width
         usual = (width // 2, width // 2, width) if self.deep_stem else (width,)
-        features = usual if self.stem_features is None else tuple(self.stem_features)
+        features = usual if self.stem_features is None else self.stem_features
+        _check_counts("stem_features", features)
         if len(features) != len(usual):
             raise ValueError(
                 f"`stem_features` must be {len(usual)} with deep_stem="
-                f"{self.deep_stem}, got {features}; pass e.g. {usual}."
+                f"{self.deep_stem}, got {tuple(features)}; pass e.g. {usual}."
             )
         if self.deep_stem:
             for i in (1, 2):
@@ -227,6 +232,8 @@ def cifar_resnet(depth: int, **fields: Any) -> ResNet:
 
 def check_cifar_depth(depth: int) -> None:
     """Raises ``ValueError`` unless ``depth`` is 6n+2 with n at least 1."""
+    if not checks.is_int(depth):
+        raise ValueError(f"`depth` must be an integer, got {depth!r}; pass e.g. 20.")
     if depth < 8 or depth % 6 != 2:
         below = max(8, (depth - 2) // 6 * 6 + 2)
         raise ValueError(
@@ -259,6 +266,38 @@ def check_imagenet_depth(depth: int) -> None:
             f"`depth` must be one of {', '.join(map(str, IMAGENET_STAGES))}, got "
             f"{depth}."
         )
+
+
+def _check_counts(field: str, values: Any) -> None:
+    """Raises ``ValueError`` unless ``values`` are integers of at least 1."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if (
+        not is_list
+        or not values
+        or not all(checks.is_int(n) and n >= 1 for n in values)
+    ):
+        raise ValueError(
+            f"`{field}` must be a tuple of integers of at least 1, got {values!r}; "
+            "pass e.g. (2, 2, 2, 2)."
+        )
+
+
+def _check_attention(attention: ModuleDef | None) -> None:
+    """Raises ``ValueError`` unless ``attention`` makes a module."""
+    if attention is None:
+        return
+    got = f"the module {type(attention).__name__}"
+    if not isinstance(attention, nn.Module):
+        try:
+            inspect.signature(attention).bind(dtype=None, name=None)
+        except TypeError as error:
+            got = f"{attention!r} ({error})"
+        else:
+            return
+    raise ValueError(
+        "`attention` must be called with `dtype` and `name`, as a class, a preset or a "
+        f"functools.partial of one is, got {got}; pass e.g. flax_attn.SE."
+    )
 
 
 def _conv(

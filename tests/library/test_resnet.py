@@ -87,6 +87,14 @@ def test_cifar_family(depth):
     assert len(kernels) == 6 * n + 1 + 2
 
 
+@pytest.mark.parametrize("depth", [8.0, "8", None])
+def test_depths_that_are_no_integers(depth):
+    with pytest.raises(ValueError, match=f"`depth` must .* got {depth!r}"):
+        cifar_resnet(depth, num_classes=10)
+    with pytest.raises(ValueError, match="`depth` must be one of 18, 34, 50"):
+        imagenet_resnet(depth, num_classes=10)
+
+
 @pytest.mark.parametrize("depth", [0, 2, 9, 19, -4])
 def test_bad_depths(depth):
     with pytest.raises(ValueError, match=f"`depth` must be 6n.2 .* got {depth};"):
@@ -213,6 +221,21 @@ def test_features_inside_a_detector():
         ({"stem_pool": "sum"}, '`stem_pool` must be "max" or "mean"'),
         ({"stem_pool": "mean", "imagenet_stem": False}, "needs `imagenet_stem`"),
         ({"deep_stem": True, "imagenet_stem": False}, "`deep_stem` needs `imagenet_s"),
+        ({"stages": (2, 0)}, r"`stages` must be a tuple of .* got \(2, 0\)"),
+        ({"stages": 2}, "`stages` must be a tuple of integers of at least 1, got 2"),
+        ({"stages": ()}, r"`stages` must be a tuple .* got \(\)"),
+        ({"width": 0}, "`width` must be an integer of at least 1, got 0"),
+        ({"width": 1, "deep_stem": True}, r"`stem_features` must .* got \(0, 0, 1\)"),
+        ({"stem_features": 8}, "`stem_features` must be a tuple of .* got 8"),
+        (
+            {"attention": flax_attn.SE()},
+            "`attention` must be called .* got the module SE",
+        ),
+        ({"attention": "se"}, "`attention` must be called .* got 'se' "),
+        (
+            {"attention": presets.official_cbam},
+            "got <function official_cbam.* pass e.g. flax_attn.SE",
+        ),
         ({"num_classes": -1}, "`num_classes` must be an integer of at least 0, got -1"),
         (
             {"num_classes": "2"},
@@ -225,6 +248,6 @@ def test_features_inside_a_detector():
     ],
 )
 def test_fields_out_of_range(fields, message):
-    model = imagenet_resnet(18, **{"width": 8, "num_classes": 3} | fields)
+    model = imagenet_resnet(18, width=8, num_classes=3).clone(**fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
