@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ class Preprocessing:
       mean: mean of each input channel, for values from 0 to 1.
       std: standard deviation of each input channel, for values from 0 to 1.
       input_size: height and width in training, in pixels.
-      interpolation: interpolation for resizing, ``"bicubic"`` or ``"bilinear"``.
+      interpolation: interpolation for resizing, such as ``"bicubic"``.
       crop_pct: size of the crop divided by the size to which the image is resized.
       crop_mode: ``"center"``, ``"squash"`` or ``"border"``.
       test_input_size: recommended height and width for evaluation, often larger.
@@ -133,6 +134,12 @@ def from_pretrained(
             f"{weights_path} does not fit the {config['architecture']!r} of "
             f"{config_path} ({reason}); one of the two files was changed."
         ) from error
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)}
+    if other := [d for d in dtypes if not jnp.issubdtype(d, jnp.floating)]:
+        raise ValueError(
+            f"{weights_path} must hold floating-point weights, got {other[0]}; "
+            "dequantize them first."
+        )
     variables = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), variables, like)
     return Pretrained(model, variables, _preprocessing(config))
 
@@ -264,8 +271,7 @@ def _preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     values = {name: given[name] for name in names if given.get(name) is not None}
     for name, value in values.items():
-        kind = type(getattr(Preprocessing, name))
-        rule = _SIZE if name.endswith("input_size") else _RULES[kind]
+        rule = _rule(name)
         if not rule.accepts(value):
             raise ValueError(
                 f"`{name}` of timm must be {rule.text}, got {value!r}; correct it in "
@@ -282,24 +288,33 @@ class _Rule(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _rule(name: str) -> _Rule:
+    """What the field ``name`` of ``Preprocessing`` may be in timm's configuration."""
+    if name.endswith("input_size"):
+        return _Rule(
+            "a list of channels, height and width",
+            lambda value: _is_list(value, is_count) and len(value) == 3,
+        )
+    if name.endswith("crop_pct"):
+        return _Rule("a positive number", _is_positive)
+    if name == "mean":
+        return _Rule("a list of numbers", lambda value: _is_list(value, _is_finite))
+    if name == "std":
+        rule = "a list of positive numbers"
+        return _Rule(rule, lambda value: _is_list(value, _is_positive))
+    return _Rule("a string", lambda value: isinstance(value, str))
 
 
-def _are_numbers(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) > 0
-    return is_list and all(map(_is_number, value))
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
-def _is_size(value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) == 3
-    return is_list and all(map(is_count, value))
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
-_SIZE = _Rule("a list of channels, height and width", _is_size)
-# Of the other fields of `Preprocessing`, by the type of the default.
-_RULES = {
-    tuple: _Rule("a list of numbers", _are_numbers),
-    float: _Rule("a number", _is_number),
-    str: _Rule("a string", lambda value: isinstance(value, str)),
-}
+def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return (
+        isinstance(value, list | tuple) and len(value) > 0 and all(map(accepts, value))
+    )

@@ -221,7 +221,12 @@ def _block(arguments: Mapping[str, Any], anti_alias: str | None) -> Any:
         "anti_alias": (anti_alias, None),
     }
     changed = {k: value for k, (value, usual) in options.items() if value != usual}
-    block = BasicBlock if arguments["block"] == 1 else BottleneckBlock
+    is_basic = arguments["block"] == 1
+    for name in ("cardinality", "base_width") if is_basic else ():
+        if arguments[name] != _DEFAULTS[name]:
+            rule = f"{_DEFAULTS[name]} with basic blocks"
+            raise _misfit(name, rule, arguments[name])
+    block = BasicBlock if is_basic else BottleneckBlock
     return partial(block, **changed) if changed else block
 
 

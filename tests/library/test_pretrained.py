@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_attn import presets, resnet
+from flax_attn import convert, presets, resnet
 from flax_attn.blocks.channel import hidden_width
 from flax_attn.resnet import BasicBlock, BottleneckBlock, from_pretrained
 from flax_attn.resnet._timm import fields_of
@@ -68,11 +68,21 @@ def test_the_configuration_may_be_one_dict(tmp_path):
     [
         ("mean", "`pretrained_cfg` of timm must be an object"),
         ({"mean": 0.5}, "`mean` of timm must be a list of numbers, got 0.5"),
-        ({"std": [0.5, "0.5", 0.5]}, "`std` of timm must be a list of numbers"),
+        ({"std": [0.5, "0.5", 0.5]}, "`std` of timm must be a list of positive"),
         ({"mean": []}, "`mean` of timm must be a list of numbers, got []"),
         ({"input_size": [224, 224]}, "must be a list of channels, height and width"),
         ({"input_size": [3, 224.0, 224]}, "`input_size` of timm must be a list of"),
-        ({"crop_pct": "0.9"}, "`crop_pct` of timm must be a number, got '0.9'"),
+        (
+            {"mean": [0.5, float("inf"), 0.5]},
+            "`mean` of timm must be a list of numbers",
+        ),
+        ({"std": [0.5, 0, 0.5]}, "`std` of timm must be a list of positive numbers"),
+        (
+            {"crop_pct": "0.9"},
+            "`crop_pct` of timm must be a positive number, got '0.9'",
+        ),
+        ({"crop_pct": 0}, "`crop_pct` of timm must be a positive number, got 0"),
+        ({"crop_pct": float("nan")}, "`crop_pct` of timm must be a positive number"),
         ({"interpolation": 3}, "`interpolation` of timm must be a string, got 3"),
     ],
 )
@@ -81,6 +91,14 @@ def test_a_configuration_of_wrong_types(tmp_path, changed, message):
     config = tiny_hub.CONFIG | {"pretrained_cfg": changed}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert message in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64, bool])
+def test_weights_that_are_no_floats(tmp_path, dtype):
+    state = convert.to_torch(tiny_hub.write(tmp_path), naming="timm")
+    state["fc.bias"] = state["fc.bias"].astype(dtype)
+    convert.save(tmp_path / "model.safetensors", state, overwrite=True)
+    assert f"floating-point weights, got {np.dtype(dtype)}" in error_of(tmp_path)
 
 
 def test_normalize():
@@ -249,6 +267,8 @@ def test_blocks_of_architectures():
         ("resnet18", {"img_size": 5}, "`img_size` of timm must be left out"),
         ("resnet18", {"num_classes": -1}, "`num_classes` of timm .* of at least 0"),
         ("resnet18", {"num_classes": "10"}, "`num_classes` .* of at least 0.* '10'"),
+        ("resnet18", {"cardinality": 2}, "`cardinality` of timm must be 1 with basic"),
+        ("resnet18", {"base_width": 4}, "`base_width` of timm must be 64 with basic"),
         ("resnet18", {"in_chans": 0}, "`in_chans` of timm .* of at least 1"),
         ("resnet18", {"layers": 2}, "`layers` of timm must be a list of integers"),
         ("resnet18", {"avg_down": "no"}, "`avg_down` of timm must be true or false"),
