@@ -48,9 +48,8 @@ def merge(pretrained: Any, variables: Any) -> tuple[dict[str, Any], tuple[str, .
       ValueError: values of ``pretrained`` are missing from ``variables`` or have a
         different shape; the message lists them all.
     """
-    old, new = (
-        traverse_util.flatten_dict(to_dicts(tree)) for tree in (pretrained, variables)
-    )
+    old = traverse_util.flatten_dict(to_dicts(pretrained))
+    new = traverse_util.flatten_dict(to_dicts(variables), keep_empty_nodes=True)
     wrong = [
         f"{'/'.join(path)} {_shape(value)} "
         + (f"instead of {_shape(new[path])}" if path in new else "is missing")
@@ -67,7 +66,11 @@ def merge(pretrained: Any, variables: Any) -> tuple[dict[str, Any], tuple[str, .
         path: _replaced(value, old[path]) if path in old else value
         for path, value in new.items()
     }
-    added = sorted("/".join(path) for path in new if path not in old)
+    added = sorted(
+        "/".join(path)
+        for path, value in new.items()
+        if path not in old and value is not traverse_util.empty_node
+    )
     return traverse_util.unflatten_dict(merged), tuple(added)
 
 

@@ -71,12 +71,18 @@ def plot(
         )
     if limits is not None:
         check_limits(limits)
+    for field, named in (("gates", gates), ("cams", cams or {})):
+        if not isinstance(named, Mapping):
+            raise ValueError(
+                f"`{field}` must be a dict from name to map, got "
+                f"{type(named).__name__}; pass e.g. {{'stage1': gate}}."
+            )
     columns = []
     for name, given in gates.items():
-        maps = spatial_maps(given, images.shape[:3])
+        maps = spatial_maps(given, images.shape[:3], f"gates[{name!r}]")
         columns.append((name, maps, limits or _own_limits(maps), "spatial gate"))
     for name, given in (cams or {}).items():
-        maps = _scaled(spatial_maps(given, images.shape[:3]))
+        maps = _scaled(spatial_maps(given, images.shape[:3], f"cams[{name!r}]"))
         columns.append((name, maps, (0.0, 1.0), "Grad-CAM / its maximum"))
     if not columns:
         raise ValueError(
@@ -97,7 +103,9 @@ def plot(
     for i, (name, maps, (low, high), label) in enumerate(columns):
         pair = axes[:, 2 * i + 1 : 2 * i + 3]
         shape = "×".join(map(str, maps.shape[1:]))
-        pair[0, 0].set_title(f"{name}\n{shape}", fontsize=8)
+        # Matplotlib reads dollar signs as mathematics.
+        title = f"{name}\n{shape}".replace("$", r"\$")
+        pair[0, 0].set_title(title, fontsize=8)
         pair[0, 1].set_title("overlay", fontsize=8)
         pictures = overlay(images, maps[..., None], limits=(low, high))
         for (alone, under), map_, picture in zip(pair, maps, pictures, strict=True):

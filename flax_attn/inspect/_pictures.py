@@ -156,10 +156,10 @@ def _three_channels(shape: tuple[int, ...]) -> str:
     return "pass one image or a batch of at least one"
 
 
-def spatial_maps(gate: Any, shape: tuple[int, ...]) -> np.ndarray:
+def spatial_maps(gate: Any, shape: tuple[int, ...], field: str = "gate") -> np.ndarray:
     """The gate without its axis of size 1, for images of ``shape``.
 
-    ``shape`` is (H, W) or (N, H, W).
+    ``shape`` is (H, W) or (N, H, W); ``field`` is the argument that errors name.
     """
     given = np.asarray(gate)
     maps = given
@@ -172,7 +172,7 @@ def spatial_maps(gate: Any, shape: tuple[int, ...]) -> np.ndarray:
         if len(shape) == 3:
             expected = f"({shape[0]}, h, w) or ({shape[0]}, h, w, 1)"
         raise ValueError(
-            f"`gate` must have shape {expected} for this `image`, got "
+            f"`{field}` must have shape {expected} for this image, got "
             f"{given.shape}; pass a spatial gate, one for each image, e.g. gate[i] "
             "for image[i]."
         )
@@ -181,14 +181,14 @@ def spatial_maps(gate: Any, shape: tuple[int, ...]) -> np.ndarray:
     one_line = any(side == 1 < size for side, size in sides)
     if given.ndim == len(shape) == 3 and one_line and maps.shape[-2:] != (1, 1):
         raise ValueError(
-            f"`gate` must have shape ({shape[0]}, h, w, 1) where h or w alone is 1, "
+            f"`{field}` must have shape ({shape[0]}, h, w, 1) where h or w alone is 1, "
             f"got {given.shape}, which a channel gate or the gate of one image may "
             f"have too; pass gate[..., None] if it is ({shape[0]}, h, w)."
         )
     maps = maps.astype(np.promote_types(given.dtype, np.float32))
     if not np.isfinite(maps).all():
         raise ValueError(
-            "`gate` must be finite, got NaN or infinite values; pass the gate of a "
-            "finite input."
+            f"`{field}` must be finite, got NaN or infinite values; pass the gate of "
+            "a finite input."
         )
     return maps

@@ -27,6 +27,8 @@ def test_merge_lists_mismatches():
     assert merged["params"]["a"]["kernel"] is new["params"]["a"]["kernel"]
     assert merged["params"]["b"]["bias"] is half["params"]["b"]["bias"]
     assert flax_attn.merge({}, new)[1] == ("params/a/kernel", "params/b/bias")
+    merged, added = flax_attn.merge({}, {"params": {"a": {}}, "batch_stats": {}})
+    assert merged == {"params": {"a": {}}, "batch_stats": {}} and added == ()
 
 
 def test_merge_keeps_the_metadata_of_the_new_variables():

@@ -1,5 +1,6 @@
 """The figure of images, their gates and Grad-CAM."""
 
+import io
 import sys
 
 import numpy as np
@@ -69,13 +70,25 @@ GATES = {"a": np.ones((2, 2, 2))}
     [
         (IMAGES[0], GATES, {}, r"`images` must have .* 3\), got \(4, 4, 3"),
         (IMAGES, {}, {}, "`gates` must have at least one map, got none"),
-        (IMAGES, {"a": np.ones((2, 1, 1, 8))}, {}, r"`gate` .* \(2, 1, 1, 8\)"),
+        (IMAGES, {"a": np.ones((2, 1, 1, 8))}, {}, r"`gates\['a'\]` .* \(2, 1, 1, 8\)"),
+        (IMAGES, GATES, {"cams": {"c": np.ones(3)}}, r"`cams\['c'\]` .* got \(3,\)"),
+        (
+            IMAGES,
+            GATES["a"],
+            {},
+            "`gates` must be a dict from name to map, got ndarray",
+        ),
         (IMAGES, GATES, {"limits": (1, 0)}, r"`limits` must .* got \(1, 0\)"),
     ],
 )
 def test_bad_arguments(images, gates, options, says):
     with pytest.raises(ValueError, match=says):
         plot(images, gates, **options)
+
+
+def test_names_are_no_mathematics():
+    figure = plot(IMAGES, {"cost $1, $2": np.ones((2, 2, 2))})
+    figure.savefig(io.BytesIO())
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
