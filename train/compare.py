@@ -81,7 +81,7 @@ def _train(options: Options) -> bool:
     # Only now, so that --help and a mistyped option need no jax.
     from tqdm.auto import tqdm
 
-    from train.engine import attention, interrupt, loop, setup
+    from train.engine import interrupt, loop, model, setup
 
     tasks = plan(options)
     for config in tasks:
@@ -92,7 +92,7 @@ def _train(options: Options) -> bool:
     images = setup.load(recipe)
     setup.check_batch(recipe, images)
     for config in {config.block: config for config in tasks}.values():
-        attention.check_block(config)
+        model.check_block(config)
     if BASELINE not in options.attentions:
         print(f"The baseline {BASELINE} is trained too.", file=sys.stderr)
     all_finite = True

@@ -103,6 +103,22 @@ def test_the_step_of_a_damaged_checkpoint_is_saved_again(saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
 
 
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    """As after an evaluation that was interrupted; a kill leaves one of the two."""
+    with contextlib.closing(Checkpoints(tmp_path, 1, pytest.fail)) as checkpoints:
+        checkpoints.save(7, TREE, {"evaluated": False})
+    with contextlib.closing(Checkpoints(tmp_path, 1, pytest.fail)) as checkpoints:
+        checkpoints.restore(TREE)
+        checkpoints.save(7, TREE, {"evaluated": True})
+    assert [p.name for p in tmp_path.iterdir()] == ["7"]
+    assert restore(tmp_path)[0][1] == {"evaluated": True}
+    shutil.copytree(tmp_path / "7", tmp_path / "7.replaced")
+    assert restore(tmp_path)[0][1] == {"evaluated": True}
+    assert [p.name for p in tmp_path.iterdir()] == ["7"]
+    (tmp_path / "7").rename(tmp_path / "7.replaced")
+    assert restore(tmp_path)[0][1] == {"evaluated": True}
+
+
 def test_all_checkpoints_damaged(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     for step in ("5", "7"):

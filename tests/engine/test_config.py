@@ -10,7 +10,7 @@ import flax_attn
 from flax_attn.blocks import BLOCKS
 from flax_attn.resnet import ATTENTIONS
 from tests import tiny_run
-from train.engine import attention, loop
+from train.engine import attention, loop, model
 from train.engine import config as config_lib
 from train.engine.config import Config
 
@@ -34,6 +34,10 @@ DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devi
         (
             {"attention": "simam", "attention_lr_scale": 0.1},
             "`attention_lr_scale` is for .* got 0.1 for simam, which has none; leave",
+        ),
+        (
+            {"attention": "none", "preset": "official_eca50"},
+            "official_eca50 does not go with this network .*got 16; .*choose another",
         ),
         ({"preset": "timm_se"}, "`preset` replaces `attention`, got timm_se and `at"),
         (
@@ -102,6 +106,12 @@ def test_a_name_gives_block_and_init(name):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     assert kernels == KERNELS[name]
+
+
+def test_presets_for_one_network_go_with_it():
+    config = Config(family="imagenet", depth=50, preset="official_eca50")
+    model.check_block(config)
+    model.check_block(dataclasses.replace(config, depth=101, preset="official_eca101"))
 
 
 def test_all_presets_make_a_block():

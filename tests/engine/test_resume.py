@@ -158,6 +158,25 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path):
     assert [json.loads(line) for line in lines] == whole.history
 
 
+def test_a_run_that_was_stopped_in_its_last_evaluation_stays_finished(
+    tmp_path, monkeypatch
+):
+    images, config = tiny_run.images(), dataclasses.replace(CONFIG, epochs=1)
+    # The question comes after each of 5 steps and 3 test batches.
+    asked = chain(repeat(None, 6), repeat(signal.SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", partial(next, asked))
+        with pytest.raises(interrupt.Interrupted, match="step 5 of 5"):
+            loop.train(config, images, tmp_path)
+    run = loop.train(config, images, tmp_path)
+    before = metrics_of(tmp_path)
+    assert before.count("\n") == 1
+    # A finished run asks nothing, so no signal can stop it.
+    monkeypatch.setattr(interrupt, "requested", lambda: signal.SIGTERM)
+    assert loop.train(config, images, tmp_path).history == run.history
+    assert metrics_of(tmp_path) == before
+
+
 @pytest.mark.parametrize("steps_per_call", [1, 5])
 def test_a_state_that_is_not_finite_stops_the_run(
     steps_per_call, tmp_path, monkeypatch

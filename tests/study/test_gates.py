@@ -81,6 +81,7 @@ def test_the_blocks_with_spatial_gates():
     assert not study.has_spatial_gate("a block of another version")
     # The global context is added to the map.
     assert {n for n in ATTENTIONS if not study.gates_of(n)} == {"none", "gc"}
+    assert study.gates_of("official_eca50") == {"channel_gate"}
     assert study.gates_of("timm_cbam") == {"channel_gate", "spatial_gate"}
 
 

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from flax_attn import presets
 from flax_attn.resnet import ATTENTIONS
 from train.engine.config import IDENTITY, Config, check_choice
@@ -73,31 +70,6 @@ def check_attention(config: Config) -> None:
                 f"{config.attention_lr_scale} with `attention` none; pass --attention "
                 "or --preset, or leave --attention-lr-scale out."
             )
-
-
-def check_block(config: Config) -> None:
-    """Raises ``ValueError`` for an attention that cannot be started as configured.
-
-    Makes the block, abstractly, so jax's devices must be known already.
-    """
-    make = make_attention(config, train=False)
-    if make is None:
-        return
-    name = config.preset or config.attention
-    x = jax.ShapeDtypeStruct((1, 8, 8, 64), jnp.float32)
-    try:
-        variables = jax.eval_shape(lambda x: make().init(jax.random.key(0), x), x)
-    except ValueError as error:
-        raise ValueError(
-            f"`init` {config.init} does not go with {name} ({error}); leave --init out "
-            "or choose another attention."
-        ) from error
-    if config.attention_lr_scale != 1 and "params" not in variables:
-        raise ValueError(
-            "`attention_lr_scale` is for the parameters of attention blocks, got "
-            f"{config.attention_lr_scale} for {name}, which has none; leave "
-            "--attention-lr-scale out or choose another attention."
-        )
 
 
 def attention_fields(name: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 
 # An upper bound of the bytes of a checkpoint beside its arrays.
 OVERHEAD_BYTES = 1_000_000
+REPLACED = ".replaced"
+"""The suffix of a checkpoint until another one of its step is complete."""
 
 _ABSL = logging.getLogger("absl")
 
@@ -42,6 +44,7 @@ class Checkpoints:
         self.max_to_keep = max_to_keep
         self.log = log
         self._saving: int | None = None
+        self._digests: dict[int, str] = {}
         # Until `close`: Orbax logs the traceback of each failure that it also raises,
         # some of them in threads, and that this class reports in one line.
         self._absl_level = _ABSL.level
@@ -54,6 +57,7 @@ class Checkpoints:
             # the rest.
             shutil.rmtree(unfinished, ignore_errors=True)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._settle()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
         )
@@ -61,6 +65,15 @@ class Checkpoints:
             max_to_keep=self.max_to_keep, create=False, multiprocessing_options=alone
         )
         return ocp.CheckpointManager(self.directory, options=options)
+
+    def _settle(self) -> None:
+        """Deletes a checkpoint that was replaced, or puts it back."""
+        for replaced in self.directory.glob(f"*{REPLACED}"):
+            path = replaced.with_suffix("")
+            if path.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(path)
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -73,12 +86,19 @@ class Checkpoints:
         does not stop the run.
         """
         self.wait()
-        if step in self._manager.all_steps():
+        digest = _digest(tree, record)
+        exists = step in self._manager.all_steps()
+        if exists and self._digests.get(step) == digest:
             return
         self._saving = step
-        record = record | {"digest": _digest(tree, record)}
+        self._digests[step] = digest
+        record = record | {"digest": digest}
         try:
             self._check_free_space(tree)
+            if exists:  # A checkpoint before the evaluation that ends an epoch.
+                path = self.directory / str(step)
+                path.rename(path.with_suffix(REPLACED))
+                self._manager.reload()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -104,6 +124,7 @@ class Checkpoints:
         """Waits until the current save is complete."""
         try:
             self._manager.wait_until_finished()
+            self._settle()
         except (OSError, ValueError, RuntimeError) as error:
             self._failed(error)
         self._saving = None
@@ -159,7 +180,8 @@ class Checkpoints:
             ),
         )
         tree, record = restored.state, restored.record
-        if record.pop("digest") != _digest(tree, record):
+        self._digests[step] = record.pop("digest")
+        if self._digests[step] != _digest(tree, record):
             raise ValueError("its digest does not match its content")
         return tree, record
 

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from train.data.inputs import Inputs
 from train.engine import devices, interrupt, logger, workdir
-from train.engine.attention import check_block
 from train.engine.checkpoint import Checkpoints
 from train.engine.config import Config, Resolved
 from train.engine.model import (
+    check_block,
     count_parameters,
     leaf_names,
     make_apply,

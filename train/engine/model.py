@@ -36,6 +36,38 @@ def make_model(config: Config, num_classes: int, *, train: bool = False) -> nn.M
     )
 
 
+def check_block(config: Config) -> None:
+    """Raises ``ValueError`` for an attention that this network cannot have.
+
+    Makes the blocks, abstractly, so jax's devices must be known already.
+    """
+    network: Any = make_model(config, 1)
+    if network.attention is None:
+        return
+    name = config.preset or config.attention
+    has_parameters = False
+    for stage in range(len(network.stages)):
+        features = network.width * 2**stage * network.block.expansion
+        x = jax.ShapeDtypeStruct((1, 8, 8, features), "float32")
+        init = network.attention().init
+        try:
+            variables = jax.eval_shape(init, jax.random.key(0), x)
+        except ValueError as error:
+            problem = f"{name} does not go with this network"
+            remedy = "choose another attention"
+            if config.init != "default":
+                problem = f"`init` {config.init} does not go with {name}"
+                remedy = f"leave --init out or {remedy}"
+            raise ValueError(f"{problem} ({error}); {remedy}.") from error
+        has_parameters |= "params" in variables
+    if config.attention_lr_scale != 1 and not has_parameters:
+        raise ValueError(
+            "`attention_lr_scale` is for the parameters of attention blocks, got "
+            f"{config.attention_lr_scale} for {name}, which has none; leave "
+            "--attention-lr-scale out or choose another attention."
+        )
+
+
 def make_apply(config: Config, num_classes: int) -> Callable[..., Any]:
     """``apply`` of the network, which passes ``train`` to the attention too."""
     models = {

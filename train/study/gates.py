@@ -47,7 +47,8 @@ def gates_of(name: str) -> frozenset[str]:
     if make is None:
         return frozenset()
     init = partial(make().init, mutable=True)
-    variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 4, 16)))
+    # A width that the presets for one network have too.
+    variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 4, 256)))
     sown = flatten_dict(variables.get("intermediates", {}))
     return frozenset(path[-1] for path in sown if path[-1].endswith(GATE))
 
