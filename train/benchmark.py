@@ -94,6 +94,8 @@ def _resolve(options: Options) -> Options:
         plots.check_picture("plot", options.plot)
     other = "network" if options.network else "compile_for"
     if options.network or options.compile_for:
+        if options.plot:
+            raise ValueError(f"`plot` draws single blocks; leave out `{other}`.")
         if options.inside:
             raise ValueError(f"`inside` times single blocks; leave out `{other}`.")
         if "torch" in options.against:

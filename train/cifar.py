@@ -72,7 +72,13 @@ def _run(config: Config) -> None:
         print(run.summary())
         print(f"The run is in {quoted}. Next:\n  python -m train.report {quoted}")
         if has_spatial_gate(config.block):
-            print(f"  python -m train.gates {quoted}")
+            data = ""
+            if (
+                config.dataset != "digits"
+                and config.data_dir != Config.data_dir.expanduser()
+            ):
+                data = f" --data-dir {shlex.quote(config.data_dir.as_posix())}"
+            print(f"  python -m train.gates {quoted}{data}")
 
 
 if __name__ == "__main__":

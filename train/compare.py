@@ -19,7 +19,7 @@ import tyro
 
 from train.engine import config as config_lib
 from train.engine.command import debugging, exit_codes, stop
-from train.engine.config import Config
+from train.engine.config import Config, check_choice
 from train.engine.options import block_names, parse
 from train.study import gates, logs
 from train.study import report as study
@@ -143,9 +143,14 @@ def plan(options: Options) -> list[Config]:
     Raises:
       ValueError: there is no block or no seed, or one is named twice.
     """
-    from train.engine.attention import attention_fields  # With jax.
+    # With jax.
+    from flax_attn.resnet import ATTENTIONS
+    from train.engine.attention import PRESETS, attention_fields
 
     blocks = [attention_fields(name) for name in options.attentions]
+    for fields in blocks:
+        name = fields["preset"] or fields["attention"]
+        check_choice("attentions", name, [*ATTENTIONS, *PRESETS])
     named = {
         "attentions": [config_lib.block_name(fields) for fields in blocks],
         "seeds": options.seeds,

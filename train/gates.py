@@ -71,6 +71,8 @@ def draw(options: Options) -> None:
         )
     if options.steps is not None:
         check_count("steps", options.steps)
+        if limits is not None:
+            raise ValueError("`limits` are those of images; leave out `steps`.")
     if not options.runs or (options.steps is None and len(options.runs) > 1):
         raise ValueError(
             "`runs` must be one workdir of train.cifar, or several with --steps, got "
@@ -98,6 +100,11 @@ def images_of(run: Path, config: Resolved, options: Options) -> "Figure":
     from flax_attn.blocks import BLOCKS
     from train.engine import devices, saved, setup
 
+    if options.images > config.batch_size:
+        raise ValueError(
+            f"`images` must be at most {config.batch_size}, the batch size of the run, "
+            f"got {options.images}."
+        )
     inputs = setup.make_inputs(config, setup.load(config), devices.make_mesh(1))
     with contextlib.closing(inputs):
         model, variables = saved.last_saved(config, inputs, run)
@@ -105,9 +112,10 @@ def images_of(run: Path, config: Resolved, options: Options) -> "Figure":
         shown, gates = study.spatial_gates(*trained, count=options.images)
         if not gates:
             names = ", ".join(filter(study.has_spatial_gate, BLOCKS))
+            other = ", or pass --steps" if study.gates_of(config.block) else ""
             raise ValueError(
                 f"`runs` must have a spatial gate, got attention {config.block}; train "
-                f"with --attention one of {names}, or pass --steps."
+                f"with --attention one of {names}{other}."
             )
         cam = study.grad_cam(*trained, count=options.images)
     return inspect.plot(shown, gates, cams={TRUE_CLASS: cam}, limits=options.limits)

@@ -31,7 +31,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     except OSError as error:
         got = f"no {METRICS} in it" if run.is_dir() else error.strerror
     except ValueError as error:
-        got = f"a line that is not JSON: {error}"
+        got = f"a line that is no JSON object: {error}"
     else:
         if lines and all(DRAWN <= set(line) for line in lines):
             return lines

@@ -178,8 +178,8 @@ def test_a_download_that_fails(tiny, tmp_path, server):
     assert str(error.value) == (
         f"{tmp_path} contains neither tiny-bin/ nor tiny.tar.gz, and the download "
         f"failed: {address}/half (its SHA-256 is not the published {archive.sha256}); "
-        f"{address}/absent (HTTP status 404). Pass --data-url, --data-dir, or "
-        "--dataset digits, which needs no download."
+        f"{address}/absent (HTTP status 404). Pass --data-dir; to train, --data-url, "
+        "or --dataset digits, which needs no download."
     )
     assert not list(tmp_path.iterdir())
 

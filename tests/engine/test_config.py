@@ -24,7 +24,7 @@ DIGITS = Config(depth=8, dataset="digits", batch_size=16, attention="cbam", devi
         ({"attention": "none", "init": "identity"}, "`init` .* with `attention` none"),
         (
             {"attention": "none", "attention_lr_scale": 0.1},
-            "`attention_lr_scale` is for .* got 0.1 with `attention` none; pass",
+            "`attention_lr_scale` is for .* got 0.1 with `attention` none; choo",
         ),
         ({"attention_lr_scale": -1.0}, "`attention_lr_scale` must be finite and at le"),
         (

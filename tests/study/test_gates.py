@@ -114,7 +114,9 @@ def test_gates_over_steps_are_those_of_the_run(monkeypatch):
     # Three steps, of batches that the test part does not fill.
     config = Config(attention="cbam", depth=8, batch_size=24, epochs=3, devices=1)
     config, images = setup.validate(config), tiny_run.images()
-    found = study.gates_over_steps(config, images, steps=100)
+    with pytest.raises(ValueError, match="`steps` must be at most 3, .* cbam, got 4"):
+        study.gates_over_steps(config, images, steps=4)
+    found = study.gates_over_steps(config, images, steps=3)
     assert {path: values.shape for path, values in found.items()} == {
         f"stage1_block1/attention/{kind}/{kind}_gate": (4, 3)
         for kind in ("channel", "spatial")

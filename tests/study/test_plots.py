@@ -3,6 +3,7 @@ import struct
 import numpy as np
 import pytest
 
+from flax_attn.blocks import BLOCKS
 from train.study import plots
 
 
@@ -72,7 +73,7 @@ def test_a_first_loss_of_40_does_not_flatten_the_rest():
     assert losses.get_ylim()[1] > 50 and not losses.get_title()
 
 
-@pytest.mark.parametrize("names", [1, 12])
+@pytest.mark.parametrize("names", [1, 12, 24])
 def test_legends_cover_no_curve(names):
     curves = {f"a run with a long name {i}": history([2.0, 1.0]) for i in range(names)}
     means = [
@@ -90,9 +91,36 @@ def test_legends_cover_no_curve(names):
         (legend,) = figure.legends
         box = legend.get_window_extent()
         assert len(legend.get_texts()) in (names, 2 * names)
+        assert 0 <= box.y0 and box.y1 <= figure.bbox.y1
         for axis in figure.axes:
             assert axis.get_legend() is None
             assert not axis.get_window_extent().overlaps(box)
+
+
+def test_many_blocks_differ_and_their_names_do_not_overlap():
+    names = list(BLOCKS)
+    assert len(names) > 10
+    blocks = [
+        {"attention": name, "step_seconds": 0.1, "mean": 0.9, "std": None}
+        for name in names
+    ]
+    (points,) = plots.plot_cost(blocks).axes
+    (bands,) = plots.plot_bands({name: [history([1.0])] for name in names}).axes
+    for lines in ([bar.lines[0] for bar in points.containers], bands.lines):
+        looks = {(y.get_color(), y.get_marker(), y.get_linestyle()) for y in lines}
+        assert len(looks) == len(names)
+    means = [
+        {"block": name, "contender": "fast", "dtype": "float32"}
+        | {"forward": 1.0, "forward_backward": 3.0}
+        for name in names
+    ]
+    figure = plots.plot_bars(means)
+    figure.draw_without_rendering()
+    # The names are at an angle of 45 degrees, so each needs sqrt(2) times its height.
+    for axis in figure.axes:
+        height = 1.25 * 10 / 72 * figure.dpi
+        places = [label.get_window_extent().x1 for label in axis.get_xticklabels()]
+        assert min(np.diff(places)) > 2**0.5 * height
 
 
 @pytest.mark.parametrize("epochs, views", [(1, 1), (3, 1), (6, 1), (7, 2), (9, 2)])

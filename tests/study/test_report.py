@@ -54,6 +54,15 @@ def test_verdict(block, none, words, tmp_path):
     )
 
 
+def test_without_a_step_time_there_is_no_picture_of_it(tmp_path):
+    for attention in ("none", "se"):
+        write_run(tmp_path, attention, 0, [0.9], steps=[None])
+    report.write_report(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    assert not (tmp_path / "accuracy-vs-step-time.png").exists()
+    assert "step-time.png" not in (tmp_path / "report.md").read_text()
+
+
 def test_unfinished_runs_are_listed_and_not_averaged(tmp_path):
     write_block(tmp_path, "none", [0.90, 0.92])
     write_block(tmp_path, "se", [0.91, 0.94])

@@ -64,6 +64,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
         (["--blocks", "none"], "`blocks` must be one of se, se-max,"),
         (["--dtypes", "int8"], "`dtypes` must be one of float32,"),
         (["--shapes", "1", "0", "4", "16"], "`shapes` must have axes of at least 1"),
+        (["--plot", "a.png", "--network"], "`plot` draws single blocks; leave out"),
         (["--plot", "bars.txt"], "`plot` must be a picture, got bars.txt; end its"),
         (["--json", "no/a.json"], "`json` must be in a folder that exists, got no/a"),
         (["--rounds", "0"], "`rounds` must be at least 1, got 0"),

@@ -3,13 +3,17 @@
 import json
 import subprocess
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import pytest
 
 from tests import processes, tiny_run
 from train import cifar
-from train.engine import loop, model
+from train.engine import config as config_lib
+from train.engine import loop, model, setup
+from train.engine.config import Config
+from train.engine.progress import Run
 
 
 def run_here(capsys, *arguments):
@@ -58,6 +62,21 @@ def test_digits(tmp_path, capsys, monkeypatch):
     assert other.returncode == 2
     assert "learning_rate 0.1 (now 0.2), seed 0 (now 1); pass anoth" in other.stderr
     assert (workdir / "metrics.jsonl").read_text() == line + "\n"
+
+
+def test_the_next_command_has_the_folder_of_the_data(tmp_path, capsys, monkeypatch):
+    config = config_lib.resolve(Config(attention="cbam"))
+    run = Mock(spec=Run, **{"summary.return_value": "trained"})
+    monkeypatch.setattr(setup, "load", lambda config: tiny_run.images())
+    monkeypatch.setattr(loop, "train", lambda *_: run)
+    workdir, folder = tmp_path / "run", tmp_path / "the data"
+    arguments = ("--attention", config.attention, "--batch-size", 8, "--devices", 1)
+    for data, expected in ((folder, f" --data-dir '{folder}'"), (None, "")):
+        options = ("--data-dir", data) if data else ()
+        result = run_here(capsys, *arguments, "--workdir", workdir, *options)
+        assert result.stdout.endswith(
+            f"\n  python -m train.gates {workdir}{expected}\n"
+        )
 
 
 def test_as_a_command():

@@ -116,7 +116,9 @@ def test_help_is_complete(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--attentions", "none", "cbm"], "`attention` must be one of none, se,"),
+        (["--attentions", "none", "cbm"], "`attentions` must be one of none, se,"),
+        (["--attentions", "cbm+identity"], "timm_cbam, timm_ceca"),
+        (["--attentions", "none+identity"], "with `attention` none; choose a block"),
         (["--attentions", "se", "se"], "`attentions` must be distinct, got"),
         (
             ["--attentions", "se", "se+1.0lr"],

@@ -109,5 +109,10 @@ def test_what_the_command_refuses(run, tmp_path, refused, monkeypatch):
     (tmp_path / "run.json").write_bytes((folder / "run.json").read_bytes())
     monkeypatch.setattr(setup, "load", tiny_run.images)
     assert "holds no checkpoint; train there first." in refused(gates, tmp_path)
+    says = "`images` must be at most 8, the batch size of the run, got 9."
+    assert says in refused(gates, folder, "--images", 9)
+    says = "`limits` are those of images; leave out `steps`."
+    assert says in refused(gates, folder, "--limits", 0, 1, "--steps", 3)
     monkeypatch.setattr(study, "spatial_gates", lambda *_, count: (None, {}))
-    assert "`runs` must have a spatial gate" in refused(gates, folder)
+    error = refused(gates, folder)
+    assert "`runs` must have a spatial gate" in error and "or pass --steps" in error

@@ -42,7 +42,8 @@ def test_command(tmp_path, capsys):
     [
         (None, "got {run} (no metrics.jsonl in it)"),
         ("", "got {run} (no finished epoch)"),
-        ("not JSON", "got {run} (a line that is not JSON: "),
+        ("3", "got {run} (a line that is no JSON object: 3 is not an object)"),
+        ("not JSON", "got {run} (a line that is no JSON object: "),
         ('{"epoch": 1}', "got {run} (a line without losses and accuracies)"),
     ],
 )

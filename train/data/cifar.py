@@ -184,8 +184,8 @@ def _download(archive: Archive, path: Path, urls: Sequence[str]) -> None:
     except download.DownloadError as error:
         raise DataError(
             f"{path.parent} contains neither {archive.folder}/ nor {archive.name}, and "
-            f"the download failed: {error}. Pass --data-url, --data-dir, or --dataset "
-            "digits, which needs no download."
+            f"the download failed: {error}. Pass --data-dir; to train, --data-url, or "
+            "--dataset digits, which needs no download."
         ) from error
 
 

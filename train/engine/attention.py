@@ -61,14 +61,14 @@ def check_attention(config: Config) -> None:
         if config.init != "default":
             raise ValueError(
                 "`init` is the initialization of an attention block, got "
-                f"{config.init} with `attention` none; pass --attention or --preset, "
-                "or leave --init out."
+                f"{config.init} with `attention` none; choose a block or a preset, or "
+                "leave `init` out."
             )
         if config.attention_lr_scale != 1:
             raise ValueError(
                 "`attention_lr_scale` is for the parameters of attention blocks, got "
-                f"{config.attention_lr_scale} with `attention` none; pass --attention "
-                "or --preset, or leave --attention-lr-scale out."
+                f"{config.attention_lr_scale} with `attention` none; choose a block or "
+                "a preset, or leave `attention_lr_scale` out."
             )
 
 

@@ -21,7 +21,7 @@ def exit_codes(prog: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        stop(prog, "stopped by SIGINT before the first step.", 130)
+        stop(prog, "stopped by SIGINT; only what was saved before is kept.", 130)
     except FloatingPointError as error:
         if debugging():
             raise

@@ -85,8 +85,8 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype."""
     steps_per_call: int | None = None
-    """Training steps per compiled call; default: up to 100 on accelerators, and 1 on
-    CPU, where convolutions inside loops are slow."""
+    """Training steps per compiled call; default: up to 100 on accelerators with
+    --loader device, otherwise 1 (on CPU, convolutions inside loops are slow)."""
     data_dir: Path = Path("~/.cache/flax_attn")
     """Folder of the CIFAR archive or its unpacked folder (binary or Python version),
     downloaded if missing; for image folders, the folder with train/ and val/."""

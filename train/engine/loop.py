@@ -111,6 +111,7 @@ class Training:
         self.checkpoints: Checkpoints | None = None
         self.log_epoch: logger.LogEpoch = lambda line, timing: None
         self.compiled = False
+        self.started = 0.0
 
     @property
     def step(self) -> int:
@@ -133,6 +134,7 @@ class Training:
         progress, steps_per_epoch = self.progress, self.inputs.steps_per_epoch
         epoch, done = len(progress.history) + 1, len(progress.losses)
         start = time.perf_counter()
+        self.started = start - progress.seconds
         with tqdm(
             total=steps_per_epoch,
             initial=done,
@@ -162,18 +164,16 @@ class Training:
             "learning_rate": float(self.schedule(self.step - 1)),
         }
         progress.timing.append(
-            self._time(epoch, steps_per_epoch - done, trained - start, start)
+            self._time(epoch, steps_per_epoch - done, trained - start)
         )
-        progress.losses, progress.accuracies = [], []
+        progress.losses, progress.accuracies, progress.seconds = [], [], 0.0
         progress.history.append(line)
         self._write_metrics()
         self.log_epoch(line, progress.timing[-1])
         if epoch % self.config.checkpoint_every == 0 or epoch == self.config.epochs:
             self._save()
 
-    def _time(
-        self, epoch: int, steps: int, seconds: float, start: float
-    ) -> dict[str, Any]:
+    def _time(self, epoch: int, steps: int, seconds: float) -> dict[str, Any]:
         """A line of timing.jsonl, separate from the reproducible metrics."""
         first, self.compiled = not self.compiled, True
         images = steps * self.config.batch_size
@@ -183,7 +183,7 @@ class Training:
             "compiled": first,
             "step_seconds": seconds / steps if steps else None,
             "images_per_second": images / seconds if steps else None,
-            "seconds": time.perf_counter() - start,
+            "seconds": time.perf_counter() - self.started,
         }
 
     def _train_epoch(self, epoch: int, bar: tqdm) -> None:
@@ -314,6 +314,7 @@ class Training:
     def _stopped(self) -> interrupt.Interrupted:
         """Saves; returns the exception that says where."""
         which = signal.Signals(self._stop_requested())
+        self.progress.seconds = time.perf_counter() - self.started
         self._save()
         newest = self._newest()
         where = f"the {newest}" if newest else "nothing is saved"

@@ -57,14 +57,14 @@ def check_block(config: Config) -> None:
             remedy = "choose another attention"
             if config.init != "default":
                 problem = f"`init` {config.init} does not go with {name}"
-                remedy = f"leave --init out or {remedy}"
+                remedy = f"leave `init` out or {remedy}"
             raise ValueError(f"{problem} ({error}); {remedy}.") from error
         has_parameters |= "params" in variables
     if config.attention_lr_scale != 1 and not has_parameters:
         raise ValueError(
             "`attention_lr_scale` is for the parameters of attention blocks, got "
-            f"{config.attention_lr_scale} for {name}, which has none; leave "
-            "--attention-lr-scale out or choose another attention."
+            f"{config.attention_lr_scale} for {name}, which has none; leave it out or "
+            "choose another attention."
         )
 
 

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import docstring_parser
@@ -36,7 +37,19 @@ def parse(
     """
     shown = _with_help(options, notes or {})
     given: Any = {} if default is None else {"default": shown(**vars(default))}
-    return tyro.cli(shown, prog=f"python -m {prog}", args=args, **given)
+    return _expanded(tyro.cli(shown, prog=f"python -m {prog}", args=args, **given))
+
+
+def _expanded(value: Any) -> Any:
+    """``value`` with the home folder for ``~``, which no shell expands after ``=``."""
+    if isinstance(value, Path):
+        return value.expanduser()
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {name: _expanded(field) for name, field in vars(value).items()}
+        return dataclasses.replace(value, **changed)
+    return value
 
 
 def block_names(args: Sequence[str] | None, *more: str) -> str:

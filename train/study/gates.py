@@ -128,11 +128,14 @@ def gates_over_steps(
     Args:
       config: of the run.
       images: that it was trained on.
-      steps: how many steps; at most those of the run.
+      steps: how many steps, at most those of the run.
 
     Returns:
       By the path of a gate, such as ``stage1_block1/attention/spatial_gate``, its
       ``QUANTILES``, ``(steps + 1, 3)`` float32; without attention there are none.
+
+    Raises:
+      ValueError: the run has fewer steps.
     """
     import jax
     import jax.numpy as jnp
@@ -146,6 +149,11 @@ def gates_over_steps(
     inputs = setup.make_inputs(config, images, devices.make_mesh(1))
     with contextlib.closing(inputs):
         training = loop.Training(config, inputs)
+        if steps > training.total:
+            raise ValueError(
+                f"`steps` must be at most {training.total}, those of the run with "
+                f"attention {config.block}, got {steps}."
+            )
         last = {
             f"stage{i}_block{blocks}"
             for i, blocks in enumerate(training.model.stages, 1)
@@ -174,7 +182,6 @@ def gates_over_steps(
         )
         state = training.progress.state
         rows = [read(state)]
-        steps = min(steps, training.total)
         for item in tqdm(itertools.islice(batches, steps), total=steps, unit="step"):
             state, _ = training.train_steps(
                 state, inputs.data, training.augment_key, item

@@ -87,7 +87,10 @@ def labels_of(runs: Sequence[Path]) -> list[str]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one line of JSON for each."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if others := [line for line in lines if not isinstance(line, dict)]:
+        raise ValueError(f"{others[0]!r} is not an object")
+    return lines
 
 
 def read_runs(workdir: Path) -> list[Log]:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 WORST_LOSS = 10.0
 # Fewer epochs show no trend.
 LEAST_EPOCHS = 3
-# Blocks differ in more than color, of which there are ten.
-MARKERS = "osD^vP*X<>"
+# Blocks differ in more than color, of which there are ten; eleven markers, so that no
+# pair repeats among the first 110.
+MARKERS = "osD^vP*X<>p"
+LINES = ("-", "--", ":", "-.")
 
 
 def check_folder(name: str, path: Path) -> None:
@@ -36,7 +38,7 @@ def check_picture(name: str, path: Path) -> None:
 
     To call before anything is computed.
     """
-    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    known = new_figure(1, 1).canvas.get_supported_filetypes().keys() - {"pgf"}
     if path.suffix.lower()[1:] not in known:
         raise ValueError(
             f"`{name}` must be a picture, got {path}; end its name with one of "
@@ -51,7 +53,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure
     Args:
       histories: by the name of a run, the lines of its metrics.jsonl.
     """
-    figure = new_figure(11, 3.4)
+    figure = new_figure(11, _height(3.4, 2 * len(histories)))
     axes = figure.subplots(1, 2)
     for name, history in histories.items():
         epochs = [line["epoch"] for line in history]
@@ -86,7 +88,7 @@ def plot_bars(means: list[dict[str, Any]]) -> "Figure":
     blocks = list(dict.fromkeys(row["block"] for row in means))
     kinds = list(dict.fromkeys((row["contender"], row["dtype"]) for row in means))
     width = 0.8 / len(kinds)
-    figure = new_figure(11, 3.8)
+    figure = new_figure(max(11, 2 + len(blocks)), _height(4.2, len(kinds)))
     axes = figure.subplots(1, 2)
     for axis, field in zip(axes, ("forward", "forward_backward"), strict=True):
         for i, kind in enumerate(kinds):
@@ -96,7 +98,9 @@ def plot_bars(means: list[dict[str, Any]]) -> "Figure":
             ]
             heights = [row[field] for row in rows]
             axis.bar(places, heights, width, label=", ".join(kind))
-        axis.set_xticks(range(len(blocks)), blocks, rotation=20)
+        axis.set_xticks(
+            range(len(blocks)), blocks, rotation=45, ha="right", rotation_mode="anchor"
+        )
         axis.set(title=field.replace("_", " + "), ylabel="time / copy")
         axis.grid(axis="y", alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -145,15 +149,20 @@ def plot_bands(
     views = ["all epochs"]
     if all(length - 2 * length // 3 >= LEAST_EPOCHS for length in lengths):
         views.append("the last third")
-    figure = new_figure(1.5 + 4.75 * len(views), 4.2)
+    height = _height(4.2, len(histories))
+    figure = new_figure(1.5 + 4.75 * len(views), height)
     (axes,) = figure.subplots(1, len(views), squeeze=False)
-    for name, seeds in histories.items():
+    for i, (name, seeds) in enumerate(histories.items()):
+        # After ten colors, another dash pattern.
+        style = LINES[i // 10 % len(LINES)]
         epochs = np.array([line["epoch"] for line in seeds[0]])
         values = np.array([[100 * line["test_accuracy"] for line in s] for s in seeds])
         masks = (epochs > 0, epochs > epochs[-1] * 2 / 3)
         for axis, shown in zip(axes, masks, strict=False):
             x, y = epochs[shown], values[:, shown]
-            (solid,) = axis.plot(x, y.mean(0), marker="o", ms=2.5, lw=1.2, label=name)
+            (solid,) = axis.plot(
+                x, y.mean(0), style, marker="o", ms=2.5, lw=1.2, label=name
+            )
             axis.fill_between(
                 x, y.min(0), y.max(0), color=solid.get_color(), alpha=0.15, linewidth=0
             )
@@ -202,6 +211,11 @@ def plot_steps(runs: Mapping[str, Mapping[str, np.ndarray]]) -> "Figure":
     kinds = [kind.replace("_", " ") for kind in handles]
     figure.legend(handles.values(), kinds, loc="outside right center")
     return figure
+
+
+def _height(least: float, names: int) -> float:
+    """The height of a figure, in inches, for this number of names in its legend."""
+    return max(least, 0.5 + 0.25 * names)
 
 
 def _label_epochs(axis: "Axes") -> None:

@@ -145,10 +145,13 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
         table(summary, markdown=True),
         _bullets(remarks(summary)),
     ]
-    if summary["blocks"]:
+    if _timed(summary["blocks"]):
         parts += [
             "## Accuracy against step time",
             "![Accuracy against step time](accuracy-vs-step-time.png)",
+        ]
+    if summary["blocks"]:
+        parts += [
             "## Test accuracy over epochs",
             "Mean over seeds; the band spans the lowest to the highest.",
             "![Test accuracy over epochs](curves.png)",
@@ -179,6 +182,11 @@ def markdown(summary: Mapping[str, Any], workdir: Path) -> str:
         f"```bash\n{command}\n```",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _timed(blocks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The blocks with a step time."""
+    return [block for block in blocks if block["step_seconds"] is not None]
 
 
 def _epochs(count: int) -> str:
@@ -235,15 +243,13 @@ def _draw(
 
     from train.study import plots
 
-    timed = [block for block in blocks if block["step_seconds"] is not None]
     histories: dict[str, list[Any]] = {block["attention"]: [] for block in blocks}
     for log in logs:
         if log.finished:
             histories[log.attention].append(log.metrics)
-    figures = {
-        "accuracy-vs-step-time": plots.plot_cost(timed),
-        "curves": plots.plot_bands(histories),
-    }
+    figures = {"curves": plots.plot_bands(histories)}
+    if timed := _timed(blocks):
+        figures["accuracy-vs-step-time"] = plots.plot_cost(timed)
     for block in blocks:
         attention, seed = block["attention"], block["gates_seed"]
         if seed is not None:
