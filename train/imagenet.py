@@ -1,9 +1,10 @@
 """``python -m train.imagenet --data-dir FOLDER``: trains on folders of images.
 
 ``FOLDER/train/CLASS/IMAGE`` and ``FOLDER/val/CLASS/IMAGE``; exit codes and the other
-options are those of ``train.cifar``. The defaults are the recipe of Goyal et al.,
-Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677, for batches of
-256.
+options are those of ``train.cifar``. Epochs, learning rate, warmup, momentum and weight
+decay are those of Goyal et al., Accurate, Large Minibatch SGD, 2017,
+https://arxiv.org/abs/1706.02677, for batches of 256; the learning rate decays by a
+cosine instead of in steps.
 """
 
 from collections.abc import Sequence
