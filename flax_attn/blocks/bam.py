@@ -105,6 +105,8 @@ class BAM(Attention, kw_only=True):
 
     def _spatial_logits(self, x: Array, mask: Array | None) -> Array:
         checks.check_positive("dilation", self.dilation)
+        if self.spatial_act is not None:
+            checks.check_callable("spatial_act", self.spatial_act)
         hidden = hidden_width(self, x.shape[-1])
         conv, ones = self.make_layer(nn.Conv), (1,) * self.spatial_dims
         inner = partial(conv, hidden, ones)

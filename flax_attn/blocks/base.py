@@ -1,18 +1,21 @@
 """The base class of the blocks, and their shared code other than the arithmetic."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.functional import Array, Implementation, checks
+from flax_attn.functional._meshes import on_auto_axes
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
@@ -107,6 +110,7 @@ class Attention(nn.Module, kw_only=True):
         gate: Array = getattr(self, method)(x, mask)
         return gate
 
+    @nn.nowrap
     def validated(self, x: Any, mask: Any = None) -> tuple[Array, Array | None]:
         """Returns the input, zero where masked, and the mask as ``(..., H, W, 1)``.
 
@@ -117,6 +121,7 @@ class Attention(nn.Module, kw_only=True):
         mask = checks.check_mask(mask, x)
         return functional.apply_mask(x, mask), mask
 
+    @nn.nowrap
     def scaled(self, x: Array, gate: Array) -> Array:
         """Returns ``x * gate`` in the block's dtype; ``x`` must be validated."""
         x, gate = promote_dtype(x, gate, dtype=self.dtype)
@@ -135,12 +140,14 @@ class Attention(nn.Module, kw_only=True):
         """The spatial axes of a map, counted from its last."""
         return functional.spatial_axes(self.spatial_dims)
 
+    @nn.nowrap
     def shared_fields(self, kind: type["Attention"]) -> dict[str, Any]:
         """The fields that a block of the class ``kind`` has too, for one inside."""
         names = {field.name for field in dataclasses.fields(kind)} - {"parent", "name"}
         own = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in own if name in names}
 
+    @nn.nowrap
     def make_layer(self, kind: ModuleDef, *, is_last: bool = False) -> ModuleDef:
         """``kind``, such as nn.Dense, with the dtypes, bias and so on of the block.
 
@@ -155,10 +162,12 @@ class Attention(nn.Module, kw_only=True):
             **(self.last_layer() if is_last else self.first_layer()),
         )
 
+    @nn.nowrap
     def first_layer(self) -> dict[str, Any]:
         """The initializers of a layer before the last one."""
         return {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
 
+    @nn.nowrap
     def last_layer(self) -> dict[str, Any]:
         """The initializers of the layer that computes the logits."""
         # Before a norm, zeros would be amplified or get no gradient, so the norm's
@@ -167,6 +176,7 @@ class Attention(nn.Module, kw_only=True):
             return {name: zeros_like(init) for name, init in self.first_layer().items()}
         return self.first_layer()
 
+    @nn.nowrap
     def gate_from(self, logits: Array) -> Array:
         """The gate for ``logits``; at zero logits it is 1 with ``identity_init``."""
         checks.check_callable("gate", self.gate)
@@ -178,16 +188,27 @@ class Attention(nn.Module, kw_only=True):
                 f"is 0.5 at 0, got the module {type(self.gate).__name__}, whose "
                 "parameters may change that; pass nn.sigmoid, or identity_init=False."
             )
-        with jax.ensure_compile_time_eval():
-            # Jitted, since jax 0.7 traces here what has a custom rule, such as `relu`.
-            at_zero = float(jax.jit(self.gate)(jnp.zeros(())))
-        if at_zero != 0.5:
-            raise ValueError(
-                "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "
-                f"{at_zero}; pass a gate such as nn.sigmoid, or identity_init=False."
-            )
+        self._check_gate_at_zero(logits.shape)
         return 2 * self.gate(logits)
 
+    @nn.nowrap
+    def _check_gate_at_zero(self, shape: tuple[int, ...]) -> None:
+        # A gate may be a function of all channels, such as a softmax.
+        zeros = np.zeros((*(1,) * len(shape[:-1]), *shape[-1:]), np.float32)
+        try:
+            with jax.ensure_compile_time_eval():
+                # Jitted, since jax 0.7 traces here what has a custom rule, such as
+                # `relu`.
+                at_zero = np.asarray(jax.jit(self.gate)(zeros))
+        except jax.errors.TracerArrayConversionError:
+            return  # In a shard_map without jit nothing has a value.
+        if (wrong := at_zero[at_zero != 0.5]).size:
+            raise ValueError(
+                "`identity_init` doubles the gate, so `gate` must be 0.5 at 0, got "
+                f"{wrong[0]}; pass a gate such as nn.sigmoid, or identity_init=False."
+            )
+
+    @nn.nowrap
     def normalized(
         self,
         field: str,
@@ -206,10 +227,18 @@ class Attention(nn.Module, kw_only=True):
         if norm is None:
             return x
         check_norm(field, norm)
-        return self.over_valid(self._make_norm(norm, name, is_last), x, mask)
+        made = self._make_norm(norm, name, is_last=is_last, field=field)
+        return self.over_valid(made, x, mask)
 
+    @nn.nowrap
     def over_valid(self, norm: Any, x: Array, mask: Array | None) -> Array:
         """Applies the module ``norm`` to ``x`` where ``mask`` is True."""
+        lead = x.ndim - self.spatial_dims - 1
+        if lead != 1:
+            # A norm takes the first axis for the batch, and may reduce all others.
+            flat = partial(_with_one_batch_axis, lead=lead)
+            y = self.over_valid(norm, flat(x), None if mask is None else flat(mask))
+            return _with_batch_axes(y, x.shape[:lead])
         if mask is None:
             return norm(x)
         # Without any valid position the mask is ignored, since the mean of nothing is
@@ -221,16 +250,42 @@ class Attention(nn.Module, kw_only=True):
         # GroupNorm wants the shape of `x`.
         return norm(x, mask=jnp.broadcast_to(mask | ~valid, x.shape))
 
-    def _make_norm(self, norm: ModuleDef, name: str, is_last: bool) -> Any:
+    @nn.nowrap
+    def _make_norm(
+        self, norm: ModuleDef, name: str, *, is_last: bool, field: str
+    ) -> Any:
         if not (self.identity_init and is_last):
             return norm(name=name)
+        inits = dict.fromkeys(("scale_init", "bias_init"), _ZEROS)
+        message = _NO_SCALE.format(field=field, kind=type(self).__name__, norm=norm)
         try:
-            module = norm(name=name, scale_init=_ZEROS, bias_init=_ZEROS)
+            module = norm(name=name, **inits)
         except TypeError as error:
-            raise ValueError(_NO_SCALE.format(norm)) from error
+            if not any(f"'{name}'" in str(error) for name in inits):
+                raise
+            raise ValueError(message) from error
         if not getattr(module, "use_scale", True):
-            raise ValueError(_NO_SCALE.format(norm))
+            raise ValueError(message)
         return module
+
+
+def _with_one_batch_axis(x: Array, lead: int) -> Array:
+    """``x``, of whose ``lead`` batch axes one is made."""
+
+    def flat(x: Array) -> Array:
+        return x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])
+
+    return on_auto_axes(flat, lambda x: [*(x[:lead] or [None])[:1], *x[lead:]], x)
+
+
+def _with_batch_axes(y: Array, batch: tuple[int, ...]) -> Array:
+    """``y``, whose one batch axis becomes those of the shape ``batch``."""
+
+    def split(y: Array) -> Array:
+        return y.reshape(*batch, *y.shape[1:])
+
+    others = [None] * (len(batch) - 1)
+    return on_auto_axes(split, lambda y: [*[y[0]][: len(batch)], *others, *y[1:]], y)
 
 
 def check_norm(field: str, norm: Any) -> None:
@@ -289,9 +344,9 @@ def width_of(field: str, value: Width, features: int) -> int:
 
 _ZEROS = nn.initializers.zeros_init()
 _NO_SCALE = (
-    "`identity_init` starts the scale and the bias of `norm` at zero, so `norm` must "
-    "have the fields `scale_init` and `bias_init` and use a scale, got {}; pass a norm "
-    "such as nn.BatchNorm, or identity_init=False."
+    "`identity_init` starts the scale and the bias of a norm at zero, so `{field}` of "
+    "{kind} must have the fields `scale_init` and `bias_init` and use a scale, got "
+    "{norm}; pass a norm such as nn.BatchNorm, or identity_init=False."
 )
 
 

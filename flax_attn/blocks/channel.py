@@ -325,7 +325,9 @@ def normalized_mlp(
     x, valid = module.validated(x, mask)
     rows = None if valid is None else valid.any(module.spatial_axes, keepdims=True)
     check_norm("hidden_norm", module.hidden_norm)
-    norm = module._make_norm(module.hidden_norm, "reduce_norm", is_last=False)
+    norm = module._make_norm(
+        module.hidden_norm, "reduce_norm", is_last=False, field="hidden_norm"
+    )
 
     def act(s: Array) -> Array:
         # Of one pool at a time, as if the MLP were called once for each.

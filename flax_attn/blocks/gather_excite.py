@@ -155,6 +155,11 @@ class GatherExcite(Attention, kw_only=True):
                 "`extent` must be a power of 2 with `extra_params`, which halve the "
                 f"map, got {self.extent!r}; pass 2, 4 or 8."
             )
+        if self.hidden_norm is not None and not self.extra_params:
+            raise ValueError(
+                "`hidden_norm` follows the convolutions of `extra_params`, which is "
+                "False; leave `hidden_norm` out, or pass extra_params=True."
+            )
         if self.identity_init and not (self.extra_params or self.use_mlp):
             raise ValueError(
                 "`identity_init` must be False, got True: without `extra_params` and "

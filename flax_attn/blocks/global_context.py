@@ -104,6 +104,7 @@ class GlobalContext(Attention, kw_only=True):
         x, valid = self.validated(x, mask)
         checks.check_choice("fuse", self.fuse, FUSIONS)
         checks.check_callable("act", self.act)
+        checks.check_positive_number("epsilon", self.epsilon, usual=1e-5)
         first_layer = self.make_layer(nn.Dense)
         last_layer = self.make_layer(nn.Dense, is_last=True)
         pool = first_layer(1, use_bias=False, name="pool")

@@ -1,7 +1,6 @@
 """SimAM: attention from an energy, without parameters."""
 
 import math
-import numbers
 
 import jax.numpy as jnp
 from jax import lax
@@ -80,11 +79,7 @@ class SimAM(Attention, kw_only=True):
         return functional.squeeze_spatial(x, mask=mask, **self.map_options)
 
     def _check_fields(self) -> None:
-        if not isinstance(self.lam, numbers.Real) or not self.lam > 0:
-            raise ValueError(
-                f"`lam` must be a positive number, got {self.lam!r}; the paper uses "
-                "1e-4."
-            )
+        checks.check_positive_number("lam", self.lam, usual=1e-4)
         if not checks.is_int(self.ddof) or self.ddof not in (0, 1):
             raise ValueError(
                 f"`ddof` must be 0 or 1, got {self.ddof!r}; pass 0 for the paper's "

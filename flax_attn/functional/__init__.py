@@ -188,15 +188,14 @@ def scale(
 
     Args:
       x: array ``(..., H, W, C)``.
-      gate: array ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or ``(..., H, W, C)`` of the
-        same dtype.
+      gate: array ``(..., 1, 1, C)``, ``(..., H, W, 1)`` or any other shape that
+        broadcasts to that of ``x``, of the same dtype.
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "plain" or gate.shape == x.shape:
+    of_channels = gate.shape == tuple(reduced(x.shape, spatial_dims, 1))
+    of_positions = gate.shape == (*x.shape[:-1], 1)
+    if implementation == "plain" or not (of_channels or of_positions):
         return x * gate
-    of_channels = gate.shape[-1] == x.shape[-1] and all(
-        n == 1 for n in gate.shape[-1 - spatial_dims : -1]
-    )
 
     def run(x: Array, gate: Array) -> Array:
         folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)

@@ -3,7 +3,7 @@
 The blocks are memory-bound: their time depends on the number of passes over the feature
 map. Automatic differentiation would store masks and products as large as the map, and
 XLA's CPU backend emits slow loops for reductions of a product. Each function here
-equals its counterpart in ``_plain``, but supports only reverse mode. For maxima see
+equals its plain form, but supports only reverse mode. For maxima see
 ``_maxima``.
 """
 

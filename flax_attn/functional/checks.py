@@ -1,5 +1,6 @@
 """Argument checks, with messages that say what to pass instead."""
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,15 @@ def check_positive(field: str, value: Any) -> None:
         raise ValueError(
             f"`{field}` must be an integer of at least 1, got {value!r}; pass a "
             "positive int."
+        )
+
+
+def check_positive_number(field: str, value: Any, *, usual: float) -> None:
+    """Raises ``ValueError`` unless ``value`` is a number above 0, as ``usual`` is."""
+    if not isinstance(value, numbers.Real) or not float(value) > 0:
+        raise ValueError(
+            f"`{field}` must be a positive number, got {value!r}; the usual one is "
+            f"{usual}."
         )
 
 

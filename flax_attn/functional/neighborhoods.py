@@ -73,7 +73,9 @@ def resize_nearest(
             at = _positions(like, axis)
             if masks:
                 start, size = _valid_range(masks[0], axis, spatial_dims)
-                at = (at - start) * ((size + extent - 1) // extent) // size
+                # In front of the valid part, which `start` may be the end of, there
+                # is no position.
+                at = (at - start).clip(0) * ((size + extent - 1) // extent) // size
             else:
                 at = at * y.shape[axis] // like.shape[axis]
             y = jnp.take_along_axis(y, at, axis, mode="clip")

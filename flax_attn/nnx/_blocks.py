@@ -242,7 +242,7 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
             owner: Any = place.parent
             factory = _Factory(place.factory, x.shape[-1], rngs)
             norms[place.path] = owner._make_norm(
-                factory, place.name, is_last=place.scale_init is not None
+                factory, place.name, is_last=place.scale_init is not None, field="norm"
             )
             return x  # Not normalized: the statistics are to start as they are.
 

@@ -214,6 +214,14 @@ def test_initializers_and_their_dtype():
         (CBAM(act="relu"), "`act` must"),
         (CBAM(spatial_norm=nn.BatchNorm(True)), "`spatial_norm` must make"),
         (SpatialAttention(norm=nn.BatchNorm(True)), "`norm` must make a module"),
+        (BAM(spatial_act="relu"), "`spatial_act` must be a function"),
+        (GatherExcite(hidden_norm="bn"), "`hidden_norm` follows the convolutions"),
+        (GlobalContext(epsilon=-1.0), "`epsilon` must be a positive number, got -1.0"),
+        (GlobalContext(epsilon="a"), "`epsilon` must be a positive number, got 'a'"),
+        (
+            SE(identity_init=True, gate=nn.softmax),
+            "`gate` must be 0.5 at 0, got 0.0156",
+        ),
         (BAM(hidden_norm="bn"), "`hidden_norm` must make a module"),
         (SE(hidden_norm=0), "`hidden_norm` must make a module"),
         (CoordinateAttention(hidden_norm="bn"), "`hidden_norm` must make a module"),
@@ -235,6 +243,13 @@ def test_initializers_and_their_dtype():
 def test_bad_fields(module, message):
     with pytest.raises(ValueError, match=message):
         tree(module)
+
+
+def test_the_identity_with_a_gate_of_all_channels():
+    module = SE(identity_init=True, gate=lambda z: z.shape[-1] / 2 * nn.softmax(z))
+    x = normal((2, 4, 3, 8), 0)
+    start = jax.jit(module.init)(jax.random.key(0), x)
+    np.testing.assert_array_equal(module.apply(start, x), x)
 
 
 def test_a_gate_that_is_a_module():

@@ -77,7 +77,19 @@ def test_identity_with_a_norm_can_learn(block, field):
 @pytest.mark.parametrize("norm", [nn.RMSNorm, partial(nn.LayerNorm, use_scale=False)])
 def test_identity_needs_a_norm_with_a_scale(norm):
     module = SpatialAttention(identity_init=True, norm=norm)
-    with pytest.raises(ValueError, match="`norm` must have .* pass a norm such as"):
+    with pytest.raises(ValueError, match="`norm` of .* must have .* pass a norm"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
+    gather = GatherExcite(
+        extent=2, extra_params=True, hidden_norm=norm, identity_init=True
+    )
+    with pytest.raises(ValueError, match="`hidden_norm` of GatherExcite must have"):
+        jax.eval_shape(gather.init, jax.random.key(0), jnp.ones((2, 2, 4)))
+
+
+def test_a_typo_in_a_norm_is_not_hidden_by_the_start_as_the_identity():
+    norm = partial(nn.BatchNorm, use_running_avg=True)
+    module = CBAM(identity_init=True, spatial_norm=norm)
+    with pytest.raises(TypeError, match="use_running_avg"):
         jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 2, 4)))
 
 
@@ -194,6 +206,30 @@ FIELDS = {
     "coordinate": (partial(CoordinateAttention, hidden_features=4), "hidden_norm"),
     "ge-plus": (partial(GatherExcite, extent=2, extra_params=True), "hidden_norm"),
 }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block", FIELDS)
+def test_any_batch_axes_before_a_norm(block, masked):
+    """None, several, and those of vmap: each map has statistics of its own."""
+    make, field = FIELDS[block]
+    norm = WITHIN_A_SAMPLE["layer" if block == "se" else "instance"]
+    module = make(**{field: norm}, **PLAIN)
+    scales = np.array([1, 5, 9], np.float32)[:, None, None, None]
+    x = normal((2, 3, 5, 4, CHANNELS), 1) * scales
+    mask = np.arange(20).reshape(5, 4) < np.array([20, 11])[:, None, None, None]
+    mask = np.broadcast_to(mask, x.shape[:-1])
+    variables = variables_for(module, x[0])
+
+    @jax.jit
+    def run(x, *mask):
+        apply = partial(module.apply, variables)
+        rows = [apply(x[i], *(m[i] for m in mask)) for i in range(len(x))]
+        return jnp.stack(rows), apply(x, *mask), jax.vmap(jax.vmap(apply))(x, *mask)
+
+    expected, *others = run(x, mask) if masked else run(x)
+    for actual in others:
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

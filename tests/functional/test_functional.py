@@ -15,6 +15,26 @@ from tests.compilation import jit_as_users_do
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+@pytest.mark.parametrize(
+    "shape", [(8,), (), (1, 1, 1, 8), (1, 5, 1, 1), (2, 5, 1, 8), (2, 1, 1, 1)], ids=str
+)
+def test_a_gate_of_any_shape_that_broadcasts(shape):
+    x, gate = normal((2, 5, 4, 8), 0), normal((2, 5, 4, 8), 1)
+    gate = gate[tuple(slice(n) for n in shape) if len(shape) == 4 else (0, 0, 0)]
+    gate = gate if shape else gate[0]
+
+    def run(implementation):
+        def product(x, gate):
+            return functional.scale(x, gate, implementation=implementation)
+
+        with jax.numpy_rank_promotion("allow"):
+            y, pullback = jax.vjp(product, x, gate)
+            return y, *pullback(jnp.cos(y))
+
+    for actual, expected in zip(run("fast"), run("plain"), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_eca_kernel_size_is_the_rule_for_every_count():
     # With gamma 2 and b 1 the rule needs the integer part of log2(C) only:
     # int((log2(C) + 1) / 2) = (floor(log2(C)) + 1) // 2, in integers.

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from flax_attn.blocks import BLOCKS
 from tests.cases import (
@@ -20,6 +21,19 @@ from tests.compilation import jit_as_users_do
 
 SIZES = {1: (9,), 2: (5, 4), 3: (3, 5, 4)}
 CHANNELS = 20
+
+
+@pytest.mark.parametrize("block", ["ge-plus", "ge"])
+def test_no_index_is_out_of_bounds(block):
+    """A sample without a valid position has no position to count from."""
+    module = partial(BLOCKS[block], extent=4 if block == "ge-plus" else 3)()
+    x = normal((2, 5, 4, 8), 0)
+    mask = np.ones(x.shape[:-1], bool)
+    mask[1] = False
+    variables = variables_for(module, x)
+    run = checkify.checkify(jax.jit(module.apply), errors=checkify.index_checks)
+    error, _ = run(variables, x, mask)
+    error.throw()
 
 
 @blocks

@@ -56,6 +56,14 @@ def test_identity_that_can_learn(block):
         assert all(jnp.abs(leaf).max() > 0 for leaf, is_last in leaves if is_last)
 
 
+@blocks
+def test_tabulate_counts_operations(block):
+    """For which Flax runs each method of its own that it knows as a call."""
+    x = np.ones((2, 4, 3, 16), np.float32)
+    table = nn.tabulate(BLOCKS[block](), jax.random.key(0), compute_flops=True)(x)
+    assert type(BLOCKS[block]()).__name__ in table and "functools" not in table
+
+
 # What multiplies back otherwise than by the product of the gates.
 OUTPUTS = {
     "bam": lambda x, gate: x * (1 + gate),

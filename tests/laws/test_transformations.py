@@ -130,6 +130,17 @@ def test_shard_map_with_replicated_parameters(block):
     chex.assert_trees_all_close(got, expected(block)[1:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", ["se", "cbam"])
+def test_the_identity_in_a_shard_map_without_jit(block):
+    module = BLOCKS[block](identity_init=True)
+    x = normal((4, 5, 4, 16), 0)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P("data")}
+    y = jax.shard_map(module.apply, mesh=mesh, **specs)(variables, x)
+    np.testing.assert_array_equal(y, x)
+
+
 @forms
 def test_exported_gradients_of_any_size(block):
     pytest.importorskip("flatbuffers")
