@@ -68,7 +68,8 @@ def squeeze_spatial(
 
     The mean is accumulated and *returned* in float32 or wider. The maximum keeps the
     dtype of ``x``, and its gradient goes to the first maximal element. Both are zero
-    where ``mask`` has no valid position.
+    where ``mask`` has no valid position. With a mask, the maximum is at least the
+    lowest finite number.
 
       >>> squeeze_spatial(jnp.full((2, 3, 4), 300.0, jnp.float16)).ravel().tolist()
       [300.0, 300.0, 300.0, 300.0]
