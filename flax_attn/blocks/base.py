@@ -15,7 +15,6 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from flax_attn import functional
 from flax_attn.functional import Array, Implementation, checks
-from flax_attn.functional._meshes import on_auto_axes
 
 GateFn = Callable[[Array], Array]
 ModuleDef = Callable[..., Any]
@@ -275,7 +274,9 @@ def _with_one_batch_axis(x: Array, lead: int) -> Array:
     def flat(x: Array) -> Array:
         return x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])
 
-    return on_auto_axes(flat, lambda x: [*(x[:lead] or [None])[:1], *x[lead:]], x)
+    return functional.on_auto_axes(
+        flat, lambda x: [*(x[:lead] or [None])[:1], *x[lead:]], x
+    )
 
 
 def _with_batch_axes(y: Array, batch: tuple[int, ...]) -> Array:
@@ -285,7 +286,9 @@ def _with_batch_axes(y: Array, batch: tuple[int, ...]) -> Array:
         return y.reshape(*batch, *y.shape[1:])
 
     others = [None] * (len(batch) - 1)
-    return on_auto_axes(split, lambda y: [*[y[0]][: len(batch)], *others, *y[1:]], y)
+    return functional.on_auto_axes(
+        split, lambda y: [*[y[0]][: len(batch)], *others, *y[1:]], y
+    )
 
 
 def check_norm(field: str, norm: Any) -> None:

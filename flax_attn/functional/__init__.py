@@ -28,8 +28,9 @@ from jax import lax
 
 from flax_attn.functional import _convolution, _maxima, _plain, _reductions
 from flax_attn.functional._kernel_size import eca_kernel_size as eca_kernel_size
-from flax_attn.functional._meshes import on_auto_axes, varying_alike
+from flax_attn.functional._meshes import on_auto_axes as on_auto_axes
 from flax_attn.functional._meshes import replicated_along as replicated_along
+from flax_attn.functional._meshes import varying_alike
 from flax_attn.functional._sums import CHANNEL, SPATIAL
 from flax_attn.functional._sums import accumulator as accumulator
 from flax_attn.functional.checks import check_choice

@@ -14,6 +14,7 @@ from tests.cases import (
     blocks,
     each_block,
     fast_and_plain,
+    long_unless,
     normal,
     variables_for,
 )
@@ -36,8 +37,15 @@ def test_no_index_is_out_of_bounds(block):
     error.throw()
 
 
-@blocks
-@pytest.mark.parametrize("dims", SIZES)
+@pytest.mark.parametrize(
+    "dims, block",
+    [
+        # In 1-D and 3-D, each a quarter of the blocks without the long tests.
+        pytest.param(dims, block, marks=long_unless(dims == 2 or (dims + i) % 4 == 0))
+        for dims in SIZES
+        for i, block in enumerate(BLOCKS)
+    ],
+)
 def test_padding_counts_for_nothing(block, dims):
     """NaN, which poisons all that it touches; a third row is nothing but padding."""
     x = normal((2, *SIZES[dims], CHANNELS), 1)
