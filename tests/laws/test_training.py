@@ -27,8 +27,8 @@ from tests.cases import each_block, long_unless, normal
 from tests.compilation import jit_as_users_do
 from tests.laws.test_programs import Program, distances, draw_params
 
-# A decision is what a compiler could make twice. CBAM makes those of a maximum over H, W
-# and over C, the other that between two maps.
+# A decision is what a compiler could make twice. CBAM makes those of a maximum over H
+# and W and over C, the other that between two maps.
 DECIDING = ("cbam", "scse-max")
 deciding = each_block(long=[name for name in BLOCKS if name not in DECIDING])
 TOLERANCE = 1e-3
