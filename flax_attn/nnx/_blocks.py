@@ -242,7 +242,10 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
             owner: Any = place.parent
             factory = _Factory(place.factory, x.shape[-1], rngs)
             norms[place.path] = owner._make_norm(
-                factory, place.name, is_last=place.scale_init is not None, field="norm"
+                factory,
+                place.name,
+                is_last=place.scale_init is not None,
+                field=place.field,
             )
             return x  # Not normalized: the statistics are to start as they are.
 
@@ -259,6 +262,7 @@ def _initial(linen: blocks.Attention, features: int, rngs: nnx.Rngs) -> dict[str
 class _Norm(nn.Module):
     """What stands in the Linen block where the NNX block has a norm."""
 
+    field: str
     factory: ModuleDef
     find: Callable[["_Norm"], Any]
     scale_init: Any = None
@@ -302,7 +306,7 @@ def _with_norms(
 ) -> blocks.Attention:
     """``linen`` with what ``find`` returns in the places of its norms."""
     norms: dict[str, Any] = {
-        field: partial(_Norm, factory=getattr(linen, field), find=find)
+        field: partial(_Norm, field=field, factory=getattr(linen, field), find=find)
         for field in _norm_fields(linen)
     }
     return linen.clone(**norms) if norms else linen

@@ -103,6 +103,19 @@ def test_the_step_of_a_damaged_checkpoint_is_saved_again(saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
 
 
+def test_a_replacement_that_could_not_be_written_is_tried_again(tmp_path, monkeypatch):
+    logged = []
+    with contextlib.closing(Checkpoints(tmp_path, 1, logged.append)) as checkpoints:
+        checkpoints.save(7, TREE, {"evaluated": False})
+        with monkeypatch.context() as patch:
+            usage = shutil.disk_usage(tmp_path)._replace(free=900_000)
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            checkpoints.save(7, TREE, {"evaluated": True})
+        assert len(logged) == 1
+        checkpoints.save(7, TREE, {"evaluated": True})
+    assert restore(tmp_path)[0][1] == {"evaluated": True}
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     """As after an evaluation that was interrupted; a kill leaves one of the two."""
     with contextlib.closing(Checkpoints(tmp_path, 1, pytest.fail)) as checkpoints:

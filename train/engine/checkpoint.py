@@ -131,6 +131,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         step, self._saving = self._saving, None
+        if step is not None:  # What it replaced is put back.
+            self._digests.pop(step, None)
         self._manager = self._open()
         last = self.newest()
         kept = "there is no earlier one"

@@ -63,8 +63,8 @@ class Progress:
     state: TrainState
     losses: list[float] = dataclasses.field(default_factory=list)
     """Of the completed steps of the current epoch."""
-    seconds: float = 0.0
-    """Of the current epoch, before it was interrupted."""
     accuracies: list[float] = dataclasses.field(default_factory=list)
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     timing: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    """Of the current epoch, before it was interrupted."""
