@@ -114,3 +114,10 @@ def test_a_norm_of_linen_is_refused(name, norm):
     field = norm_field(name)
     with pytest.raises(ValueError, match=f"`{field}` must make an NNX module"):
         flax_attn.nnx.create(name, 16, rngs=nnx.Rngs(0), **{field: norm})
+
+
+def test_a_norm_without_a_scale_is_named_by_its_field():
+    norm = partial(nnx.LayerNorm, use_scale=False)
+    options = {"extra_params": True, "hidden_norm": norm, "identity_init": True}
+    with pytest.raises(ValueError, match="`hidden_norm` of GatherExcite must have"):
+        flax_attn.nnx.GatherExcite(8, extent=2, **options, rngs=nnx.Rngs(0))
