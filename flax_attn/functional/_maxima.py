@@ -17,6 +17,7 @@ from jax import lax
 
 from flax_attn.functional import _sums
 from flax_attn.functional._sums import (
+    SPATIAL,
     Array,
     Axes,
     accumulator,
@@ -81,10 +82,10 @@ def squeezes_of(
 
     @jax.custom_batching.custom_vmap
     def squeezes(*maps: Array) -> tuple[Array, ...]:
+        forms = (_squeezes_by_branch, squeezes_by_reductions, squeezes_by_reduction)
+        cpu, gpu, default = (partial(f, function, axes, with_index) for f in forms)
         return lax.platform_dependent(
-            *maps,
-            cpu=partial(_squeezes_by_branch, function, axes, with_index),
-            default=partial(squeezes_by_reduction, function, axes, with_index),
+            *maps, cpu=cpu, cuda=gpu, rocm=gpu, default=default
         )
 
     @squeezes.def_vmap
@@ -103,18 +104,45 @@ def squeezes_by_reduction(
     """By one reduction, which reads the maps once; fast on GPU and TPU."""
     y = widen(function(*maps))  # All of one reduction has one precision on TPU.
     zero, lowest = jnp.zeros((), y.dtype), jnp.asarray(-jnp.inf, y.dtype)
-    operands: tuple[Array, ...] = (y, y)
-    starts: tuple[Array, ...] = (zero, lowest)
-    combine: Callable[..., Any] = _add_and_larger
-    if with_index:
-        index = jnp.broadcast_to(positions(y.shape, axes), y.shape)
-        # Of the array's own type, whatever mesh it is on.
-        last = jnp.asarray(size_of(y.shape, axes), jnp.int32)
-        operands, starts = (*operands, index), (*starts, last)
-        combine = _add_and_first_of_largest
-    dims = tuple(a % y.ndim for a in axes)
-    results = lax.reduce(operands, starts, combine, dims)
-    return tuple(a.reshape(reduced_shape(y.shape, axes)) for a in results)
+    if not with_index:
+        return _reduce((y, y), (zero, lowest), _add_and_larger, axes)
+    index, last = _indices(y, axes)
+    starts = zero, lowest, last
+    return _reduce((y, y, index), starts, _add_and_first_of_largest, axes)
+
+
+def squeezes_by_reductions(
+    function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
+) -> tuple[Array, ...]:
+    """As ``squeezes_by_reduction``, but the sum over H and W by its own.
+
+    On GPU one reduction of three arrays over H and W takes longer than two and one.
+    """
+    if axes != SPATIAL or not with_index:
+        return squeezes_by_reduction(function, axes, with_index, *maps)
+    y = widen(function(*maps))
+    index, last = _indices(y, axes)
+    starts = jnp.asarray(-jnp.inf, y.dtype), last
+    peaks = _reduce((y, index), starts, _first_of_largest, axes)
+    return y.sum(axes, keepdims=True), *peaks
+
+
+def _indices(y: Array, axes: Axes) -> tuple[Array, Array]:
+    """The position of each element, and the one after the last."""
+    index = jnp.broadcast_to(positions(y.shape, axes), y.shape)
+    # Of the array's own type, whatever mesh it is on.
+    return index, jnp.asarray(size_of(y.shape, axes), jnp.int32)
+
+
+def _reduce(
+    operands: tuple[Array, ...],
+    starts: tuple[Array, ...],
+    combine: Callable[..., Any],
+    axes: Axes,
+) -> tuple[Array, ...]:
+    shape = operands[0].shape
+    results = lax.reduce(operands, starts, combine, tuple(a % len(shape) for a in axes))
+    return tuple(a.reshape(reduced_shape(shape, axes)) for a in results)
 
 
 def _add_and_larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -124,11 +152,15 @@ def _add_and_larger(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, 
 def _add_and_first_of_largest(
     a: tuple[Array, ...], b: tuple[Array, ...]
 ) -> tuple[Array, ...]:
-    (s, v, i), (t, w, j) = a, b
+    return a[0] + b[0], *_first_of_largest(a[1:], b[1:])
+
+
+def _first_of_largest(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+    (v, i), (w, j) = a, b
     # NaN is the largest, and of equals the first one wins.
     wins = (w > v) | ((w != w) & (v == v))
     wins |= ((w == v) | ((w != w) & (v != v))) & (j < i)
-    return s + t, jnp.where(wins, w, v), jnp.where(wins, j, i)
+    return jnp.where(wins, w, v), jnp.where(wins, j, i)
 
 
 def _squeezes_by_branch(

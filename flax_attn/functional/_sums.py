@@ -152,7 +152,7 @@ def itself(x: Array) -> Array:
 
 
 def widen(x: Array) -> Array:
-    return x.astype(accumulator(x))
+    return jnp.asarray(x, accumulator(x))
 
 
 def product(x: Array, gate: Array) -> Array:

@@ -11,6 +11,7 @@ import pytest
 from flax_attn import eca_kernel_size, functional
 from tests.cases import IMPLEMENTATIONS, normal
 from tests.compilation import jit_as_users_do
+from tests.platforms import code_for
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -167,7 +168,7 @@ def test_the_gradient_of_a_maximum_alone():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_squeezes_of_other_platforms(dtype):
-    """The one reduction of GPUs and TPUs, run here: ties, NaN, infinities, gates."""
+    """The reductions of GPUs and TPUs, run here: ties, NaN, infinities, gates."""
     from flax_attn.functional import _maxima, _sums
 
     x = np.round(4 * normal((2, 3, 5, 7), 0)) / 4
@@ -184,9 +185,13 @@ def test_the_squeezes_of_other_platforms(dtype):
     @jit_as_users_do
     def run(cases_maps):
         return [
-            _maxima.squeezes_by_reduction(f, axes, with_index, *maps)
+            squeeze(f, axes, with_index, *maps)
             for (f, axes, _), maps in zip(cases, cases_maps, strict=True)
             for with_index in (False, True)
+            for squeeze in (
+                _maxima.squeezes_by_reduction,
+                _maxima.squeezes_by_reductions,
+            )
         ]
 
     results = iter(run([maps for _, _, maps in cases]))
@@ -195,11 +200,13 @@ def test_the_squeezes_of_other_platforms(dtype):
         flat = np.moveaxis(y, -1, 1).reshape(2, 7, 15) if len(axes) == 2 else y
         with np.errstate(invalid="ignore"):  # Both infinities in one sum.
             expected = flat.sum(-1)
-        for result in (next(results), next(results)):
-            total, m, *index = (np.squeeze(r) for r in result)
+        for with_index in (False, False, True, True):
+            total, m, *index = (np.squeeze(r) for r in next(results))
             np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
             np.testing.assert_array_equal(m, flat.max(-1))
-        np.testing.assert_array_equal(index[0], flat.argmax(-1))
+            assert len(index) == with_index
+            if with_index:
+                np.testing.assert_array_equal(index[0], flat.argmax(-1))
 
 
 def test_a_lost_maximum_is_seen():
@@ -274,21 +281,26 @@ def test_channel_convolution(k):
     s, kernel = normal((2, 5), 0), normal((k, 1, 1), 1)
     for padding in functional.PADDINGS:
         conv = partial(functional.conv_channels, padding=padding)
-        fast, plain = by_implementation(conv, s, kernel, normal((2, 5), 2)).values()
-        chex.assert_trees_all_close(fast, plain, rtol=1e-5, atol=1e-5)
+        results = by_implementation(conv, s, kernel, normal((2, 5), 2))
+        plain = results.pop("plain")
+        for result in results.values():
+            chex.assert_trees_all_close(result, plain, rtol=1e-5, atol=1e-5)
 
 
 def by_implementation(conv, *arrays):
-    """Output and gradients of both, from one program."""
+    """Output and gradients of both, and of the fast one on a GPU, from one program."""
+    from flax_attn.functional import _convolution
+
+    def run_one(implementation, maps, kernel, cotangent):
+        f = partial(conv, implementation=implementation)
+        y, pullback = jax.vjp(f, maps, kernel)
+        return y, *pullback(cotangent)
 
     @jit_as_users_do
-    def run(maps, kernel, cotangent):
-        results = {}
-        for implementation in IMPLEMENTATIONS:
-            f = partial(conv, implementation=implementation)
-            y, pullback = jax.vjp(f, maps, kernel)
-            results[implementation] = y, *pullback(cotangent)
-        return results
+    def run(*arrays):
+        results = {i: run_one(i, *arrays) for i in IMPLEMENTATIONS}
+        with code_for("cuda", _convolution):
+            return results | {"on a GPU": run_one("fast", *arrays)}
 
     return run(*arrays)
 
@@ -322,25 +334,42 @@ def test_padding_of_the_channel_convolution(padding, ends, implementation):
     assert (float(y[0]), float(y[-1])) == ends
 
 
-@both
-def test_infinity_and_nan_stay_in_their_windows(implementation):
-    maps = normal((1, 40, 40, 2), 0)
-    maps[0, 20, 21, 1] = np.nan
-    kernel = normal((7, 7, 2, 1), 1)
-    y = functional.conv_spatial(maps, kernel, implementation=implementation)
-    assert np.isnan(y).sum() == 49
+@pytest.mark.parametrize("form", [*IMPLEMENTATIONS, "on a GPU"])
+def test_infinity_and_nan_stay_in_their_windows(form):
+    maps, kernel = normal((1, 40, 40, 2), 0), normal((7, 7, 2, 1), 1)
+    maps[0, 20, 21, 1] = maps[0, 39, 0, 0] = np.nan
+    cotangent = normal((1, 40, 40, 1), 2)
+    cotangent[0, 10, 10] = np.nan
+    results = by_implementation(functional.conv_spatial, maps, kernel, cotangent)
+    y, d_maps, d_kernel = results[form]
+    assert np.isnan(y).sum() == 49 + 4 * 4
+    assert np.isnan(d_maps).sum(axis=(0, 1, 2)).tolist() == [49, 49]
+    # The pixel in the corner is out of sight of the taps beyond it.
+    finite = np.where(np.isnan(cotangent), 1, cotangent)
+    maps[0, 20, 21, 1] = 0
+    results = by_implementation(functional.conv_spatial, maps, kernel, finite)
+    seen = np.isnan(results[form][2])[..., 0]
+    assert seen.sum(axis=(0, 1)).tolist() == [16, 0]
+    assert seen[3:, :4, 0].all()
+
     s = np.ones((2, 16), np.float32)
     s[1, 5] = np.inf
-    y = functional.conv_channels(s, jnp.ones((3, 1, 1)), implementation=implementation)
+    kernel = np.ones((3, 1, 1), np.float32)
+    y = by_implementation(functional.conv_channels, s, kernel, np.ones_like(s))[form][0]
     assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
 
 
-def test_nan_at_one_sample_stays_there_under_vmap():
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_nan_at_one_sample_stays_there_under_vmap(platform):
+    from flax_attn.functional import _convolution
+
     maps, kernel = normal((3, 9, 9, 2), 0), normal((3, 3, 2, 1), 1)
     maps[1, 4, 4, 0] = np.nan
     run = jax.vmap(functional.conv_spatial, (0, None))
-    d_maps = jit_as_users_do(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
-    assert np.isnan(run(maps, kernel)).sum() == 9
+    with code_for(platform, _convolution):
+        d_maps = jit_as_users_do(jax.grad(lambda m: run(m, kernel)[0].sum()))(maps)
+        y = run(maps, kernel)
+    assert np.isnan(y).sum() == 9
     assert np.isfinite(d_maps).all()
 
 
