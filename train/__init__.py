@@ -20,8 +20,9 @@ def _check_installed() -> None:
     if not missing:
         return
     message = (
-        f"The training commands need {', '.join(missing)}, which are not installed; "
-        'install the extra train: pip install -e ".[train]"'
+        "The training commands need packages that are not installed "
+        f"({', '.join(missing)}); install the extra train: "
+        'pip install -e ".[train]"'
     )
     if sys.argv[0] != "-m":  # As `python -m` sets it until it has found the command.
         raise ImportError(message)

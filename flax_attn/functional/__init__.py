@@ -289,7 +289,8 @@ def conv_spatial(
     Args:
       maps: array ``(..., H, W, M)`` with few channels.
       kernel: array ``(kh, kw, M, O)`` of odd sizes.
-      precision: see ``jax.lax.Precision``.
+      precision: see ``jax.lax.Precision``; the fast implementation has the highest on
+        GPU.
 
     Returns:
       Array ``(..., H, W, O)``.
@@ -320,7 +321,7 @@ def conv_channels(
       s: array ``(..., C)``.
       kernel: array ``(k, 1, 1)``, k odd.
       padding: ``"zeros"`` or ``"circular"`` (default: ``"zeros"``).
-      precision: see ``jax.lax.Precision``.
+      precision: see ``conv_spatial``.
     """
     check_choice("padding", padding, PADDINGS)
     p = kernel.shape[0] // 2 if padding == "circular" else 0

@@ -5,8 +5,8 @@ gradient takes minutes to compile for a TPU. There they are banded matrix produc
 matrix has zeros that multiply values of other windows, so the product is exact only for
 finite maps; if the result is not finite, it is recomputed as a sum over the taps.
 
-On a GPU the host would wait for the answer and launch nothing meanwhile, a fifth of the
-time of a small network's step. There one kernel sums over the taps in the first place.
+On a GPU the host would wait for the answer and launch nothing meanwhile, an eighth of
+the time of a ResNet-20's step. There one kernel sums over the taps in the first place.
 """
 
 import math

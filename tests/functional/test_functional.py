@@ -276,6 +276,17 @@ def convolution_and_gradients(maps, kernel, cotangent):
     return y, d_padded[:, kh // 2 :, kw // 2 :][:, :h, :w], d_kernel
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_convolution_of_volumes(k):
+    arrays = normal((2, 5, 4, 3, 2), 0), normal((k, k, k, 2, 1), 1)
+    results = by_implementation(
+        functional.conv_spatial, *arrays, normal((2, 5, 4, 3, 1), 2)
+    )
+    plain = results.pop("plain")
+    for result in results.values():
+        chex.assert_trees_all_close(result, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("k", [1, 3, 9])
 def test_channel_convolution(k):
     s, kernel = normal((2, 5), 0), normal((k, 1, 1), 1)
