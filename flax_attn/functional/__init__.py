@@ -197,7 +197,7 @@ def scale(
     of_channels = gate.shape == tuple(reduced(x.shape, spatial_dims, 1))
     of_positions = gate.shape == (*x.shape[:-1], 1)
     if implementation == "plain" or not (of_channels or of_positions):
-        return x * gate
+        return jnp.multiply(x, gate)
 
     def run(x: Array, gate: Array) -> Array:
         folded = _fold(x, spatial_dims), _fold(gate, spatial_dims)
@@ -225,7 +225,7 @@ def scale_and_squeeze(
     """
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "plain":
-        y = x * gate
+        y = jnp.multiply(x, gate)
         return y, squeeze_channels(y, implementation=implementation)
 
     def run(x: Array, gate: Array) -> tuple[Array, Array]:
@@ -341,7 +341,8 @@ def _run(
     function: Callable[..., Any], specs: Callable[..., Any], *arrays: Array
 ) -> Any:
     try:
-        return on_auto_axes(function, specs, *arrays)
+        # Of NumPy arrays, as of JAX's, the results are JAX's.
+        return on_auto_axes(function, specs, *map(jnp.asarray, arrays))
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

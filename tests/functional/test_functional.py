@@ -36,6 +36,28 @@ def test_a_gate_of_any_shape_that_broadcasts(shape):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@both
+def test_numpy_arrays_become_arrays_of_jax(implementation):
+    x, gate = normal((1, 3, 4, 8), 0), normal((1, 1, 1, 8), 1)
+    kernel = normal((3, 3, 8, 1), 2)
+    options = {"implementation": implementation}
+    results = (
+        functional.apply_mask(x, x > 0),
+        functional.squeeze_spatial(x, **options),
+        functional.squeeze_spatial(x, pool="max", mask=x[..., :1] > 0, **options),
+        functional.squeeze_spatial_by_both(x, **options),
+        functional.squeeze_channels(x, **options),
+        functional.scale(x, gate, **options),
+        functional.scale(x, x, **options),
+        functional.scale_and_squeeze(x, gate, **options),
+        functional.larger(x, x),
+        functional.conv_spatial(x, kernel, **options),
+        functional.conv_channels(x, kernel[:, :1, :1, 0], **options),
+    )
+    for leaf in jax.tree.leaves(results):
+        assert isinstance(leaf, jax.Array)
+
+
 def test_eca_kernel_size_is_the_rule_for_every_count():
     # With gamma 2 and b 1 the rule needs the integer part of log2(C) only:
     # int((log2(C) + 1) / 2) = (floor(log2(C)) + 1) // 2, in integers.
