@@ -44,7 +44,8 @@ class Options:
     the same program without the block, forward and with all gradients, in copies."""
     network: bool = False
     """Instead, time training steps of whole networks with and without each block:
-    ResNet-20 and, on a GPU, ResNet-50, at batch size 128. With --compile-for, compile
+    ResNet-20 and, on a GPU, ResNet-50, at batch size 128, as they are compiled for
+    training (several steps in one program, except on CPU). With --compile-for, compile
     a step of ResNet-50 (bfloat16, 224 x 224) and show the bytes accessed, the temporary
     memory and the compile time."""
     compile_for: str | None = None

@@ -1,12 +1,18 @@
 from functools import partial
 
+import jax
+import pytest
+
 from flax_attn.resnet import BasicBlock, ResNet
 from train.study import networks
 
 
-def test_networks_take_turns_and_are_compared_to_none(monkeypatch):
+@pytest.mark.parametrize("backend, per_call", [("cpu", 1), ("gpu", 3)])
+def test_networks_take_turns_and_are_compared_to_none(monkeypatch, backend, per_call):
     """With invented times for the networks."""
     steps = []
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(networks, "STEPS", 3)
 
     def fastest(calls, rounds):
         assert rounds == 5
@@ -23,10 +29,11 @@ def test_networks_take_turns_and_are_compared_to_none(monkeypatch):
     rows = networks.measure_network(network, ["eca"], ["fast"], 5)
     table = {row["block"]: (row["step_ms"], row["overhead_percent"]) for row in rows}
     assert table.keys() == {"none", "eca fast"}
-    assert [round(ms) for ms, _ in table.values()] == [200, 300]
+    times = [ms * per_call for ms, _ in table.values()]
+    assert times == pytest.approx([200, 300])
     assert [round(percent) for _, percent in table.values()] == [0, 50]
-    # Each step starts from the state of the last one; the first one compiled.
-    assert steps == 2 * [2, 3]
+    # Each call starts from the state of the last one; the first one compiled.
+    assert steps == 2 * [2 * per_call, 3 * per_call]
 
 
 def test_variants():
