@@ -2,11 +2,11 @@
 
 XLA on CPU uses slow loops for convolutions with one or two channels, and their weight
 gradient takes minutes to compile for a TPU. There they are banded matrix products. The
-matrix has zeros that multiply values of other windows, so the product is exact only for
-finite maps; if the result is not finite, it is recomputed as a sum over the taps.
+matrix has zeros that multiply values of other windows, so a product is exact only where
+all values are finite; otherwise the convolution is a sum over the taps.
 
 On a GPU the host would wait for the answer and launch nothing meanwhile, an eighth of
-the time of a ResNet-20's step. There one kernel sums over the taps in the first place.
+the time of a ResNet-20's step. There one kernel sums over the taps in any case.
 """
 
 import math
@@ -34,7 +34,7 @@ def conv(maps: Array, kernel: Array, precision: lax.PrecisionLike) -> Array:
     result ``(..., H, W, O)``.
     """
     gpu = partial(_by_taps, unroll=True)  # One function: one branch for both.
-    product = partial(_unless_finite, _by_taps, partial(_banded, precision))
+    product = partial(_if_finite, partial(_banded, precision), _by_taps)
     return lax.platform_dependent(maps, kernel, cuda=gpu, rocm=gpu, default=product)
 
 
@@ -67,14 +67,16 @@ def _conv_fwd(
 def _conv_bwd(
     precision: lax.PrecisionLike, res: tuple[Array, Array], ct: Array
 ) -> tuple[Array, Array]:
-    guarded = partial(partial, _unless_finite, partial(_bwd_by_taps, precision))
+    windows, rows, taps = (
+        partial(f, precision) for f in (_bwd_by_windows, _bwd_by_rows, _bwd_by_taps)
+    )
     d_maps, d_kernel = lax.platform_dependent(
         *res,
         ct,
+        cpu=partial(_if_finite, windows, taps),
         cuda=_bwd_in_kernels,
         rocm=_bwd_in_kernels,
-        cpu=guarded(partial(_bwd_by_windows, precision)),
-        default=guarded(partial(_bwd_by_rows, precision)),
+        default=partial(_if_finite, rows, taps),
     )
     return d_maps.astype(res[0].dtype), d_kernel.astype(res[1].dtype)
 
@@ -101,8 +103,8 @@ def _bwd_by_windows(
     tiles = _pad(maps, -2, 0, n * tile - w)
     tiles = tiles.reshape(windows.shape[0], tile * m)
     d_matrix = _matmul(windows.T, tiles, precision).reshape(kh, -1, o, tile, m)
-    d_kernel = einsum_exactly("ivotm,jvt->ijmo", d_matrix, band.astype(d_matrix.dtype))
-    return d_maps, d_kernel[::-1, ::-1]
+    d_kernel = _sums_of_diagonals(jnp.moveaxis(d_matrix, (1, 3), (0, 1)), kw)
+    return d_maps, d_kernel[::-1, ::-1].transpose(1, 0, 3, 2)
 
 
 def _bwd_by_rows(
@@ -121,10 +123,18 @@ def _bwd_by_rows(
     d_rows = jnp.moveaxis(d_rows, -4, -2).reshape(-1, kh * tile * o)
     windows = windows.reshape(-1, windows.shape[-1])
     d_matrix = _matmul(windows.T, d_rows, precision).reshape(-1, m, kh, tile, o)
-    d_kernel = einsum_exactly(
-        "vmito,jvt->ijmo", d_matrix, _band(kw, tile, d_matrix.dtype)
-    )
-    return d_maps, d_kernel
+    d_kernel = _sums_of_diagonals(jnp.moveaxis(d_matrix, 3, 1), kw)
+    return d_maps, d_kernel.transpose(2, 0, 1, 3)
+
+
+def _sums_of_diagonals(d_matrix: Array, k: int) -> Array:
+    """``[j, ...]``, the sum of ``[t + j, t, ...]`` over all t.
+
+    By selection, since elsewhere the product of two large values may be infinite.
+    """
+    tile = d_matrix.shape[1]
+    band = _band(k, tile, jnp.dtype(bool)).reshape(k, -1, tile, *(1,) * 3)
+    return jnp.where(band, d_matrix[None], 0).sum((1, 2))
 
 
 def _bwd_in_kernels(maps: Array, kernel: Array, ct: Array) -> tuple[Array, Array]:
@@ -167,34 +177,29 @@ CONVS: dict[int, Callable[..., Array]] = {1: _conv_1d, 2: conv, 3: _conv_3d}
 
 
 @jax.custom_batching.custom_vmap
-def _is_finite(*arrays: Array) -> Array:
-    """Whether the sum of each array is finite; under ``vmap``, of all samples at once.
+def _are_finite(*arrays: Array) -> Array:
+    """Whether all values, under ``vmap`` of all samples, are finite.
 
-    A sum is finite only if each of its terms is.
+    A sum of sizes is small only if each of them is. By half, since a product in lower
+    precision may round the largest numbers to infinity.
     """
-    sums = [a.sum(dtype=accumulator(a)) for a in arrays]
-    return reduce(jnp.logical_and, map(jnp.isfinite, sums))
+    sizes = [jnp.abs(widen(a)).sum() for a in arrays]
+    return reduce(jnp.logical_and, [s < jnp.finfo(s.dtype).max / 2 for s in sizes])
 
 
-@_is_finite.def_vmap
-def _is_finite_in_batches(
+@_are_finite.def_vmap
+def _are_finite_in_batches(
     size: int, is_batched: list[bool], *arrays: Array
 ) -> tuple[Array, bool]:
-    return _is_finite(*arrays), False
+    return _are_finite(*arrays), False
 
 
-def _unless_finite(
-    by_taps: Callable[..., Any], banded: Callable[..., Any], *arrays: Array
+def _if_finite(
+    banded: Callable[..., Any], by_taps: Callable[..., Any], *arrays: Array
 ) -> Any:
     # Infinity and NaN times a zero of the band would be NaN in all of a window.
-    result = banded(*arrays)
-    return lax.cond(
-        _is_finite(*lax.stop_gradient(jax.tree.leaves(result))),
-        lambda result, *arrays: result,
-        lambda result, *arrays: by_taps(*arrays),
-        result,
-        *arrays,
-    )
+    finite = _are_finite(*lax.stop_gradient(arrays))
+    return lax.cond(finite, banded, by_taps, *arrays)
 
 
 def _taps(maps: Array, kernel: Array) -> Callable[[Array], tuple[Array, Array]]:

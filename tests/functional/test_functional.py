@@ -409,6 +409,24 @@ def test_infinity_and_nan_stay_in_their_windows():
         assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
 
 
+@pytest.mark.parametrize("form", ["by_rows", "by_windows"])
+def test_large_values_out_of_sight_of_each_other(form):
+    """Their product is infinite, and in no gradient."""
+    from flax_attn.functional import _convolution
+
+    maps, kernel = normal((1, 1, 16, 2), 0), normal((3, 3, 2, 1), 1)
+    cotangent = normal((1, 1, 16, 1), 2)
+    maps[..., 2, :] = cotangent[..., 12, :] = 1e25
+    _, expected, d_kernel = convolution_and_gradients(
+        *map(np.float64, (maps, kernel, cotangent))
+    )
+    backward = jit_as_users_do(partial(getattr(_convolution, f"_bwd_{form}"), None))
+    for got, want in zip(
+        backward(maps, kernel, cotangent), (expected, d_kernel), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e20)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_nan_at_one_sample_stays_there_under_vmap(platform):
     from flax_attn.functional import _convolution
