@@ -8,7 +8,10 @@ from jax import lax
 
 @contextlib.contextmanager
 def code_for(platform, *modules):
-    """Within it, ``modules`` trace what they would run on ``platform``."""
+    """Within it, ``modules`` trace what they would run on ``platform``.
+
+    Only what is traced for the first time: JAX and ``_maxima`` keep earlier traces.
+    """
 
     def chosen(*arrays, default=None, **per_platform):
         return per_platform.get(platform, default)(*arrays)

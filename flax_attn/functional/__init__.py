@@ -129,7 +129,8 @@ def squeeze_spatial_by_both(
 ) -> tuple[Array, Array]:
     """Returns ``squeeze_spatial`` with ``"avg"`` and with ``"max"``.
 
-    Without a mask, the fast implementation reads ``x`` only once on GPU and TPU.
+    Without a mask, the fast implementation reads ``x`` only once on TPU and, unless a
+    gradient is computed, on GPU.
 
       >>> mean, maximum = squeeze_spatial_by_both(jnp.array([[[1.0], [3.0]]]))
       >>> mean.ravel().tolist(), maximum.ravel().tolist()
@@ -341,8 +342,8 @@ def _run(
     function: Callable[..., Any], specs: Callable[..., Any], *arrays: Array
 ) -> Any:
     try:
-        # Of NumPy arrays, as of JAX's, the results are JAX's.
-        return on_auto_axes(function, specs, *map(jnp.asarray, arrays))
+        # Of NumPy arrays too, the results are JAX's.
+        return jax.tree.map(jnp.asarray, on_auto_axes(function, specs, *arrays))
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

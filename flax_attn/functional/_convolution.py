@@ -180,8 +180,8 @@ CONVS: dict[int, Callable[..., Array]] = {1: _conv_1d, 2: conv, 3: _conv_3d}
 def _are_finite(*arrays: Array) -> Array:
     """Whether all values, under ``vmap`` of all samples, are finite.
 
-    A sum of sizes is small only if each of them is. By half, since a product in lower
-    precision may round the largest numbers to infinity.
+    A sum of sizes is small only if each of them is. By half, since a product in a lower
+    precision with the same exponents may round the largest numbers to infinity.
     """
     sizes = [jnp.abs(widen(a)).sum() for a in arrays]
     return reduce(jnp.logical_and, [s < jnp.finfo(s.dtype).max / 2 for s in sizes])

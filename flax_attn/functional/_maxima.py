@@ -114,7 +114,7 @@ def squeezes_by_reduction(
 def squeezes_by_reductions(
     function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
 ) -> tuple[Array, ...]:
-    """As ``squeezes_by_reduction``, but the sum over H and W by its own.
+    """As ``squeezes_by_reduction``, but the sum over H and W on its own.
 
     On GPU one reduction of three arrays over H and W takes longer than two and one.
     """

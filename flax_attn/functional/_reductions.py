@@ -55,7 +55,7 @@ def maximum(x: Array, axes: Axes) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def mean_and_maximum(x: Array, axes: Axes) -> tuple[Array, Array]:
-    """``mean`` and ``maximum``, on GPU and TPU in one pass over ``x``."""
+    """``mean`` and ``maximum``; see ``squeezes_of``."""
     total, m = squeezes_of(itself, axes, with_index=False)(x)
     return total / size_of(x.shape, axes), m.astype(x.dtype)
 

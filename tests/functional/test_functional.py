@@ -243,21 +243,20 @@ def test_a_lost_maximum_is_seen():
     assert jnp.isnan(g).any()
 
 
-@pytest.mark.parametrize("h, w, k, m, o", [(1, 1, 3, 2, 1), (5, 40, 7, 2, 1)])
-@pytest.mark.parametrize("form", ["by_rows", "by_windows"])
-def test_the_gradient_of_the_convolution_on_every_platform(form, h, w, k, m, o):
+@pytest.mark.parametrize(
+    "shape, kernel_shape", [((2, 1, 1, 2), (3, 3, 2, 1)), ((2, 5, 40, 2), (3, 7, 2, 3))]
+)
+@pytest.mark.parametrize("form", ["by_rows", "by_windows", "by_taps"])
+def test_the_gradient_of_the_convolution_on_every_platform(form, shape, kernel_shape):
     from flax_attn.functional import _convolution
 
-    maps, kernel = normal((2, h, w, m), 0), normal((k, k, m, o), 1)
-    cotangent = normal((2, h, w, o), 2)
-    plain = partial(functional.conv_spatial, implementation="plain")
+    maps, kernel = normal(shape, 0), normal(kernel_shape, 1)
+    cotangent = normal((*shape[:3], kernel_shape[-1]), 2)
+    _, *expected = convolution_and_gradients(
+        *map(np.float64, (maps, kernel, cotangent))
+    )
     backward = partial(getattr(_convolution, f"_bwd_{form}"), None)
-
-    @jit_as_users_do
-    def run(*arrays):
-        return jax.vjp(plain, maps, kernel)[1](cotangent), backward(*arrays)
-
-    expected, gradients = run(maps, kernel, cotangent)
+    gradients = jit_as_users_do(backward)(maps, kernel, cotangent)
     for got, want in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -339,6 +338,10 @@ def test_channel_convolution(k):
 
 def by_implementation(conv, *arrays):
     """Output and gradients of both, and of the fast one on a GPU, from one program."""
+    return make_by_implementation(conv)(*arrays)
+
+
+def make_by_implementation(conv):
     from flax_attn.functional import _convolution
 
     def run_one(implementation, maps, kernel, cotangent):
@@ -352,7 +355,7 @@ def by_implementation(conv, *arrays):
         with code_for("cuda", _convolution):
             return results | {"on a GPU": run_one("fast", *arrays)}
 
-    return run(*arrays)
+    return run
 
 
 def test_half_precision_volumes_sum_in_float32():
@@ -385,21 +388,26 @@ def test_padding_of_the_channel_convolution(padding, ends, implementation):
 
 
 def test_infinity_and_nan_stay_in_their_windows():
-    maps, kernel = normal((1, 40, 40, 2), 0), normal((7, 7, 2, 1), 1)
-    maps[0, 20, 21, 1] = maps[0, 39, 0, 0] = np.nan
-    cotangent = normal((1, 40, 40, 1), 2)
-    results = by_implementation(functional.conv_spatial, maps, kernel, cotangent)
-    for y, d_maps, d_kernel in results.values():
-        assert np.isnan(y).sum() == 49 + 4 * 4
-        assert np.isfinite(d_maps).all()
-        # The pixel in the corner is out of sight of the taps beyond it.
-        seen = np.isnan(d_kernel)[..., 0]
-        assert seen.sum(axis=(0, 1)).tolist() == [16, 49]
-        assert seen[3:, :4, 0].all()
-    cotangent[0, 10, 10] = np.nan
-    results = by_implementation(functional.conv_spatial, maps, kernel, cotangent)
-    for _, d_maps, _ in results.values():
-        assert np.isnan(d_maps).sum(axis=(0, 1, 2)).tolist() == [49, 49]
+    finite = {
+        "maps": normal((1, 20, 40, 2), 0),
+        "kernel": normal((7, 7, 2, 1), 1),
+        "cotangent": normal((1, 20, 40, 1), 2),
+    }
+    # The last pixel of a row, and so out of sight of most taps.
+    places = {"maps": (0, 10, 39, 1), "kernel": (3, 0, 1, 0), "cotangent": (0, 5, 6, 0)}
+    run = make_by_implementation(functional.conv_spatial)
+    for name, place in places.items():
+        for value in (np.nan, np.inf, -np.inf):
+            arrays = {key: array.copy() for key, array in finite.items()}
+            arrays[name][place] = value
+            results = run(*arrays.values())
+            expected = results.pop("plain")
+            assert not all(np.isfinite(leaf).all() for leaf in expected)
+            for form, result in results.items():
+                for a, b in zip(result, expected, strict=True):
+                    np.testing.assert_allclose(
+                        a, b, rtol=1e-4, atol=1e-4, err_msg=f"{name} {value} {form}"
+                    )
 
     s = np.ones((2, 16), np.float32)
     s[1, 5] = np.inf
@@ -407,6 +415,21 @@ def test_infinity_and_nan_stay_in_their_windows():
     results = by_implementation(functional.conv_channels, s, kernel, np.ones_like(s))
     for y, *_ in results.values():
         assert np.isinf(y).sum() == 3 and not np.isnan(y).any()
+
+
+def test_half_precision_sums_in_float32_on_a_gpu():
+    """In bfloat16, 49 times 10 + 1/16 would stop growing, and 400 ones at 256."""
+    from flax_attn.functional import _convolution
+
+    maps = jnp.ones((1, 20, 20, 1), jnp.bfloat16)
+    kernel = jnp.full((7, 7, 1, 1), 10 + 1 / 16, jnp.bfloat16)
+    with code_for("cuda", _convolution):
+        y, pullback = jax.vjp(functional.conv_spatial, maps, kernel)
+        d_maps, d_kernel = pullback(jnp.ones_like(y))
+    expected = 49 * float(kernel[0, 0, 0, 0])
+    for middle in (y[0, 10, 10, 0], d_maps[0, 10, 10, 0]):
+        assert abs(float(middle) - expected) < expected / 256
+    assert float(d_kernel[3, 3, 0, 0]) == 400
 
 
 @pytest.mark.parametrize("form", ["by_rows", "by_windows"])
@@ -424,7 +447,7 @@ def test_large_values_out_of_sight_of_each_other(form):
     for got, want in zip(
         backward(maps, kernel, cotangent), (expected, d_kernel), strict=True
     ):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e20)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
