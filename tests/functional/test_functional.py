@@ -265,7 +265,7 @@ def test_the_gradient_of_the_convolution_on_every_platform(form, shape, kernel_s
     "h, w, k",
     [(1, 1, 1), (1, 1, 7), (1, 9, 3), (1, 9, 11), (5, 3, 7), (5, 3, 9), (8, 8, 5)]
     + [(3, 40, 7), (3, 40, 11)]
-    + [(9, 17, k) for k in (1, 3, 5, 7, 9, 11)],
+    + [(9, 17, k) for k in (1, 3, 7, 11)],
 )
 def test_spatial_convolution(h, w, k):
     maps, kernel = normal((2, h, w, 2), 0), normal((k, k, 2, 1), 1)
@@ -423,9 +423,14 @@ def test_half_precision_sums_in_float32_on_a_gpu():
 
     maps = jnp.ones((1, 20, 20, 1), jnp.bfloat16)
     kernel = jnp.full((7, 7, 1, 1), 10 + 1 / 16, jnp.bfloat16)
-    with code_for("cuda", _convolution):
+
+    @jit_as_users_do
+    def run(maps, kernel):
         y, pullback = jax.vjp(functional.conv_spatial, maps, kernel)
-        d_maps, d_kernel = pullback(jnp.ones_like(y))
+        return y, *pullback(jnp.ones_like(y))
+
+    with code_for("cuda", _convolution):
+        y, d_maps, d_kernel = run(maps, kernel)
     expected = 49 * float(kernel[0, 0, 0, 0])
     for middle in (y[0, 10, 10, 0], d_maps[0, 10, 10, 0]):
         assert abs(float(middle) - expected) < expected / 256

@@ -52,7 +52,7 @@ def waits(op):
 @pytest.mark.parametrize(
     "block, before, shape",
     [
-        pytest.param(*case, marks=long_unless(case[0] == "cbam"))
+        pytest.param(*case, marks=long_unless(case[0] == "spatial"))
         for case in [
             ("eca", "silu", (3, 4, 4, 33)),
             ("spatial", "residual", (2, 11, 9, 24)),
