@@ -82,7 +82,7 @@ def squeezes_of(
 
     @jax.custom_batching.custom_vmap
     def squeezes(*maps: Array) -> tuple[Array, ...]:
-        forms = (_squeezes_by_branch, squeezes_by_reductions, squeezes_by_reduction)
+        forms = (_squeezes_by_branch, squeezes_on_gpu, squeezes_by_reduction)
         cpu, gpu, default = (partial(f, function, axes, with_index) for f in forms)
         return lax.platform_dependent(
             *maps, cpu=cpu, cuda=gpu, rocm=gpu, default=default
@@ -101,7 +101,7 @@ def squeezes_of(
 def squeezes_by_reduction(
     function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
 ) -> tuple[Array, ...]:
-    """By one reduction, which reads the maps once; fast on GPU and TPU."""
+    """By one reduction, which reads the maps once."""
     y = widen(function(*maps))  # All of one reduction has one precision on TPU.
     zero, lowest = jnp.zeros((), y.dtype), jnp.asarray(-jnp.inf, y.dtype)
     if not with_index:
@@ -111,7 +111,7 @@ def squeezes_by_reduction(
     return _reduce((y, y, index), starts, _add_and_first_of_largest, axes)
 
 
-def squeezes_by_reductions(
+def squeezes_on_gpu(
     function: Callable[..., Array], axes: Axes, with_index: bool, *maps: Array
 ) -> tuple[Array, ...]:
     """As ``squeezes_by_reduction``, but the sum over H and W on its own.

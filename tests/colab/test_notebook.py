@@ -67,15 +67,15 @@ def test_every_choice_of_the_form_makes_a_network():
     (form,) = (cell.source for cell in cells if "attention = " in cell.source[:200])
     (network,) = (cell.source for cell in cells if "make_attention, " in cell.source)
     network = network[: network.index("variables = jax.jit(model.init)")]
-    choices = [(name, "identity") for name in ("none", *flax_attn.BLOCKS)]
-    for attention, init in [*choices, ("none", "default"), ("cbam", "default")]:
-        chosen = f'attention, init = "{attention}", "{init}"'
-        namespace = {"jax": jax, "np": np, "flax_attn": flax_attn, "classes": 10}
-        namespace["train_images"] = np.zeros((640, 32, 32, 3), np.uint8)
-        exec("\n".join((form, chosen, network)), namespace)
-        images = jnp.zeros((1, 32, 32, 3))
-        shapes = jax.eval_shape(namespace["model"].init, jax.random.key(0), images)
-        jax.eval_shape(namespace["optimizer"].init, shapes["params"])
+    for attention in ["none", *flax_attn.BLOCKS]:
+        for init in ("identity", "default"):
+            chosen = f'attention, init = "{attention}", "{init}"'
+            namespace = {"jax": jax, "np": np, "flax_attn": flax_attn, "classes": 10}
+            namespace["train_images"] = np.zeros((640, 32, 32, 3), np.uint8)
+            exec("\n".join((form, chosen, network)), namespace)
+            images = jnp.zeros((1, 32, 32, 3))
+            shapes = jax.eval_shape(namespace["model"].init, jax.random.key(0), images)
+            jax.eval_shape(namespace["optimizer"].init, shapes["params"])
 
 
 def test_the_pair_is_in_step_and_has_no_outputs():

@@ -25,11 +25,10 @@ def test_a_gpu_never_waits_for_the_host(block, platform):
     traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(
         variables_for(module, x), x
     )
-    lowered = traced.lower(lowering_platforms=(platform,))
-    module = lowered.compiler_ir("stablehlo")
+    program = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     # The larger of two maps is decided in a branch: see `_maxima.decide`.
     expected = ["stablehlo.case"] if block == "scse-max" else []
-    assert [op.name for op in within(module.operation) if waits(op)] == expected
+    assert [op.name for op in within(program.operation) if waits(op)] == expected
 
 
 def within(op):
